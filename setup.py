@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging of monai_deq."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "monai_deq" / "__init__.py").read_text(), re.M).group(1)  # type: ignore[union-attr]
+
+setup(
+    name="monai_deq",
+    version=VERSION,
+    description="Equilibrium (DEQ) deformable image registration for MONAI",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["monai_deq", "monai_deq.*"]),
+    package_data={"monai_deq": ["py.typed"]},
+    install_requires=[
+        "torch>=2.8",
+        "monai[ignite,nibabel,tensorboard,tqdm,fire,scipy]>=1.6.1",  # fire runs `python -m monai.bundle`
+        "torchdeq>=0.1.0",
+        "numpy",
+        "scipy",
+    ],
+    extras_require={
+        "elastix": ["itk-elastix"],
+        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy"],
+        "docs": ["sphinx", "myst-parser", "furo"],
+    },
+)
