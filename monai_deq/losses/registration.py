@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Similarity plus smoothness, and its weighted sum over the states of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+
+from monai_deq.networks.blocks import warp_by_ddf
+
+__all__ = ["RegistrationLoss", "StatesLoss"]
+
+
+class RegistrationLoss(nn.Module):
+    """
+    ``similarity(warped, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1), in float32 with autocast off: local
+    cross-correlation in half precision gives NaN.
+
+    Args:
+        spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
+        weight: ``lambda``. Defaults to 0.1 (paper, OASIS).
+        similarity: loss of ``(warped, fixed)``. Defaults to MONAI's local normalised cross-correlation with window 5.
+        smoothness: loss of ``ddf``. Defaults to MONAI's diffusion loss, which is not divided by the number of axes
+            or the image size.
+
+    Raises:
+        ValueError: When ``weight`` is negative.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        weight: float = 0.1,
+        similarity: nn.Module | None = None,
+        smoothness: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight must not be negative, got {weight}.")
+        self.weight = float(weight)
+        self.similarity = (
+            LocalNormalizedCrossCorrelationLoss(spatial_dims=spatial_dims, kernel_size=5)
+            if similarity is None
+            else similarity
+        )
+        self.smoothness = DiffusionLoss() if smoothness is None else smoothness
+
+    def forward(self, warped: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            warped: moving image pulled back by ``ddf``, ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            ddf: ``(B, ndim, *spatial)``, voxels.
+
+        Returns:
+            The loss, a scalar.
+        """
+        with torch.autocast(device_type=ddf.device.type, enabled=False):
+            # float64 stays, for checks of gradients
+            warped, fixed, ddf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (warped, fixed, ddf))
+            return self.similarity(warped, fixed) + self.weight * self.smoothness(ddf)
+
+
+class StatesLoss(nn.Module):
+    """
+    Loss at the final state plus the weighted sum of the losses at the intermediate states (paper, Eq. 4 and Eq. 9).
+
+    Args:
+        loss: loss of ``(warped, fixed, ddf)``, e.g. :py:class:`RegistrationLoss`.
+        gamma: weight of each intermediate state: one number for all (Eq. 9), or one number for each (Eq. 4).
+            Defaults to 0.5.
+
+    Raises:
+        ValueError: When a weight is negative.
+    """
+
+    def __init__(self, loss: nn.Module, gamma: float | Sequence[float] = 0.5) -> None:
+        super().__init__()
+        self.loss = loss
+        self.gamma = gamma
+        if any(w < 0 for w in self.weights(1 if isinstance(gamma, (int, float)) else len(gamma))):
+            raise ValueError(f"gamma must not be negative, got {gamma}.")
+
+    def weights(self, num_states: int) -> list[float]:
+        """
+        Weights of the intermediate states.
+
+        Args:
+            num_states: their number.
+
+        Raises:
+            ValueError: When ``gamma`` is a sequence of another length.
+        """
+        if isinstance(self.gamma, (int, float)):
+            return [float(self.gamma)] * num_states
+        if len(self.gamma) != num_states:
+            raise ValueError(f"gamma has {len(self.gamma)} weights for {num_states} intermediate states.")
+        return [float(w) for w in self.gamma]
+
+    def forward(
+        self,
+        prediction: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
+        target: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Args:
+            prediction: ``(warped, ddf, states)`` as a registration network in training mode returns it.
+            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError: When the prediction is not of that form.
+        """
+        if len(prediction) != 3:
+            raise ValueError(
+                f"prediction must be (warped, ddf, states), got {len(prediction)} parts: is the network in eval mode?"
+            )
+        warped, ddf, states = prediction
+        fixed, moving = target["fixed"], target["moving"]
+        total = self.loss(warped, fixed, ddf)
+        for weight, state in zip(self.weights(len(states)), states, strict=True):
+            total = total + weight * self.loss(warp_by_ddf(moving, state), fixed, state)
+        return total

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The update of DEQReg: a U-Net that looks at the pair as it is aligned now."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from monai_deq.networks.blocks.unet import RegistrationUNet
+from monai_deq.networks.blocks.warp import warp_by_ddf
+
+__all__ = ["UNetUpdate"]
+
+
+class UNetUpdate(nn.Module):
+    """
+    Update ``f_theta(moving, fixed, ddf) -> delta`` of the displacement (paper, Eq. 3), with the input
+    ``[fixed, warped moving, ddf]`` (Sec. 3, implementation details).
+
+    Images of any spatial size are taken: the input is padded on the far side of each axis to a multiple of the
+    backbone's ``divisor`` and the output is cropped back.
+
+    Args:
+        spatial_dims: 2 or 3. Defaults to 3.
+        backbone: module that maps ``(B, 2 + ndim, *spatial)`` to ``(B, ndim, *spatial)``. An attribute ``divisor``
+            (default 1) tells of which number the spatial sizes must be multiples. Defaults to
+            :py:class:`RegistrationUNet` with ``2 + spatial_dims`` input channels.
+    """
+
+    def __init__(self, spatial_dims: int = 3, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        self.spatial_dims = spatial_dims
+        self.backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims) if backbone is None else backbone
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
+            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
+            ddf: ``(B, ndim, *spatial)``, voxels.
+
+        Returns:
+            The change of the displacement, ``(B, ndim, *spatial)``, voxels.
+
+        Raises:
+            ValueError: When the backbone returns another shape.
+        """
+        x = torch.cat([fixed, warp_by_ddf(moving, ddf), ddf.to(fixed.dtype)], dim=1)
+        size = x.shape[2:]
+        divisor = int(getattr(self.backbone, "divisor", 1))
+        pad = [(-n) % divisor for n in size]
+        if any(pad):
+            x = F.pad(x, [v for p in reversed(pad) for v in (0, p)])
+        delta = self.backbone(x)
+        if any(pad):
+            delta = delta[(..., *(slice(n) for n in size))]
+        if delta.shape != ddf.shape:
+            raise ValueError(
+                f"the backbone must return a displacement of shape {tuple(ddf.shape)}, got {tuple(delta.shape)}."
+            )
+        return delta

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration as the equilibrium of a learned update (DEQReg)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from monai_deq.networks.blocks import UNetUpdate, check_ddf, warp_by_ddf
+from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
+
+__all__ = ["DEQRegistrationNet"]
+
+
+class DEQRegistrationNet(nn.Module):
+    """
+    Deformable registration as a fixed point, "Bridging Classical and Learning-based Iterative Registration through
+    Deep Equilibrium Models" (DEQReg, MICCAI 2025).
+
+    From ``phi_0 = 0`` the displacement is iterated by ``g(phi) = phi + f_theta(moving, fixed, phi)`` until it stops
+    changing (Eq. 5). Gradients come from ``phantom_steps`` damped steps taken from the detached equilibrium (Eq. 7-8)
+    or, as an option, from the implicit function theorem (Eq. 6). In training, ``num_states`` intermediate states at
+    equal intervals are returned too, each with a phantom gradient of its own (Eq. 9).
+
+    In eval mode ``net(moving, fixed)`` returns ``(warped, ddf)``, as :py:class:`monai.networks.nets.VoxelMorph`; in
+    training mode ``(warped, ddf, states)``, ``states`` a list of displacement fields in the order of the iteration.
+    The state of the solver is float32 also under autocast.
+
+    Args:
+        update: module ``f(moving, fixed, ddf) -> delta``. Defaults to :py:class:`UNetUpdate`.
+        spatial_dims: 2 or 3, for the default update. Defaults to 3.
+        max_steps: step limit ``T`` of the solver, in training and by default in eval mode. Defaults to 48.
+        tolerance: RMS residual in voxels at which an item stops. Defaults to 1e-3.
+        relative_tolerance: relative residual at which an item stops. Defaults to 0 (not used).
+        num_states: number ``S`` of intermediate states supervised in training. Defaults to 3.
+        phantom_steps: number ``K`` of steps through which the gradient goes. Defaults to 2.
+        phantom_damping: damping ``tau`` of these steps, in (0, 1]. The paper does not give it. Defaults to 1.
+        gradient: ``"phantom"`` or ``"implicit"`` (the exact gradient at the final state by a second fixed-point
+            solve in the backward pass; intermediate states keep phantom gradients). Defaults to ``"phantom"``.
+        implicit_max_steps: step limit of the backward solve of ``"implicit"``. Defaults to 48.
+        implicit_tolerance: relative tolerance of the backward solve. Defaults to 1e-4.
+        solver: ``"plain"`` or ``"anderson"``. Defaults to ``"plain"``.
+        solver_options: further options of the solver.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+
+    Example:
+
+    .. code-block:: python
+
+        net = DEQRegistrationNet(spatial_dims=3).eval()
+        warped, ddf = net(moving, fixed)  # (B, 1, H, W, D) and (B, 3, H, W, D)
+    """
+
+    def __init__(
+        self,
+        update: nn.Module | None = None,
+        spatial_dims: int = 3,
+        max_steps: int = 48,
+        tolerance: float = 1e-3,
+        relative_tolerance: float = 0.0,
+        num_states: int = 3,
+        phantom_steps: int = 2,
+        phantom_damping: float = 1.0,
+        gradient: str = "phantom",
+        implicit_max_steps: int = 48,
+        implicit_tolerance: float = 1e-4,
+        solver: str = "plain",
+        solver_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_states < 0 or max_steps < num_states + 1:
+            raise ValueError(
+                f"num_states must be between 0 and max_steps - 1, got num_states={num_states}, max_steps={max_steps}."
+            )
+        if phantom_steps < 1:
+            raise ValueError(f"phantom_steps must be at least 1, got {phantom_steps}.")
+        if not 0 < phantom_damping <= 1:
+            raise ValueError(f"phantom_damping must be in (0, 1], got {phantom_damping}.")
+        if gradient not in ("phantom", "implicit"):
+            raise ValueError(f'gradient must be "phantom" or "implicit", got {gradient!r}.')
+        self.update = UNetUpdate(spatial_dims) if update is None else update
+        self.max_steps = max_steps
+        self.tolerance = tolerance
+        self.relative_tolerance = relative_tolerance
+        self.solver = solver
+        self.solver_options = check_solver_options(solver, solver_options)
+        # In TorchDEQ n_states counts the final state too.
+        self.deq = build_deq(
+            solver,
+            max_steps,
+            tolerance,
+            n_states=num_states + 1,
+            grad=phantom_steps,
+            tau=phantom_damping,
+            ift=gradient == "implicit",
+            b_solver=torchdeq_name("plain"),
+            b_max_iter=implicit_max_steps,
+            b_tol=implicit_tolerance,
+            b_stop_mode="rel",
+        )
+
+    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        The map ``g(ddf) = ddf + f(moving, fixed, ddf)`` of a pair (Eq. 5).
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+
+        Returns:
+            Function of a displacement field ``(B, ndim, *spatial)`` that keeps its dtype.
+        """
+
+        def g(ddf: torch.Tensor) -> torch.Tensor:
+            return ddf + self.update(moving, fixed, ddf).to(ddf.dtype)
+
+        return g
+
+    def initial_state(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None) -> torch.Tensor:
+        """
+        The state the solver starts from: a given field, or zero, in float32 at least.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            ddf: ``(B, ndim, *spatial)`` or ``None``.
+
+        Raises:
+            ValueError: When the images or the field do not fit each other.
+        """
+        if moving.shape != fixed.shape or moving.ndim not in (4, 5) or moving.shape[1] != 1:
+            raise ValueError(
+                "moving and fixed must have the same shape (B, 1, H, W[, D]), "
+                f"got {tuple(moving.shape)} and {tuple(fixed.shape)}."
+            )
+        dtype = torch.promote_types(fixed.dtype, torch.float32)
+        if ddf is None:
+            return fixed.new_zeros((fixed.shape[0], fixed.ndim - 2, *fixed.shape[2:]), dtype=dtype)
+        check_ddf(fixed, ddf)
+        return ddf.detach().to(device=fixed.device, dtype=dtype)
+
+    def solve(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """
+        Solve for the equilibrium without gradients.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to zero.
+            kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
+
+        Returns:
+            The displacement ``(B, ndim, *spatial)`` and the record of the solve.
+        """
+        state = self.initial_state(moving, fixed, initial_ddf)
+        settings: dict[str, Any] = {
+            "solver": self.solver,
+            "max_steps": self.max_steps,
+            "tolerance": self.tolerance,
+            "relative_tolerance": self.relative_tolerance,
+            "solver_options": self.solver_options if kwargs.get("solver", self.solver) == self.solver else None,
+        }
+        return solve_fixed_point(self.fixed_point_map(moving, fixed), state, **{**settings, **kwargs})
+
+    def forward(
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """
+        Args:
+            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
+            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
+            initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to zero.
+
+        Returns:
+            ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode.
+
+        Raises:
+            ValueError: When the shapes do not fit.
+        """
+        if not self.training:
+            ddf, _ = self.solve(moving, fixed, initial_ddf)
+            return warp_by_ddf(moving, ddf), ddf
+        state = self.initial_state(moving, fixed, initial_ddf)
+        options = {"rel_tol": self.relative_tolerance, **self.solver_options}
+        states, _ = self.deq(self.fixed_point_map(moving, fixed), state, solver_kwargs=options)
+        return warp_by_ddf(moving, states[-1]), states[-1], states[:-1]

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Plain and Anderson fixed-point iteration for displacement fields, as solvers of TorchDEQ.
+
+TorchDEQ's own solvers stop batch-wide by the raw L2 norm, return the lowest-residual state (the first, when the flow
+layer starts near zero), and let a NaN in one item reach the others. These stop item by item, by residual in voxels or
+by relative residual, and return the final state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torchdeq.solver import register_solver
+from torchdeq.solver.stat import SolverStat
+
+from monai_deq.solvers.record import SolverRecord, StopReason
+
+__all__ = ["SOLVERS", "anderson_solver", "plain_solver", "torchdeq_name"]
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+SolverOutput = tuple[torch.Tensor, list[torch.Tensor], SolverStat]
+
+
+class _Acceleration(Protocol):
+    def __call__(self, gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Next state from ``g(x)``, ``g(x) - x`` and the residual norm of each item ``(B,)``."""
+
+
+def _per_item(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return mask.view(-1, *[1] * (like.ndim - 1))
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+
+
+def _iterate(
+    func: Map,
+    x0: torch.Tensor,
+    max_iter: int,
+    tol: float,
+    rel_tol: float,
+    indexing: Sequence[int] | None,
+    accelerate: _Acceleration | None,
+) -> SolverOutput:
+    """Drive ``x <- accelerate(g(x))`` until every item has stopped. See :py:func:`plain_solver`."""
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
+    if x0.ndim < 2:
+        raise ValueError(f"the state must have shape (B, C, ...), got {tuple(x0.shape)}.")
+    wanted = list(indexing or [])
+    x = x0
+    batch = x.shape[0]
+    per_voxel = max(x[0, 0].numel(), 1) ** -0.5
+    active = torch.ones(batch, dtype=torch.bool, device=x.device)
+    steps = torch.zeros(batch, dtype=torch.long, device=x.device)
+    reason = [StopReason.STEP_LIMIT] * batch
+    residuals, relatives, trajectory = [], [], []
+
+    for k in range(1, max_iter + 1):
+        gx = func(x)
+        fx = gx - x
+        norm = _norm(fx)
+        residual = norm * per_voxel
+        # 0 / 0 means that nothing moves: converged
+        relative = torch.where(norm == 0, norm, norm / _norm(gx))
+        finite = torch.isfinite(residual)
+        nan = torch.full_like(residual, float("nan"))
+        residuals.append(torch.where(active, residual, nan))
+        relatives.append(torch.where(active, relative, nan))
+
+        met = residual <= tol
+        met_relative = relative <= rel_tol
+        step = active & finite
+        done = step & (met | met_relative)
+        for i in torch.nonzero(active & ~finite).flatten().tolist():
+            reason[i] = StopReason.NON_FINITE
+        for i in torch.nonzero(done).flatten().tolist():
+            reason[i] = StopReason.TOLERANCE if bool(met[i]) else StopReason.RELATIVE_TOLERANCE
+
+        candidate = gx
+        if accelerate is not None and k < max_iter:
+            # an item that stops here, and everyone at the last step, takes g(x) itself: its residual was measured
+            candidate = torch.where(_per_item(done, gx), gx, accelerate(gx, fx, norm))
+        x = candidate if bool(step.all()) else torch.where(_per_item(step, x), candidate, x)
+        steps += step
+        active = step & ~done
+        if k in wanted:
+            trajectory.append(x)
+        if not bool(active.any()):
+            break
+
+    # every index asked for gets a state, also where all items stopped before it
+    trajectory += [x] * (len(wanted) - len(trajectory))
+    record = SolverRecord(
+        steps=steps.cpu(),
+        residual=torch.stack(residuals, dim=1).detach().cpu(),
+        relative_residual=torch.stack(relatives, dim=1).detach().cpu(),
+        converged=torch.tensor([r in (StopReason.TOLERANCE, StopReason.RELATIVE_TOLERANCE) for r in reason]),
+        reason=tuple(reason),
+    )
+    info = SolverStat(
+        abs_lowest=record.final_residual,
+        rel_lowest=record.final_relative_residual,
+        abs_trace=record.residual,
+        rel_trace=record.relative_residual,
+        nstep=record.steps,
+        record=record,
+    )
+    return x, trajectory, info
+
+
+def _tolerances(tol: float, stop_mode: str, rel_tol: float) -> tuple[float, float]:
+    """TorchDEQ gives one tolerance and says which it is."""
+    if stop_mode not in ("abs", "rel"):
+        raise ValueError(f'stop_mode must be "abs" (RMS voxels) or "rel", got {stop_mode!r}.')
+    if tol < 0 or rel_tol < 0:
+        raise ValueError(f"tolerances must not be negative, got tol={tol} and rel_tol={rel_tol}.")
+    return (tol, rel_tol) if stop_mode == "abs" else (-1.0, max(tol, rel_tol))
+
+
+def plain_solver(
+    func: Map,
+    x0: torch.Tensor,
+    max_iter: int = 48,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    indexing: Sequence[int] | None = None,
+    rel_tol: float = 0.0,
+    damping: float = 1.0,
+) -> SolverOutput:
+    """
+    Fixed-point iteration ``x <- x + damping * (g(x) - x)``, per item.
+
+    An item stops when its residual (RMS over voxels of ``|g(x) - x|``) is at most ``tol``, when its relative residual
+    is at most ``rel_tol``, when the map returns something non-finite for it (it then keeps its last finite state), or
+    at the step limit. Items that have stopped keep their state while the others go on.
+
+    Args:
+        func: the map ``g``, ``(B, C, ...) -> (B, C, ...)``, that does not mix items of the batch.
+        x0: initial state ``(B, C, ...)``.
+        max_iter: step limit. Defaults to 48.
+        tol: tolerance in voxels (``stop_mode="abs"``) or relative (``"rel"``). 0 stops only at an exact fixed point.
+        stop_mode: ``"abs"`` or ``"rel"``, TorchDEQ's words. Defaults to ``"abs"``.
+        indexing: step numbers (from 1) whose states are returned. An index past the last step gets the final state.
+        rel_tol: further tolerance on the relative residual. Defaults to 0.
+        damping: share of the step that is taken, in (0, 1]. Defaults to 1.
+
+    Returns:
+        The final state, the states at ``indexing``, and TorchDEQ's statistics with a
+        :py:class:`SolverRecord` under ``"record"``.
+
+    Raises:
+        ValueError: When an option is out of its range.
+    """
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping must be in (0, 1], got {damping}.")
+    tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
+
+    def damped(gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return gx - (1 - damping) * fx
+
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, None if damping == 1 else damped)
+
+
+class _Anderson:
+    """Anderson mixing (type II) over a window, item by item."""
+
+    def __init__(self, window: int, regularization: float, growth_limit: float) -> None:
+        self.window = window
+        self.regularization = regularization
+        self.growth_limit = growth_limit
+        self.gx: list[torch.Tensor] = []
+        self.fx: list[torch.Tensor] = []
+        self.valid: list[torch.Tensor] = []
+        self.best: torch.Tensor | None = None
+
+    def __call__(self, gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        # non-finite items are frozen by the driver; zeros keep them out of the small linear solve
+        bad = ~torch.isfinite(residual)
+        if bool(bad.any()):
+            gx, fx = (torch.where(_per_item(bad, t), torch.zeros_like(t), t) for t in (gx, fx))
+        # where mixing made things worse the item starts its history anew from a plain step
+        best = residual if self.best is None else self.best
+        restart = residual > self.growth_limit * best
+        self.best = torch.where(restart, residual, torch.fmin(best, residual))
+        self.valid = [v & ~restart for v in self.valid]
+        self.gx.append(gx)
+        self.fx.append(fx)
+        self.valid.append(~bad)
+        if len(self.fx) > self.window:
+            for history in (self.gx, self.fx, self.valid):
+                history.pop(0)  # type: ignore[attr-defined]
+        n = len(self.fx)
+        if n == 1:
+            return gx
+
+        gram = gx.new_zeros(gx.shape[0], n, n, dtype=torch.float64)
+        flat = [f.flatten(1) for f in self.fx]
+        for i in range(n):
+            for j in range(i, n):
+                gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(flat[i], flat[j]).double()
+        valid = torch.stack(self.valid, dim=1).double()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        # relative to the newest residual, so that the mixing does not depend on the units
+        ridge = self.regularization * diagonal[:, -1:] + torch.finfo(torch.float64).tiny ** 0.5
+        gram = gram * valid[:, :, None] * valid[:, None, :] + torch.diag_embed(valid * ridge + (1 - valid))
+        weights = torch.linalg.solve(gram, valid)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        newest = torch.zeros_like(weights)
+        newest[:, -1] = 1
+        weights = torch.where(torch.isfinite(weights).all(dim=1, keepdim=True), weights, newest).to(gx.dtype)
+        out = _per_item(weights[:, 0], gx) * self.gx[0]
+        for i in range(1, n):
+            out = out + _per_item(weights[:, i], gx) * self.gx[i]
+        return out
+
+
+def anderson_solver(
+    func: Map,
+    x0: torch.Tensor,
+    max_iter: int = 48,
+    tol: float = 1e-3,
+    stop_mode: str = "abs",
+    indexing: Sequence[int] | None = None,
+    rel_tol: float = 0.0,
+    window: int = 4,
+    regularization: float = 1e-8,
+    growth_limit: float = 2.0,
+) -> SolverOutput:
+    """
+    Anderson acceleration (type II, no damping) of the fixed-point iteration, per item.
+
+    The next state mixes the last ``window`` images ``g(x_j)`` with the weights, summing to one, that minimise the
+    norm of the mixed residuals (Walker and Ni, SIAM J. Numer. Anal. 2011). The states are kept in their own
+    precision, ``2 * window`` of them; the small linear system is solved in float64. When an item's residual grows
+    past ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
+
+    Args:
+        func: the map ``g``.
+        x0: initial state ``(B, C, ...)``.
+        max_iter: step limit. Defaults to 48.
+        tol: see :py:func:`plain_solver`.
+        stop_mode: see :py:func:`plain_solver`.
+        indexing: see :py:func:`plain_solver`.
+        rel_tol: see :py:func:`plain_solver`.
+        window: number of states mixed, at least 1 (1 is the plain iteration). Defaults to 4.
+        regularization: ridge on the Gram matrix, relative to the newest squared residual. Defaults to 1e-8.
+        growth_limit: growth of the residual at which the history is dropped, above 1. Defaults to 2.
+
+    Returns:
+        As :py:func:`plain_solver`.
+
+    Raises:
+        ValueError: When an option is out of its range.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
+    if regularization < 0:
+        raise ValueError(f"regularization must not be negative, got {regularization}.")
+    if growth_limit <= 1:
+        raise ValueError(f"growth_limit must be above 1, got {growth_limit}.")
+    tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, _Anderson(window, regularization, growth_limit))
+
+
+#: solvers by the name that networks and transforms take
+SOLVERS: dict[str, Callable[..., SolverOutput]] = {"plain": plain_solver, "anderson": anderson_solver}
+
+
+def torchdeq_name(solver: str) -> str:
+    """
+    Name under which a solver is registered with TorchDEQ.
+
+    Args:
+        solver: ``"plain"`` or ``"anderson"``.
+
+    Raises:
+        ValueError: When there is no such solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}, available: {', '.join(map(repr, SOLVERS))}.")
+    return f"monai_deq_{solver}"
+
+
+for _name, _solver in SOLVERS.items():
+    register_solver(torchdeq_name(_name), _solver)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a fixed-point solver hands back beside the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["SolverRecord", "StopReason"]
+
+
+class StopReason:
+    """Why the solver stopped working on an item."""
+
+    TOLERANCE = "tolerance"
+    RELATIVE_TOLERANCE = "relative tolerance"
+    STEP_LIMIT = "step limit"
+    NON_FINITE = "non-finite"
+
+
+@dataclass(frozen=True)
+class SolverRecord:
+    """
+    Record of a solve, one entry per item of the batch. All tensors are on the CPU and carry no gradient.
+
+    Attributes:
+        steps: ``(B,)``, evaluations of the map that were spent on the item (a step that gave a non-finite result is
+            not counted: it was not taken).
+        residual: ``(B, N)``, RMS over voxels of ``|g(x_k) - x_k|`` in voxels at the state that step ``k + 1`` started
+            from; NaN after the item had stopped. The state returned is one application of the map further on.
+        relative_residual: ``(B, N)``, ``|g(x_k) - x_k| / |g(x_k)|``; NaN after the item had stopped.
+        converged: ``(B,)``, whether the item met a tolerance.
+        reason: why each item stopped, one of the values of :py:class:`StopReason`.
+    """
+
+    steps: torch.Tensor
+    residual: torch.Tensor
+    relative_residual: torch.Tensor
+    converged: torch.Tensor
+    reason: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.reason)
+
+    @property
+    def final_residual(self) -> torch.Tensor:
+        """``(B,)``, the last residual measured for each item, in voxels (NaN when there is none)."""
+        return self._last(self.residual)
+
+    @property
+    def final_relative_residual(self) -> torch.Tensor:
+        """``(B,)``, the last relative residual measured for each item (NaN when there is none)."""
+        return self._last(self.relative_residual)
+
+    def _last(self, trace: torch.Tensor) -> torch.Tensor:
+        last = self.steps.clamp(1, max(trace.shape[1], 1)) - 1
+        return trace.gather(1, last[:, None])[:, 0]
+
+    def item(self, index: int) -> dict[str, Any]:
+        """
+        The record of one item in plain Python values, fit for JSON.
+
+        Args:
+            index: position in the batch.
+        """
+        n = int(self.steps[index])
+        return {
+            "steps": n,
+            "residual": float(self.final_residual[index]),
+            "relative_residual": float(self.final_relative_residual[index]),
+            "converged": bool(self.converged[index]),
+            "reason": self.reason[index],
+            "residual_trace": [float(v) for v in self.residual[index, :n]],
+            "relative_residual_trace": [float(v) for v in self.relative_residual[index, :n]],
+        }
