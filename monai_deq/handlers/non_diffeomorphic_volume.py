@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite handler for the non-diffeomorphic volume in percent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from monai.utils import MetricReduction
+
+from monai_deq.handlers.ddf_metric import DDFMetricHandler
+from monai_deq.metrics import NonDiffeomorphicVolumeMetric
+
+__all__ = ["NonDiffeomorphicVolume"]
+
+
+class NonDiffeomorphicVolume(DDFMetricHandler):
+    """
+    Computes the non-diffeomorphic volume in percent of every displacement field and reduces it over an epoch.
+
+    Args:
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        output_transform: takes ``engine.state.output`` to a ddf tensor (B, ndim, *spatial), a list of ddf tensors
+            (ndim, *spatial), or a tuple (ddf, mask) of either; see :py:class:`DDFMetricHandler`. Defaults to identity.
+        save_details: whether to keep the score of every field in ``engine.state.metric_details``. Defaults to True.
+
+    See also:
+        :py:func:`monai_deq.metrics.compute_non_diffeomorphic_volume`
+    """
+
+    def __init__(
+        self,
+        reduction: MetricReduction | str = MetricReduction.MEAN,
+        output_transform: Callable = lambda x: x,
+        save_details: bool = True,
+    ) -> None:
+        super().__init__(
+            metric_fn=NonDiffeomorphicVolumeMetric(reduction=reduction),
+            output_transform=output_transform,
+            save_details=save_details,
+        )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cumulative form of the Hausdorff distance of label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.data import MetaTensor
+from monai.utils import MetricReduction
+
+from monai_deq.metrics.label_overlap import compute_label_hausdorff
+from monai_deq.metrics.reduced_metric import ReducedIterationMetric
+
+__all__ = ["LabelHausdorffMetric"]
+
+
+class LabelHausdorffMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_label_hausdorff`: mean over the labels of a pair, then over the pairs.
+
+    Call it as ``metric(y_pred=warped_label, y=fixed_label)``; batch-first tensors or lists of channel-first tensors.
+
+    Args:
+        labels: the labels to score, without the background 0.
+        spacing: size of a voxel in mm, one number or one per axis. Defaults to the spacing of the fixed labels where
+            they are MetaTensors, else to 1 mm.
+        percentile: e.g. 95 for HD95. Defaults to ``None``: the largest distance.
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to ``False``.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        spacing: float | Sequence[float] | None = None,
+        percentile: float | None = None,
+        reduction: MetricReduction | str = MetricReduction.MEAN,
+        get_not_nans: bool = False,
+    ) -> None:
+        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
+        self.labels = tuple(labels)
+        self.spacing = spacing
+        self.percentile = percentile
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+        if y is None:
+            raise ValueError("y: expected the fixed labels, got None. Call metric(y_pred=warped_label, y=fixed_label).")
+        spacing = self.spacing
+        if spacing is None and isinstance(y, MetaTensor):
+            spacing = [float(v) for v in y.pixdim.flatten()[: y.ndim - 2]]
+        return compute_label_hausdorff(y_pred, y, self.labels, spacing, self.percentile)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agreement of label maps after registration: Dice and Hausdorff distance, label by label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from monai.utils import MetricReduction, convert_to_tensor
+from scipy import ndimage
+
+from monai_deq.metrics.reduced_metric import ReducedIterationMetric
+
+__all__ = ["LabelDiceMetric", "compute_label_dice", "compute_label_hausdorff"]
+
+
+def _check_labels(labels: Sequence[int]) -> tuple[int, ...]:
+    checked = tuple(labels)
+    if not checked or not all(isinstance(label, Integral) and label > 0 for label in checked):
+        raise ValueError(f"labels: expected one or more integers above 0 (0 is the background), got {checked}.")
+    if len(set(checked)) != len(checked):
+        raise ValueError(f"labels: expected each label once, got {checked}.")
+    return checked
+
+
+def _check_label_map(label_map: torch.Tensor, name: str) -> torch.Tensor:
+    if not isinstance(label_map, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(label_map).__name__}.")
+    if label_map.ndim not in (4, 5) or label_map.shape[1] != 1:
+        raise ValueError(f"{name}: expected shape (B, 1, H, W) or (B, 1, D, H, W), got {tuple(label_map.shape)}.")
+    plain: torch.Tensor = convert_to_tensor(label_map, track_meta=False)
+    if plain.is_floating_point() and not torch.equal(plain, plain.round()):
+        raise ValueError(f"{name}: expected integer values, got fractions or NaN. Warp labels with nearest neighbour.")
+    return plain
+
+
+def _check_pair(warped_label: torch.Tensor, fixed_label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    warped_label = _check_label_map(warped_label, "warped_label")
+    fixed_label = _check_label_map(fixed_label, "fixed_label")
+    if warped_label.shape != fixed_label.shape:
+        raise ValueError(
+            f"warped_label: expected the shape of fixed_label, {tuple(fixed_label.shape)}, "
+            f"got {tuple(warped_label.shape)}."
+        )
+    return warped_label, fixed_label.to(warped_label.device)
+
+
+def _renumber(label_map: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
+    """Put 1, 2, ... for the labels in the order given, 0 for all else: label numbers may be large and have gaps."""
+    values, order = torch.sort(torch.tensor([int(label) for label in labels], device=label_map.device))
+    label_map = label_map.long().contiguous()
+    position = torch.searchsorted(values, label_map).clamp(max=len(values) - 1)
+    return torch.where(values[position] == label_map, order[position] + 1, 0).to(torch.int16)
+
+
+def compute_label_dice(
+    warped_label: torch.Tensor,
+    fixed_label: torch.Tensor,
+    labels: Sequence[int],
+    moving_label: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Dice coefficient of each label.
+
+    A label that one of the two images lacks has no score. Pass ``moving_label`` to judge that on the image before
+    warping, as Learn2Reg does: then a label that the warp itself made vanish scores 0, without it NaN.
+
+    Args:
+        warped_label: moving labels warped with nearest neighbour, shape (B, 1, *spatial), integer values.
+        fixed_label: fixed labels, same shape.
+        labels: the labels to score, without the background 0.
+        moving_label: moving labels before the warp, shape (B, 1, *any spatial shape). Defaults to None.
+
+    Returns:
+        scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where a label is absent.
+
+    Raises:
+        TypeError: when a label map is not a tensor.
+        ValueError: when shapes do not fit, values are not integers, or ``labels`` holds 0 or a label twice.
+    """
+    labels = _check_labels(labels)
+    warped_label, fixed_label = _check_pair(warped_label, fixed_label)
+    warped, fixed = _renumber(warped_label, labels), _renumber(fixed_label, labels)
+    source = warped
+    if moving_label is not None:
+        source = _renumber(_check_label_map(moving_label, "moving_label").to(warped.device), labels)
+        if len(source) != len(warped):
+            raise ValueError(f"moving_label: expected {len(warped)} batch items, got {len(source)}.")
+
+    # MONAI gives NaN where the fixed image lacks the label; the moving side is for us to add
+    dice = compute_dice(warped, fixed, include_background=False, num_classes=len(labels) + 1)
+    present = torch.stack([torch.bincount(item, minlength=len(labels) + 1)[1:] > 0 for item in source.flatten(1)])
+    return torch.where(present, dice, torch.full_like(dice, float("nan")))
+
+
+def compute_label_hausdorff(
+    warped_label: torch.Tensor,
+    fixed_label: torch.Tensor,
+    labels: Sequence[int],
+    spacing: float | Sequence[float] | None = None,
+    percentile: float | None = None,
+) -> torch.Tensor:
+    """
+    Symmetric Hausdorff distance of each label, between the voxels on the two surfaces.
+
+    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance` on the joint bounding box of each label, so that the
+    cost is that of the structures and not of labels times volume. With ``percentile`` it is the larger of the two
+    directed percentiles, unweighted by surface area.
+
+    Args:
+        warped_label: moving labels warped with nearest neighbour, shape (B, 1, *spatial), integer values.
+        fixed_label: fixed labels, same shape.
+        labels: the labels to score, without the background 0.
+        spacing: size of a voxel in mm, one number or one per axis. Defaults to None: 1 mm.
+        percentile: above 0, up to 100, e.g. 95 for HD95. Defaults to None: the largest distance.
+
+    Returns:
+        distances in mm in the order of ``labels``, shape (B, len(labels)); NaN where either image lacks the label.
+
+    Raises:
+        TypeError: when a label map is not a tensor.
+        ValueError: when shapes do not fit, values are not integers, ``labels`` holds 0 or a label twice, or
+            ``spacing`` or ``percentile`` is out of range.
+    """
+    labels = _check_labels(labels)
+    warped_label, fixed_label = _check_pair(warped_label, fixed_label)
+    spatial_dims = warped_label.ndim - 2
+    # MONAI takes Python floats alone; the zooms of a NIfTI header are NumPy's
+    sizes = np.ones(spatial_dims) if spacing is None else np.asarray(spacing, dtype=float)
+    if sizes.shape not in ((), (spatial_dims,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ValueError(f"spacing: expected one number or {spatial_dims} numbers above 0, got {spacing}.")
+    voxel_size = np.broadcast_to(sizes, spatial_dims).tolist()
+    if percentile is not None and not 0 < percentile <= 100:
+        raise ValueError(f"percentile: expected a number above 0 and up to 100, or None, got {percentile}.")
+
+    warped, fixed = (_renumber(label_map, labels).cpu().numpy()[:, 0] for label_map in (warped_label, fixed_label))
+    distances = torch.full((len(warped), len(labels)), float("nan"))
+    for b in range(len(warped)):
+        boxes = (ndimage.find_objects(item[b], max_label=len(labels)) for item in (warped, fixed))
+        for i, (box_warped, box_fixed) in enumerate(zip(*boxes, strict=True)):
+            if box_warped is None or box_fixed is None:
+                continue
+            box = tuple(
+                slice(min(w.start, f.start), max(w.stop, f.stop)) for w, f in zip(box_warped, box_fixed, strict=True)
+            )
+            pred, target = (torch.from_numpy(item[b][box] == i + 1)[None, None] for item in (warped, fixed))
+            distances[b, i] = compute_hausdorff_distance(
+                pred, target, include_background=True, percentile=percentile, spacing=voxel_size
+            )
+    return distances.to(warped_label.device)
+
+
+class LabelDiceMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_label_dice`: mean over the labels of a pair, then over the pairs.
+
+    Call it as ``metric(y_pred=warped_label, y=fixed_label)``, optionally with ``moving_label``; batch-first tensors or
+    lists of channel-first tensors.
+
+    Args:
+        labels: the labels to score, without the background 0.
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to False.
+
+    Raises:
+        ValueError: when ``labels`` is empty, or holds 0 or a label twice.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        reduction: MetricReduction | str = MetricReduction.MEAN,
+        get_not_nans: bool = False,
+    ) -> None:
+        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
+        self.labels = _check_labels(labels)
+
+    def _compute_list(self, y_pred: Any, y: Any = None, moving_label: Any = None) -> torch.Tensor:  # type: ignore[override]
+        # MONAI hands keyword arguments whole to every item; the moving labels go item by item
+        if moving_label is not None and len(moving_label) != len(y_pred):
+            raise ValueError(f"moving_label: expected {len(y_pred)} items, as in y_pred, got {len(moving_label)}.")
+        scores = []
+        for i, warped in enumerate(y_pred):
+            fixed, moving = (None if items is None else items[i][None] for items in (y, moving_label))
+            scores.append(self._compute_tensor(warped[None], fixed, moving))
+        return torch.cat(scores)
+
+    def _compute_tensor(  # type: ignore[override]
+        self, y_pred: torch.Tensor, y: torch.Tensor | None = None, moving_label: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if y is None:
+            raise ValueError("y: expected the fixed labels, got None. Call metric(y_pred=warped_label, y=fixed_label).")
+        return compute_label_dice(y_pred, y, self.labels, moving_label)
