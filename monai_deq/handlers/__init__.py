@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite side: metrics, checkpoints, results."""
+
+from __future__ import annotations
+
+from .checkpoint import TrainingCheckpoint, WeightsLoader
+from .epoch_loss import EpochMeanLoss
+from .folded_voxels import FoldedVoxels
+from .gradient_clipping import GradientClipping
+from .label_dice import LabelDice
+from .label_hausdorff import LabelHausdorff
+from .non_diffeomorphic_volume import NonDiffeomorphicVolume
+from .output_guard import OutputGuard
+from .pair_results import PairResultsSaver
+from .set_epoch import SamplerEpochSetter
+from .std_log_jacobian import StdLogJacobian
+
+__all__ = [
+    "EpochMeanLoss",
+    "FoldedVoxels",
+    "GradientClipping",
+    "LabelDice",
+    "LabelHausdorff",
+    "NonDiffeomorphicVolume",
+    "OutputGuard",
+    "PairResultsSaver",
+    "SamplerEpochSetter",
+    "StdLogJacobian",
+    "TrainingCheckpoint",
+    "WeightsLoader",
+]

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a training that appear whole, resume exactly, and are not overwritten unasked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ignite.engine import Events
+
+from monai_deq.networks import load_checkpoint, load_weights
+from monai_deq.utils import as_flag, refuse_existing, replace_file
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+__all__ = ["TrainingCheckpoint", "WeightsLoader"]
+
+
+class TrainingCheckpoint:
+    """
+    After each epoch writes ``last.pt``, all that is needed to go on (network, optimizer and what else is named, state
+    of the trainer, best validation score, random state), and, when the validation score is the best so far,
+    ``model.pt``, the weights of the network alone.
+
+    Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
+    resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler.
+
+    Args:
+        save_dir: folder of the checkpoints.
+        network: the network.
+        objects: other objects with ``state_dict``/``load_state_dict``, by name (optimizer, scheduler).
+        validator: engine whose key metric decides on ``model.pt``; without one the last epoch is the best.
+        resume: go on from ``last.pt`` where there is one. Defaults to ``False``.
+        overwrite: start anew over an existing checkpoint. Defaults to ``False``.
+        weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
+        settings: what evaluation and inference should know of the training (e.g. the image size), written beside
+            ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`.
+
+    Raises:
+        ValueError: When both ``resume`` and ``overwrite`` are asked for.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        network: torch.nn.Module,
+        objects: Mapping[str, Any] | None = None,
+        validator: Engine | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        weights: str | Path | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.resume, self.overwrite = as_flag(resume, "resume"), as_flag(overwrite, "overwrite")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other.")
+        self.last_path = Path(save_dir) / "last.pt"
+        self.best_path = Path(save_dir) / "model.pt"
+        self.network = network
+        self.objects = dict(objects or {})
+        self.validator = validator
+        self.weights = weights
+        self.settings = dict(settings or {})
+        self.logger = logging.getLogger("monai_deq")
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the trainer.
+        """
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def started(self, engine: Engine) -> None:
+        """Resume, or make sure that nothing is overwritten unasked."""
+        if self.resume and self.last_path.is_file():
+            self._load(engine)
+            return
+        if not self.overwrite:
+            refuse_existing(
+                [self.last_path, self.best_path],
+                "Go on with --resume true, start over with --overwrite true, or name another --ckpt_dir.",
+            )
+        if self.resume:
+            self.logger.info(f"nothing to resume in {self.last_path.parent}: training starts from the beginning")
+        if self.weights:
+            load_weights(self.network, self.weights)
+            self.logger.info(f"training starts from the weights in {self.weights}")
+
+    def _load(self, engine: Engine) -> None:
+        checkpoint = load_checkpoint(self.last_path)
+        absent = {"network", "trainer", *self.objects} - set(checkpoint)
+        if absent:
+            raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
+        load_weights(self.network, self.last_path)
+        for name, item in self.objects.items():
+            item.load_state_dict(checkpoint[name])
+        trainer = checkpoint["trainer"]
+        if trainer["epoch_length"] != engine.state.epoch_length:
+            raise ValueError(
+                f"{self.last_path} was trained with {trainer['epoch_length']} iterations an epoch, this run has "
+                f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
+            )
+        engine.state.epoch = trainer["epoch"]
+        engine.state.iteration = trainer["iteration"]
+        if self.validator is not None and checkpoint["best_epoch"] >= 0:
+            state: Any = self.validator.state
+            state.best_metric, state.best_metric_epoch = checkpoint["best_metric"], checkpoint["best_epoch"]
+        torch.set_rng_state(checkpoint["rng_state"].cpu())
+        self.logger.info(f"resumed after epoch {trainer['epoch']} from {self.last_path}")
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""
+        best_epoch, best_metric = engine.state.epoch, float("nan")
+        if self.validator is not None:
+            best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
+            best_metric = float(getattr(self.validator.state, "best_metric", -1))
+        checkpoint = {
+            "network": self.network.state_dict(),
+            **{name: item.state_dict() for name, item in self.objects.items()},
+            "trainer": {
+                "epoch": engine.state.epoch,
+                "iteration": engine.state.iteration,
+                "epoch_length": engine.state.epoch_length,
+            },
+            "best_epoch": best_epoch,
+            "best_metric": best_metric,
+            "rng_state": torch.get_rng_state(),
+        }
+        if best_epoch == engine.state.epoch:
+            with replace_file(self.best_path) as path:
+                torch.save(checkpoint["network"], path)
+            with replace_file(self.best_path.with_suffix(".json")) as path:
+                path.write_text(json.dumps({**self.settings, "epoch": best_epoch}, indent=2) + "\n")
+            self.logger.info(f"best validation score so far: wrote {self.best_path}")
+        with replace_file(self.last_path) as path:
+            torch.save(checkpoint, path)
+
+
+class WeightsLoader:
+    """
+    Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error.
+
+    Args:
+        network: the network.
+        path: checkpoint file.
+    """
+
+    def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
+        self.network = network
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the engine that uses the network.
+        """
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the weights."""
+        load_weights(self.network, self.path)
+        logging.getLogger("monai_deq").info(f"loaded the weights in {self.path}")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mean training loss of each epoch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ignite.engine import Events
+from monai.utils import CommonKeys
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+__all__ = ["EpochMeanLoss"]
+
+
+class EpochMeanLoss:
+    """
+    Put the mean loss over the iterations of an epoch into ``engine.state.metrics``, where the loggers find it. Attach
+    it before them.
+
+    Args:
+        name: name of the metric. Defaults to ``"train_loss"``.
+    """
+
+    def __init__(self, name: str = "train_loss") -> None:
+        self.name = name
+        self.total = 0.0
+        self.count = 0
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the trainer.
+        """
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def reset(self, engine: Engine) -> None:
+        """Begin an epoch."""
+        self.total, self.count = 0.0, 0
+
+    def iteration_completed(self, engine: Engine) -> None:
+        """Add the loss of an iteration."""
+        self.total += float(engine.state.output[CommonKeys.LOSS])  # type: ignore[index,call-overload]
+        self.count += 1
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """Set the mean."""
+        engine.state.metrics[self.name] = self.total / max(self.count, 1)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse to overwrite results before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ignite.engine import Events
+
+if TYPE_CHECKING:
+    from ignite.engine import Engine
+
+    from monai_deq.transforms import SaveRegistrationd
+
+__all__ = ["OutputGuard"]
+
+
+class OutputGuard:
+    """
+    When an engine starts, let the writer of its results refuse every item whose files are there already.
+
+    Args:
+        saver: the transform that will write the results.
+        data: items with the names that the files are called after.
+    """
+
+    def __init__(self, saver: SaveRegistrationd, data: Sequence[Mapping[Any, Any]]) -> None:
+        self.saver = saver
+        self.data = data
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: the engine that produces the results.
+        """
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Check every item."""
+        for item in self.data:
+            self.saver.refuse_existing(item)

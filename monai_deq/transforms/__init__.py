@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms: loading and checks, solving, warping, writing."""
+
+from __future__ import annotations
+
+from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
+from .load_pair import load_pair_transforms
+from .load_subject import (
+    CheckLabeld,
+    CheckRegistrationImaged,
+    CheckSameGridd,
+    DropSliceAxisd,
+    LoadRegistrationImaged,
+    ScaleToUnitRanged,
+    load_subject_transforms,
+)
+from .resample_ddf import ResampleDDF, ResampleDDFD, ResampleDDFd, ResampleDDFDict
+from .save_registration import SaveRegistrationD, SaveRegistrationd, SaveRegistrationDict, save_nifti
+from .warp import WarpByDDFD, WarpByDDFd, WarpByDDFDict
+
+__all__ = [
+    "CheckLabeld",
+    "CheckRegistrationImaged",
+    "CheckSameGridd",
+    "DropSliceAxisd",
+    "FixedPointSolver",
+    "FixedPointSolverD",
+    "FixedPointSolverDict",
+    "FixedPointSolverd",
+    "LoadRegistrationImaged",
+    "ResampleDDF",
+    "ResampleDDFD",
+    "ResampleDDFDict",
+    "ResampleDDFd",
+    "SaveRegistrationD",
+    "SaveRegistrationDict",
+    "SaveRegistrationd",
+    "ScaleToUnitRanged",
+    "WarpByDDFD",
+    "WarpByDDFDict",
+    "WarpByDDFd",
+    "load_pair_transforms",
+    "load_subject_transforms",
+    "save_nifti",
+]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Register one pair by solving a network's map to equilibrium."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from monai.transforms.transform import MapTransform
+from monai.utils import TransformBackends, convert_to_tensor
+
+from monai_deq.networks.blocks import warp_by_ddf
+
+__all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
+
+
+def _plain(data: NdarrayOrTensor, name: str, device: torch.device) -> torch.Tensor:
+    """Channel-first image of any kind to a batch of one plain float tensor on the device."""
+    tensor = convert_to_tensor(data, track_meta=False)
+    if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (3, 4):
+        raise ValueError(f"{name} must be a channel-first 2-D or 3-D image, got {getattr(data, 'shape', type(data))}.")
+    if not tensor.is_floating_point():
+        tensor = tensor.float()
+    return tensor[None].to(device)
+
+
+class FixedPointSolver(Transform):
+    """
+    Solve for the displacement that a registration network's map leaves unchanged, any number of steps beyond what
+    the network was trained with (paper, Eq. 5).
+
+    The warped image and the displacement live on the fixed image's grid: given MetaTensors, both carry the affine
+    and meta data of the fixed image.
+
+    Args:
+        network: module with ``solve(moving, fixed, initial_ddf, **settings) -> (ddf, SolverRecord)``, such as
+            :py:class:`monai_deq.networks.nets.DEQRegistrationNet`. It is used in eval mode and left as it was.
+        solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
+        max_steps: step limit. Defaults to the network's own.
+        tolerance: RMS residual in voxels at which to stop. Defaults to the network's own.
+        relative_tolerance: relative residual at which to stop. Defaults to the network's own.
+        solver_options: further options of the solver.
+        device: where to solve. Defaults to the device of the network's parameters. Results come back to the device of
+            the fixed image.
+
+    Raises:
+        TypeError: When the network has no ``solve``.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        solver: str | None = None,
+        max_steps: int | None = None,
+        tolerance: float | None = None,
+        relative_tolerance: float | None = None,
+        solver_options: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not callable(getattr(network, "solve", None)):
+            raise TypeError(
+                f"network must have a method solve(moving, fixed, initial_ddf), {type(network).__name__} has none."
+            )
+        self.network = network
+        settings = {
+            "solver": solver,
+            "max_steps": max_steps,
+            "tolerance": tolerance,
+            "relative_tolerance": relative_tolerance,
+            "solver_options": solver_options,
+        }
+        self.settings = {k: v for k, v in settings.items() if v is not None}
+        self.device = None if device is None else torch.device(device)
+
+    def __call__(  # type: ignore[override]
+        self, moving: NdarrayOrTensor, fixed: NdarrayOrTensor, initial_ddf: NdarrayOrTensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """
+        Args:
+            moving: ``(1, *spatial)``, intensities in [0, 1].
+            fixed: ``(1, *spatial)``, intensities in [0, 1].
+            initial_ddf: displacement to start from, ``(ndim, *spatial)`` in voxels. Defaults to zero.
+
+        Returns:
+            The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
+            ``steps``, ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces.
+
+        Raises:
+            ValueError: When the shapes do not fit.
+        """
+        parameter = next(self.network.parameters(), None)
+        device = self.device or (parameter.device if parameter is not None else torch.device("cpu"))
+        moving_batch, fixed_batch = _plain(moving, "moving", device), _plain(fixed, "fixed", device)
+        start = None if initial_ddf is None else _plain(initial_ddf, "initial_ddf", device)
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                ddf, record = self.network.solve(moving_batch, fixed_batch, start, **self.settings)  # type: ignore[operator]
+                warped = warp_by_ddf(moving_batch, ddf)
+        finally:
+            self.network.train(was_training)
+        out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
+        warped, ddf = warped[0].to(out_device), ddf[0].to(out_device)
+        if isinstance(fixed, MetaTensor):
+            warped = MetaTensor(warped, affine=fixed.affine.clone(), meta=dict(fixed.meta))
+            ddf = MetaTensor(ddf, affine=fixed.affine.clone(), meta=dict(fixed.meta))
+        return warped, ddf, record.item(0)
+
+
+class FixedPointSolverd(MapTransform):
+    """
+    Dictionary-based wrapper of :py:class:`FixedPointSolver`.
+
+    Args:
+        network: see :py:class:`FixedPointSolver`.
+        moving_key: key of the moving image. Defaults to ``"moving"``.
+        fixed_key: key of the fixed image. Defaults to ``"fixed"``.
+        initial_ddf_key: key of a displacement to start from; an item without it starts from zero. Defaults to none.
+        ddf_key: key under which the displacement is put. Defaults to ``"ddf"``.
+        warped_key: key under which the warped image is put. Defaults to ``"warped"``.
+        record_key: key under which the record is put. Defaults to ``"record"``.
+        kwargs: further arguments of :py:class:`FixedPointSolver`.
+    """
+
+    backend = FixedPointSolver.backend
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        moving_key: str = "moving",
+        fixed_key: str = "fixed",
+        initial_ddf_key: str | None = None,
+        ddf_key: str = "ddf",
+        warped_key: str = "warped",
+        record_key: str = "record",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__((moving_key, fixed_key))
+        self.moving_key = moving_key
+        self.fixed_key = fixed_key
+        self.initial_ddf_key = initial_ddf_key
+        self.ddf_key = ddf_key
+        self.warped_key = warped_key
+        self.record_key = record_key
+        self.solve = FixedPointSolver(network, **kwargs)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Solve for the pair in ``data`` and put the displacement, the warped image and the record beside it."""
+        d = dict(data)
+        for key in (self.moving_key, self.fixed_key):
+            if key not in d:
+                raise KeyError(f"FixedPointSolverd needs the key {key!r}, the item has {sorted(map(str, d))}.")
+        initial = d.get(self.initial_ddf_key) if self.initial_ddf_key is not None else None
+        d[self.warped_key], d[self.ddf_key], d[self.record_key] = self.solve(
+            d[self.moving_key], d[self.fixed_key], initial
+        )
+        return d
+
+
+FixedPointSolverD = FixedPointSolverDict = FixedPointSolverd

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the files of a pair to what the network takes, with the scans as they are kept beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai.transforms import Compose, CopyItemsd, Resized
+
+from monai_deq.transforms.load_subject import (
+    CheckLabeld,
+    CheckRegistrationImaged,
+    CheckSameGridd,
+    DropSliceAxisd,
+    LoadRegistrationImaged,
+    ScaleToUnitRanged,
+)
+
+__all__ = ["load_pair_transforms"]
+
+
+def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None = None) -> Compose:
+    """
+    Transforms from ``{"fixed": file, "moving": file, "moving_label": file or absent}`` to checked channel-first images.
+
+    ``"fixed_scan"`` and ``"moving_scan"`` are the scans with their own intensities and size, to be used when the field
+    is applied; ``"fixed"`` and ``"moving"`` are scaled to [0, 1] where needed and resized to ``spatial_size`` for the network.
+
+    Args:
+        spatial_dims: 2 or 3.
+        spatial_size: size the network works at. Defaults to ``None``: the scans' own.
+
+    Raises:
+        ValueError: When ``spatial_size`` has another number of axes.
+    """
+    images = ("fixed", "moving")
+    label = ("moving_label",)
+    everything = (*images, *label)
+    transforms = [
+        LoadRegistrationImaged(images),
+        LoadRegistrationImaged(label, allow_missing_keys=True),
+        *([DropSliceAxisd(everything, allow_missing_keys=True)] if spatial_dims == 2 else []),
+        CheckRegistrationImaged(images, spatial_dims),
+        CheckLabeld(label, ("moving",), allow_missing_keys=True),
+        CheckSameGridd(images),
+        CopyItemsd(images, names=["fixed_scan", "moving_scan"]),
+        ScaleToUnitRanged(images),
+    ]
+    if spatial_size is not None:
+        if len(spatial_size) != spatial_dims:
+            raise ValueError(f"spatial_size must have {spatial_dims} numbers, got {spatial_size}.")
+        mode = "bilinear" if spatial_dims == 2 else "trilinear"
+        transforms.append(Resized(images, tuple(spatial_size), mode=mode, align_corners=False, anti_aliasing=True))
+    return Compose(transforms)
