@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of brain MRI and their pairing for registration."""
+
+from __future__ import annotations
+
+from .caching import cached_subjects
+from .grid import Grid, check_same_grid, grid_of, source_of
+from .oasis import (
+    LEARN2REG_OASIS,
+    NEURITE_OASIS,
+    SEG24_LABELS,
+    SEG35_LABELS,
+    OasisDataset,
+    find_oasis,
+    label_set,
+    split_subjects,
+)
+from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
+from .sample import is_sample, resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
+from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
+
+__all__ = [
+    "LEARN2REG_OASIS",
+    "NEURITE_OASIS",
+    "SEG24_LABELS",
+    "SEG35_LABELS",
+    "Grid",
+    "OasisDataset",
+    "PairDataset",
+    "RandomPairSampler",
+    "cached_subjects",
+    "check_same_grid",
+    "find_oasis",
+    "fixed_pairs",
+    "grid_of",
+    "is_sample",
+    "label_set",
+    "listed_pairs",
+    "pair_indices",
+    "pairs_as_indices",
+    "resolve_dataset_dir",
+    "sample_dataset_dir",
+    "scan_pairs",
+    "source_of",
+    "split_scan_pairs",
+    "split_subjects",
+    "write_sample_cohort",
+]

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the voxels of an image lie: size, spacing, orientation and origin, and whether two images share them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+__all__ = ["Grid", "check_same_grid", "grid_of", "source_of"]
+
+logger = logging.getLogger("monai_deq")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The voxel grid of one image.
+
+    Args:
+        size: number of voxels along each array axis.
+        spacing: voxel size along each array axis in mm.
+        direction: direction cosines ``(3, ndim)``, column ``i`` is the world direction of array axis ``i``.
+        origin: world position ``(3,)`` of the first voxel in mm.
+    """
+
+    size: tuple[int, ...]
+    spacing: np.ndarray
+    direction: np.ndarray
+    origin: np.ndarray
+
+    @property
+    def orientation(self) -> str:
+        """World direction of each array axis in letters, e.g. ``"LIA"``; a 2-D grid has two."""
+        ndim = self.direction.shape[1]
+        affine = np.eye(4)
+        affine[:3, :3] = np.linalg.svd(self.direction)[0]  # any complement serves: only the first ndim letters are kept
+        affine[:3, :ndim] = self.direction
+        return "".join(nib.aff2axcodes(affine)[:ndim])
+
+
+def source_of(image: torch.Tensor, name: str) -> str:
+    """The file that an image was loaded from, else ``name``; for error messages and log lines."""
+    if isinstance(image, MetaTensor) and isinstance(file := image.meta.get("filename_or_obj"), str):
+        return file
+    return name
+
+
+def grid_of(image: torch.Tensor) -> Grid | None:
+    """The grid of a channel-first image.
+
+    A 2-D image may carry the 4x4 affine of the slice that it was read from, and its two axes need not be the first two
+    of the world (a coronal slice lies in x and z). MONAI's ``pixdim`` reads the upper left 2x2 block, which is wrong
+    for such a slice; here the whole columns are used.
+
+    Args:
+        image: ``(C, *spatial)``.
+
+    Returns:
+        The grid, or None where the tensor carries no affine.
+    """
+    if not isinstance(image, MetaTensor):
+        return None
+    size = tuple(image.shape[1:])
+    affine = np.asarray(image.affine, dtype=np.float64)
+    rows = affine.shape[0] - 1
+    columns = np.zeros((3, len(size)))
+    origin = np.zeros(3)
+    columns[:rows] = affine[:rows, : len(size)]
+    origin[:rows] = affine[:rows, -1]
+    spacing = np.linalg.norm(columns, axis=0)
+    direction = columns / np.where(spacing > 0, spacing, 1.0)
+    return Grid(size, spacing, direction, origin)
+
+
+def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str) -> None:
+    """Refuse a pair that does not lie on one voxel grid; warn where only the origin differs.
+
+    A displacement field in voxels on the grid of the fixed image means the same in the moving image only if both have
+    one size, spacing and orientation. Another origin is a translation that affine alignment left in the header.
+
+    Args:
+        fixed: ``(C, *spatial)``; size alone is compared where either tensor has no affine.
+        moving: ``(C, *spatial)``.
+        fixed_name: how to call the fixed image in the message, e.g. its subject or file.
+        moving_name: the same for the moving image.
+
+    Raises:
+        ValueError: When size, spacing or orientation differ.
+    """
+
+    def refuse(what: str, of_fixed: object, of_moving: object) -> None:
+        raise ValueError(
+            f"Fixed and moving image must share one voxel grid, but their {what} differs: "
+            f"{fixed_name} has {of_fixed}, {moving_name} has {of_moving}. "
+            "Resample one onto the other first (e.g. with monai.transforms.ResampleToMatch)."
+        )
+
+    if fixed.shape[1:] != moving.shape[1:]:
+        refuse("size", tuple(fixed.shape[1:]), tuple(moving.shape[1:]))
+    a, b = grid_of(fixed), grid_of(moving)
+    if a is None or b is None:
+        return
+    # 1e-3 of a voxel per voxel: below what float32 headers and nibabel's quaternions keep apart over one image
+    if not np.allclose(a.spacing, b.spacing, rtol=1e-3, atol=0.0):
+        refuse("spacing (mm)", a.spacing.round(4).tolist(), b.spacing.round(4).tolist())
+    if not np.allclose(a.direction, b.direction, rtol=0.0, atol=1e-3):
+        if a.orientation != b.orientation:
+            refuse("orientation", a.orientation, b.orientation)
+        refuse("orientation (direction cosines)", a.direction.round(3).tolist(), b.direction.round(3).tolist())
+    if not np.allclose(a.origin, b.origin, rtol=0.0, atol=1e-3 * a.spacing.max()):
+        logger.warning(
+            "fixed and moving image have another origin (%s at %s mm, %s at %s mm); they are registered voxel by voxel",
+            fixed_name,
+            a.origin.round(3).tolist(),
+            moving_name,
+            b.origin.round(3).tolist(),
+        )

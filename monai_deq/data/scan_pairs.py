@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of scan files to register."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai_deq.data.oasis import find_oasis, split_subjects
+from monai_deq.data.pairs import fixed_pairs
+from monai_deq.data.sample import resolve_dataset_dir
+
+__all__ = ["listed_pairs", "scan_pairs", "split_scan_pairs"]
+
+_KEYS = ("fixed", "moving", "moving_label")
+
+
+def _name(path: str | Path) -> str:
+    """File name without its suffixes, with the folder's name where scans are told apart by their folder alone."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _pair(fixed: str | Path, moving: str | Path, moving_label: str | Path | None, where: str) -> dict[str, Any]:
+    for key, path in zip(_KEYS, (fixed, moving, moving_label), strict=True):
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"{where}: the file {key} {str(path)!r} does not exist.")
+    names = _name(fixed), _name(moving)
+    if names[0] == names[1]:
+        # neurite-OASIS: one folder a subject, the same file name in each
+        names = f"{Path(fixed).resolve().parent.name}_{names[0]}", f"{Path(moving).resolve().parent.name}_{names[1]}"
+    item = {"fixed": str(fixed), "moving": str(moving), "fixed_subject": names[0], "moving_subject": names[1]}
+    if moving_label is not None:
+        item["moving_label"] = str(moving_label)
+    return item
+
+
+def scan_pairs(
+    fixed: str | Path | None, moving: str | Path | None, moving_label: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """
+    One pair of scans as a list of one item.
+
+    Args:
+        fixed: file of the fixed scan.
+        moving: file of the moving scan.
+        moving_label: label map of the moving scan, to be warped with it. Defaults to none.
+
+    Raises:
+        ValueError: When one of the two scans is not given.
+        FileNotFoundError: When a file does not exist.
+    """
+    if not fixed or not moving:
+        raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
+    return [_pair(fixed, moving, moving_label, "pair")]
+
+
+def listed_pairs(path: str | Path) -> list[dict[str, Any]]:
+    """
+    Pairs named in a JSON file: ``[{"fixed": file, "moving": file, "moving_label": file (optional)}, ...]``. Relative
+    files are relative to the list.
+
+    Args:
+        path: the JSON file.
+
+    Raises:
+        FileNotFoundError: When the list or a file in it does not exist.
+        ValueError: When the list is malformed, or two pairs would write the same files.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
+    try:
+        entries = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {type(entries).__name__}.')
+    items = []
+    for i, entry in enumerate(entries):
+        where = f"{path}, pair {i}"
+        if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_KEYS):
+            raise ValueError(f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label', got {entry!r}.")
+        files = [None if entry.get(key) is None else path.parent / entry[key] for key in _KEYS]
+        if files[0] is None or files[1] is None:
+            raise ValueError(f"{where}: 'fixed' and 'moving' must name files, got {entry!r}.")
+        items.append(_pair(files[0], files[1], files[2], where))
+    _check_names(items, str(path))
+    return items
+
+
+def _check_names(items: Sequence[Mapping[str, Any]], where: str) -> None:
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        names = (item["fixed_subject"], item["moving_subject"])
+        if names in seen:
+            raise ValueError(
+                f"{where}: two pairs are called {names[1]}_to_{names[0]} and would write the same files; "
+                "give the scans different file names."
+            )
+        seen.add(names)
+
+
+def split_scan_pairs(
+    dataset_dir: str | Path | None = None,
+    spatial_dims: int = 3,
+    sizes: Sequence[int | None] = (300, 30, 84),
+    lists: Mapping[str, Sequence[str | int]] | None = None,
+    part: str = "test",
+) -> list[dict[str, Any]]:
+    """
+    The cyclic pairs of one part of a data set, as files to register.
+
+    Args:
+        dataset_dir: see :py:func:`find_oasis`. Defaults to the synthetic sample cohort.
+        spatial_dims: 2 or 3. Defaults to 3.
+        sizes: see :py:func:`split_subjects`.
+        lists: see :py:func:`split_subjects`.
+        part: ``"training"``, ``"validation"`` or ``"test"``. Defaults to ``"test"``.
+    """
+    subjects = split_subjects(find_oasis(resolve_dataset_dir(dataset_dir), spatial_dims), sizes, lists, require_labels=False)[part]
+    items = []
+    for pair in fixed_pairs(subjects):
+        fixed, moving = pair["fixed"], pair["moving"]
+        item = {
+            "fixed": str(fixed["image"]),
+            "moving": str(moving["image"]),
+            "fixed_subject": fixed["subject"],
+            "moving_subject": moving["subject"],
+        }
+        if moving["label"] is not None:
+            item["moving_label"] = str(moving["label"])
+        items.append(item)
+    return items
