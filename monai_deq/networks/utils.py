@@ -55,6 +55,8 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     """
     checkpoint = load_checkpoint(path)
     state = checkpoint.get("network", checkpoint)
+    if not isinstance(state, Mapping):
+        raise ValueError(f'{path} holds a {type(state).__name__} under "network", expected a dictionary of weights.')
     own = network.state_dict()
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
@@ -86,6 +88,17 @@ def trained_with(path: str | Path) -> dict[str, Any]:
 
     Returns:
         The settings; an empty dict when there is no such file.
+
+    Raises:
+        ValueError: When the file does not hold such settings.
     """
-    settings = Path(path).with_suffix(".json")
-    return json.loads(settings.read_text()) if settings.is_file() else {}
+    file = Path(path).with_suffix(".json")
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} is not readable JSON ({e}): restore it, or remove it to give the settings.") from e
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds a {type(settings).__name__}, expected a dictionary of settings.")
+    return settings

@@ -10,7 +10,6 @@ by relative residual, and return the final state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torchdeq.solver import register_solver
@@ -22,11 +21,6 @@ __all__ = ["SOLVERS", "anderson_solver", "plain_solver", "torchdeq_name"]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 SolverOutput = tuple[torch.Tensor, list[torch.Tensor], SolverStat]
-
-
-class _Acceleration(Protocol):
-    def __call__(self, gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Next state from ``g(x)``, ``g(x) - x`` and the residual norm of each item ``(B,)``."""
 
 
 def _per_item(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -44,9 +38,10 @@ def _iterate(
     tol: float,
     rel_tol: float,
     indexing: Sequence[int] | None,
-    accelerate: _Acceleration | None,
+    damping: float = 1.0,
+    mixing: _Anderson | None = None,
 ) -> SolverOutput:
-    """Drive ``x <- accelerate(g(x))`` until every item has stopped. See :py:func:`plain_solver`."""
+    """Drive the iteration until every item has stopped. See :py:func:`plain_solver`, :py:func:`anderson_solver`."""
     if max_iter < 1:
         raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
     if x0.ndim < 2:
@@ -58,10 +53,14 @@ def _iterate(
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
     steps = torch.zeros(batch, dtype=torch.long, device=x.device)
     reason = [StopReason.STEP_LIMIT] * batch
-    residuals, relatives, trajectory = [], [], []
+    residuals, relatives = [], []
+    states: dict[int, torch.Tensor] = {}
 
     for k in range(1, max_iter + 1):
-        gx = func(x)
+        # a map that computes in half precision must not take the state down with it
+        gx = func(x).to(x.dtype)
+        if gx.shape != x.shape:
+            raise ValueError(f"the map must keep the shape of the state {tuple(x.shape)}, it gave {tuple(gx.shape)}.")
         fx = gx - x
         norm = _norm(fx)
         residual = norm * per_voxel
@@ -81,20 +80,20 @@ def _iterate(
         for i in torch.nonzero(done).flatten().tolist():
             reason[i] = StopReason.TOLERANCE if bool(met[i]) else StopReason.RELATIVE_TOLERANCE
 
-        candidate = gx
-        if accelerate is not None and k < max_iter:
+        candidate = gx if damping == 1 else gx - (1 - damping) * fx
+        if mixing is not None and k < max_iter:
             # an item that stops here, and everyone at the last step, takes g(x) itself: its residual was measured
-            candidate = torch.where(_per_item(done, gx), gx, accelerate(gx, fx, norm))
+            candidate = torch.where(_per_item(done, gx), gx, mixing(gx, fx, norm))
         x = candidate if bool(step.all()) else torch.where(_per_item(step, x), candidate, x)
         steps += step
         active = step & ~done
         if k in wanted:
-            trajectory.append(x)
+            states[k] = x
         if not bool(active.any()):
             break
 
     # every index asked for gets a state, also where all items stopped before it
-    trajectory += [x] * (len(wanted) - len(trajectory))
+    trajectory = [states.get(k, x) for k in wanted]
     record = SolverRecord(
         steps=steps.cpu(),
         residual=torch.stack(residuals, dim=1).detach().cpu(),
@@ -159,11 +158,7 @@ def plain_solver(
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
-
-    def damped(gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return gx - (1 - damping) * fx
-
-    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, None if damping == 1 else damped)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, damping=damping)
 
 
 class _Anderson:
@@ -179,18 +174,16 @@ class _Anderson:
         self.best: torch.Tensor | None = None
 
     def __call__(self, gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        # non-finite items are frozen by the driver; zeros keep them out of the small linear solve
-        bad = ~torch.isfinite(residual)
-        if bool(bad.any()):
-            gx, fx = (torch.where(_per_item(bad, t), torch.zeros_like(t), t) for t in (gx, fx))
-        # where mixing made things worse the item starts its history anew from a plain step
+        # Nothing goes from one item to another; what becomes of one that is frozen or not finite is not used.
+        # Where mixing made things worse the item starts its history anew from a plain step.
         best = residual if self.best is None else self.best
-        restart = residual > self.growth_limit * best
+        mixed = torch.stack(self.valid).sum(dim=0) > 1 if self.valid else residual < 0
+        restart = mixed & (residual > self.growth_limit * best)
         self.best = torch.where(restart, residual, torch.fmin(best, residual))
         self.valid = [v & ~restart for v in self.valid]
         self.gx.append(gx)
         self.fx.append(fx)
-        self.valid.append(~bad)
+        self.valid.append(torch.ones_like(restart))
         if len(self.fx) > self.window:
             for history in (self.gx, self.fx, self.valid):
                 history.pop(0)  # type: ignore[attr-defined]
@@ -198,21 +191,27 @@ class _Anderson:
         if n == 1:
             return gx
 
+        # minimise |sum_j w_j f_j|^2 + regularization * sum_j w_j^2 |f_j|^2 under sum_j w_j = 1; with each f_j scaled to
+        # length one the system is well conditioned, however fast the residuals have fallen, and free of units
         gram = gx.new_zeros(gx.shape[0], n, n, dtype=torch.float64)
         flat = [f.flatten(1) for f in self.fx]
         for i in range(n):
             for j in range(i, n):
-                gram[:, i, j] = gram[:, j, i] = torch.linalg.vecdot(flat[i], flat[j]).double()
-        valid = torch.stack(self.valid, dim=1).double()
+                # not a matrix product, which autocast or TF32 would do in half precision
+                gram[:, i, j] = gram[:, j, i] = (flat[i] * flat[j]).sum(dim=1, dtype=torch.float64)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        # relative to the newest residual, so that the mixing does not depend on the units
-        ridge = self.regularization * diagonal[:, -1:] + torch.finfo(torch.float64).tiny ** 0.5
-        gram = gram * valid[:, :, None] * valid[:, None, :] + torch.diag_embed(valid * ridge + (1 - valid))
-        weights = torch.linalg.solve(gram, valid)
+        usable = torch.stack(self.valid, dim=1) & (diagonal > 0)
+        scale = torch.where(usable, diagonal.rsqrt(), torch.zeros_like(diagonal))
+        gram = gram * scale[:, :, None] * scale[:, None, :]
+        gram = gram + torch.diag_embed(torch.where(usable, self.regularization, 1.0).to(gram.dtype))
+        # a singular system is no error: that item takes a plain step
+        weights, singular = torch.linalg.solve_ex(gram, scale)
+        weights = weights * scale
         weights = weights / weights.sum(dim=1, keepdim=True)
+        solved = (singular == 0) & torch.isfinite(weights).all(dim=1)
         newest = torch.zeros_like(weights)
         newest[:, -1] = 1
-        weights = torch.where(torch.isfinite(weights).all(dim=1, keepdim=True), weights, newest).to(gx.dtype)
+        weights = torch.where(solved[:, None], weights, newest).to(gx.dtype)
         out = _per_item(weights[:, 0], gx) * self.gx[0]
         for i in range(1, n):
             out = out + _per_item(weights[:, i], gx) * self.gx[i]
@@ -228,7 +227,7 @@ def anderson_solver(
     indexing: Sequence[int] | None = None,
     rel_tol: float = 0.0,
     window: int = 4,
-    regularization: float = 1e-8,
+    regularization: float = 1e-5,
     growth_limit: float = 2.0,
 ) -> SolverOutput:
     """
@@ -236,8 +235,8 @@ def anderson_solver(
 
     The next state mixes the last ``window`` images ``g(x_j)`` with the weights, summing to one, that minimise the
     norm of the mixed residuals (Walker and Ni, SIAM J. Numer. Anal. 2011). The states are kept in their own
-    precision, ``2 * window`` of them; the small linear system is solved in float64. When an item's residual grows
-    past ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
+    precision, ``2 * window`` of them; the small linear system is solved in float64. When a mixed step takes an item's
+    residual past ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
 
     Args:
         func: the map ``g``.
@@ -248,7 +247,9 @@ def anderson_solver(
         indexing: see :py:func:`plain_solver`.
         rel_tol: see :py:func:`plain_solver`.
         window: number of states mixed, at least 1 (1 is the plain iteration). Defaults to 4.
-        regularization: ridge on the Gram matrix, relative to the newest squared residual. Defaults to 1e-8.
+        regularization: ridge on the Gram matrix of the residuals, relative to their squared norms. Much below the
+            rounding of float32 (1e-7), residuals that are alike get large weights of either sign by chance, which can
+            throw the state far away at an unchanged residual. Defaults to 1e-5.
         growth_limit: growth of the residual at which the history is dropped, above 1. Defaults to 2.
 
     Returns:
@@ -264,7 +265,8 @@ def anderson_solver(
     if growth_limit <= 1:
         raise ValueError(f"growth_limit must be above 1, got {growth_limit}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
-    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, _Anderson(window, regularization, growth_limit))
+    mixing = _Anderson(window, regularization, growth_limit)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, mixing=mixing)
 
 
 #: solvers by the name that networks and transforms take

@@ -60,18 +60,23 @@ class SolverRecord:
 
     def item(self, index: int) -> dict[str, Any]:
         """
-        The record of one item in plain Python values, fit for JSON.
+        The record of one item in plain Python values, fit for JSON: a residual that is not finite (a relative one
+        where ``g(x)`` is zero, or any where no step was taken) is ``None``.
 
         Args:
             index: position in the batch.
         """
+
+        def number(value: torch.Tensor) -> float | None:
+            return float(value) if bool(torch.isfinite(value)) else None
+
         n = int(self.steps[index])
         return {
             "steps": n,
-            "residual": float(self.final_residual[index]),
-            "relative_residual": float(self.final_relative_residual[index]),
+            "residual": number(self.final_residual[index]),
+            "relative_residual": number(self.final_relative_residual[index]),
             "converged": bool(self.converged[index]),
             "reason": self.reason[index],
-            "residual_trace": [float(v) for v in self.residual[index, :n]],
-            "relative_residual_trace": [float(v) for v in self.relative_residual[index, :n]],
+            "residual_trace": [number(v) for v in self.residual[index, :n]],
+            "relative_residual_trace": [number(v) for v in self.relative_residual[index, :n]],
         }

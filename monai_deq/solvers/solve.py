@@ -30,13 +30,15 @@ def check_solver_options(solver: str, options: dict[str, Any] | None) -> dict[st
         The options as a new dict.
 
     Raises:
-        ValueError: When the solver or an option is unknown.
+        ValueError: When the solver or an option is unknown, or a value is out of its range.
     """
     torchdeq_name(solver)
     known = set(inspect.signature(SOLVERS[solver]).parameters) - _COMMON
     unknown = set(options or {}) - known
     if unknown:
         raise ValueError(f"unknown options {sorted(unknown)} for solver {solver!r}, it takes {sorted(known)}.")
+    # the solver itself checks the values, at its door: let it do so now
+    SOLVERS[solver](lambda x: x, torch.zeros(1, 1, 1), max_iter=1, **(options or {}))
     return dict(options or {})
 
 
@@ -50,8 +52,15 @@ def build_deq(solver: str, max_steps: int, tolerance: float, **kwargs: Any) -> t
         tolerance: RMS residual in voxels.
         kwargs: further settings of :py:func:`torchdeq.get_deq` (``grad``, ``tau``, ``n_states``, ``ift``, ...).
     """
+    # TorchDEQ's default core, "sliced", goes on from the end of each state's phantom steps: these would become a part
+    # of the iteration, and its acceleration would start anew at each of them
     return get_deq(
-        f_solver=torchdeq_name(solver), f_max_iter=int(max_steps), f_tol=float(tolerance), f_stop_mode="abs", **kwargs
+        core="indexing",
+        f_solver=torchdeq_name(solver),
+        f_max_iter=int(max_steps),
+        f_tol=float(tolerance),
+        f_stop_mode="abs",
+        **kwargs,
     )
 
 
@@ -80,8 +89,10 @@ def solve_fixed_point(
         The final state and the :py:class:`SolverRecord`.
 
     Raises:
-        ValueError: When the solver or an option is unknown or out of its range.
+        ValueError: When the solver or an option is unknown or out of its range, or the map changes the shape.
     """
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
     options = check_solver_options(solver, solver_options)
     deq = build_deq(solver, max_steps, tolerance).eval()
     state = initial.to(torch.promote_types(initial.dtype, torch.float32))

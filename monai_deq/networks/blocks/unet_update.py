@@ -26,13 +26,23 @@ class UNetUpdate(nn.Module):
         backbone: module that maps ``(B, 2 + ndim, *spatial)`` to ``(B, ndim, *spatial)``. An attribute ``divisor``
             (default 1) tells of which number the spatial sizes must be multiples. Defaults to
             :py:class:`RegistrationUNet` with ``2 + spatial_dims`` input channels.
+        autocast_dtype: run the backbone under autocast with this dtype, e.g. ``"bfloat16"``; the displacement stays
+            float32. Defaults to ``None``: as the caller's autocast has it.
+
+    Raises:
+        ValueError: When ``spatial_dims`` or ``autocast_dtype`` is none of these.
     """
 
-    def __init__(self, spatial_dims: int = 3, backbone: nn.Module | None = None) -> None:
+    def __init__(
+        self, spatial_dims: int = 3, backbone: nn.Module | None = None, autocast_dtype: str | None = None
+    ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        if autocast_dtype not in (None, "bfloat16", "float16"):
+            raise ValueError(f'autocast_dtype must be None, "bfloat16" or "float16", got {autocast_dtype!r}.')
         self.spatial_dims = spatial_dims
+        self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
         self.backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims) if backbone is None else backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
@@ -54,7 +64,11 @@ class UNetUpdate(nn.Module):
         pad = [(-n) % divisor for n in size]
         if any(pad):
             x = F.pad(x, [v for p in reversed(pad) for v in (0, p)])
-        delta = self.backbone(x)
+        if self.autocast_dtype is None:
+            delta = self.backbone(x)
+        else:
+            with torch.autocast(x.device.type, dtype=self.autocast_dtype):
+                delta = self.backbone(x).to(ddf.dtype)
         if any(pad):
             delta = delta[(..., *(slice(n) for n in size))]
         if delta.shape != ddf.shape:

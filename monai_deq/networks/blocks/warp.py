@@ -3,28 +3,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 __all__ = ["DDFWarp", "check_ddf", "warp_by_ddf"]
 
-# One normalised identity grid is kept per (shape, device). MONAI's Warp rebuilds it on the CPU at every call.
-_GRID_CACHE: dict[tuple[tuple[int, ...], torch.device, torch.dtype], torch.Tensor] = {}
-_GRID_CACHE_SIZE = 4
 
-
+@lru_cache(maxsize=4)
 def _identity_grid(spatial_size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Voxel coordinates of a grid, ``(1, ndim, *spatial)``, cached by shape, device and dtype."""
-    key = (tuple(spatial_size), device, dtype)
-    grid = _GRID_CACHE.get(key)
-    if grid is None:
-        axes = [torch.arange(n, device=device, dtype=dtype) for n in spatial_size]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
-        while len(_GRID_CACHE) >= _GRID_CACHE_SIZE:
-            _GRID_CACHE.pop(next(iter(_GRID_CACHE)))
-        _GRID_CACHE[key] = grid
-    return grid
+    """Voxel coordinates of a grid, ``(1, ndim, *spatial)``. MONAI's Warp rebuilds them on the CPU at every call."""
+    axes = [torch.arange(n, device=device, dtype=dtype) for n in spatial_size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def check_ddf(image: torch.Tensor, ddf: torch.Tensor) -> None:
@@ -55,10 +47,10 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
     Same convention as :py:class:`monai.networks.blocks.Warp` with its defaults: voxel units, channel ``i`` displaces
     array axis ``i``, border padding, ``align_corners=True``. The sampling coordinates are computed in float32 also
     when the image or the field is in half precision (at high voxel indices half precision loses sub-voxel
-    displacements); the result has the image's dtype.
+    displacements), or in float64 where one of them is; the result has the image's dtype.
 
     Args:
-        image: ``(B, C, *spatial)``, 2-D or 3-D.
+        image: ``(B, C, *spatial)``, 2-D or 3-D; of an integer type with ``"nearest"`` only.
         ddf: ``(B, ndim, *spatial)`` in voxels.
         mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"``.
 
@@ -66,10 +58,12 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
         The warped image, ``(B, C, *spatial)``.
 
     Raises:
-        ValueError: When the shapes do not fit.
+        ValueError: When the shapes do not fit, or when an image of an integer type would be interpolated.
     """
     check_ddf(image, ddf)
-    dtype = torch.promote_types(ddf.dtype, torch.float32)
+    if mode != "nearest" and not image.is_floating_point():
+        raise ValueError(f'an image of type {image.dtype} can be warped with mode="nearest" only, got {mode!r}.')
+    dtype = torch.promote_types(torch.promote_types(image.dtype, ddf.dtype), torch.float32)
     spatial = tuple(image.shape[2:])
     with torch.autocast(device_type=image.device.type, enabled=False):
         coords = _identity_grid(spatial, ddf.device, dtype) + ddf.to(dtype)

@@ -83,6 +83,16 @@ class DEQRegistrationNet(nn.Module):
             raise ValueError(f"phantom_damping must be in (0, 1], got {phantom_damping}.")
         if gradient not in ("phantom", "implicit"):
             raise ValueError(f'gradient must be "phantom" or "implicit", got {gradient!r}.')
+        if implicit_max_steps < 1:
+            raise ValueError(f"implicit_max_steps must be at least 1, got {implicit_max_steps}.")
+        tolerances = {
+            "tolerance": tolerance,
+            "relative_tolerance": relative_tolerance,
+            "implicit_tolerance": implicit_tolerance,
+        }
+        for name, value in tolerances.items():
+            if not value >= 0:  # nor NaN
+                raise ValueError(f"{name} must not be negative, got {value}.")
         self.update = UNetUpdate(spatial_dims) if update is None else update
         self.max_steps = max_steps
         self.tolerance = tolerance
@@ -137,6 +147,11 @@ class DEQRegistrationNet(nn.Module):
             raise ValueError(
                 "moving and fixed must have the same shape (B, 1, H, W[, D]), "
                 f"got {tuple(moving.shape)} and {tuple(fixed.shape)}."
+            )
+        if not (moving.is_floating_point() and fixed.is_floating_point()):
+            raise ValueError(
+                "moving and fixed must have floating point intensities in [0, 1], "
+                f"got {moving.dtype} and {fixed.dtype}."
             )
         dtype = torch.promote_types(fixed.dtype, torch.float32)
         if ddf is None:

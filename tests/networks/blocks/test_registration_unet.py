@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Net against MONAI's VoxelMorphUNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monai.networks.nets import VoxelMorphUNet
+
+from monai_deq.networks.blocks import RegistrationUNet
+
+
+def monai_unet(spatial_dims: int, in_channels: int) -> VoxelMorphUNet:
+    return VoxelMorphUNet(
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        unet_out_channels=32,
+        channels=(16, 32, 32, 32, 32, 32, 32, 32),
+        final_conv_channels=(16, 16),
+    )
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_number_of_parameters() -> None:
+    assert count(RegistrationUNet(3, 5)) == 328_627
+    assert count(monai_unet(3, 2)) == count(RegistrationUNet(3, 2)) == 327_331
+    assert count(monai_unet(2, 4)) == count(RegistrationUNet(2, 4))
+
+
+@pytest.mark.parametrize(("size", "in_channels"), [((16, 32), 4), ((32, 16), 2), ((16, 32, 16), 2)])
+def test_same_architecture_as_monai(size: tuple[int, ...], in_channels: int) -> None:
+    torch.manual_seed(0)
+    theirs = monai_unet(len(size), in_channels).double()
+    ours = RegistrationUNet(len(size), in_channels).double()
+    skip_channels = {f"decoder.{i}.conv.weight": n for i, n in enumerate((32, 32, 32, 16))}
+    with torch.no_grad():
+        for (name, own), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            # MONAI puts the skip connection before the upsampled features, RegistrationUNet after them
+            n = skip_channels.get(name, 0)
+            own.copy_(torch.cat([other[:, n:], other[:, :n]], dim=1) if n else other)
+    x = torch.randn(2, in_channels, *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected, y = theirs(x), ours(x)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_first_displacement_is_next_to_zero(spatial_dims: int) -> None:
+    torch.manual_seed(0)
+    net = RegistrationUNet(spatial_dims, 2 + spatial_dims)
+    assert net.flow.weight.std().item() == pytest.approx(1e-5, rel=0.15)
+    assert not net.flow.bias.any()
+    y = net(torch.rand(2, 2 + spatial_dims, *[16] * spatial_dims))
+    assert y.shape == (2, spatial_dims, *[16] * spatial_dims)
+    assert 0 < y.abs().max() < 1e-3
+
+
+def test_other_channels() -> None:
+    net = RegistrationUNet(
+        2, 3, out_channels=5, encoder_channels=(4, 6, 8), decoder_channels=(7, 9), final_channels=(), flow_std=1.0
+    )
+    assert net.divisor == 4
+    assert net(torch.rand(1, 3, 8, 12)).shape == (1, 5, 8, 12)
+    # encoder, decoder over [below, skip], flow: (inputs * 9 + 1) * outputs
+    expected = (27 + 1) * 4 + (36 + 1) * 6 + (54 + 1) * 8 + ((8 + 6) * 9 + 1) * 7 + ((7 + 4) * 9 + 1) * 9 + (81 + 1) * 5
+    assert count(net) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
+        ({"encoder_channels": (4,), "decoder_channels": ()}, "at least 2"),
+        ({"encoder_channels": (4, 4, 4)}, "4 and 3"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RegistrationUNet(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "received"),
+    [
+        ((1, 4, 16, 16, 16), r"\(B, 5, 3 spatial sizes\)", r"\(1, 4, 16, 16, 16\)"),
+        ((1, 5, 16, 16), r"\(B, 5, 3 spatial sizes\)", r"\(1, 5, 16, 16\)"),
+        ((1, 5, 16, 24, 16), "multiples of 16", r"\(16, 24, 16\)"),
+    ],
+)
+def test_wrong_inputs(shape: tuple[int, ...], expected: str, received: str) -> None:
+    with pytest.raises(ValueError, match=expected) as error:
+        RegistrationUNet(3, 5)(torch.zeros(shape))
+    error.match(received)

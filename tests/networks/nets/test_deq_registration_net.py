@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The equilibrium network: what it returns, from where it starts, what it refuses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.networks.blocks import Warp
+
+from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet
+
+SIZES = [(9, 7), (5, 3, 4)]
+
+
+class Pull(torch.nn.Module):
+    """Moves the displacement a share of the way to ``fixed - moving``: the fixed point is known."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(share))
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return self.share * (fixed - moving - ddf)
+
+
+class Push(torch.nn.Module):
+    """``g(ddf) = rate * ddf + 1``: the residual grows where ``rate > 1``."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64))
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return (self.rate - 1) * ddf + 1
+
+
+def tiny_update(spatial_dims: int) -> UNetUpdate:
+    torch.manual_seed(0)
+    backbone = RegistrationUNet(
+        spatial_dims,
+        2 + spatial_dims,
+        encoder_channels=(2, 3),
+        decoder_channels=(3,),
+        final_channels=(2,),
+        flow_std=0.05,
+    )
+    return UNetUpdate(spatial_dims, backbone)
+
+
+def tiny_net(spatial_dims: int, **kwargs: Any) -> DEQRegistrationNet:
+    settings = {"max_steps": 8, "num_states": 1, "tolerance": 0.0, **kwargs}
+    return DEQRegistrationNet(tiny_update(spatial_dims), **settings)
+
+
+def pair(size: tuple[int, ...], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    moving, fixed = torch.rand(2, batch, 1, *size, generator=torch.Generator().manual_seed(4))
+    return moving, fixed
+
+
+def iterate(g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, steps: int) -> torch.Tensor:
+    for _ in range(steps):
+        x = g(x)
+    return x
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_builds_from_spatial_dims_alone(size: tuple[int, ...]) -> None:
+    net = DEQRegistrationNet(spatial_dims=len(size))
+    if len(size) == 3:
+        assert sum(p.numel() for p in net.parameters()) == 328_627
+    moving, fixed = pair(size)
+    warped, ddf = net.eval()(moving, fixed)
+    assert warped.shape == moving.shape and ddf.shape == (2, len(size), *size)
+    assert 0 < ddf.abs().max() < 1e-3  # untrained: next to no displacement
+
+
+def test_default_settings() -> None:
+    net = DEQRegistrationNet()
+    assert net.max_steps == 48
+    warped, ddf, states = tiny_net(2, max_steps=48, num_states=3).train()(*pair((5, 4)))
+    assert len(states) == 3 and isinstance(states, list)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("phantom", [(1, 1.0), (3, 0.5)])
+@pytest.mark.parametrize(("max_steps", "num_states", "at"), [(8, 3, [2, 4, 6]), (8, 0, []), (10, 3, [4, 6, 8])])
+def test_states_in_training(
+    size: tuple[int, ...], phantom: tuple[int, float], max_steps: int, num_states: int, at: list[int]
+) -> None:
+    steps, damping = phantom
+    net = tiny_net(
+        len(size), max_steps=max_steps, num_states=num_states, phantom_steps=steps, phantom_damping=damping
+    ).double()
+    moving, fixed = (image.double() for image in pair(size))
+    warped, ddf, states = net.train()(moving, fixed)
+
+    def g(ddf: torch.Tensor) -> torch.Tensor:
+        return ddf + net.update(moving, fixed, ddf)
+
+    def damped(ddf: torch.Tensor) -> torch.Tensor:
+        return damping * g(ddf) + (1 - damping) * ddf
+
+    zero = torch.zeros(2, len(size), *size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = [iterate(damped, iterate(g, zero, k), steps) for k in [*at, max_steps]]
+    assert len(states) == num_states
+    assert expected[-1].std() > 0.01  # it moves
+    for state, value in zip([*states, ddf], expected, strict=True):
+        torch.testing.assert_close(state, value, rtol=0, atol=1e-12)
+        assert state.requires_grad
+    torch.testing.assert_close(warped, Warp()(moving, ddf), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "options"), [("plain", {}), ("anderson", {"window": 1})])
+def test_final_state_where_the_residual_grows(solver: str, options: dict[str, Any]) -> None:
+    # phi_n = (rate^n - 1) / (rate - 1): the first state has the lowest residual
+    net = DEQRegistrationNet(
+        Push(1.5), max_steps=8, num_states=3, phantom_steps=2, solver=solver, solver_options=options
+    )
+    moving, fixed = (image.double() for image in pair((3, 4)))
+    _, ddf, states = net.train()(moving, fixed)
+    for state, n in zip([*states, ddf], (4, 6, 8, 10), strict=True):
+        torch.testing.assert_close(state, torch.full_like(state, (1.5**n - 1) / 0.5))
+    _, ddf = net.eval()(moving, fixed)
+    torch.testing.assert_close(ddf, torch.full_like(ddf, (1.5**8 - 1) / 0.5))
+
+
+def test_states_where_all_stop_early() -> None:
+    moving, fixed = pair((3, 4))
+    net = DEQRegistrationNet(Pull(1.0), max_steps=48, num_states=3, phantom_steps=1)
+    _, ddf, states = net.train()(moving, fixed)
+    assert len(states) == 3
+    for state in (*states, ddf):
+        torch.testing.assert_close(state, (fixed - moving).expand(-1, 2, -1, -1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_known_fixed_point(size: tuple[int, ...], solver: str) -> None:
+    moving, fixed = pair(size)
+    net = DEQRegistrationNet(Pull(), solver=solver, tolerance=1e-5).eval()
+    warped, ddf = net(moving, fixed)
+    expected = (fixed - moving).expand(-1, len(size), *size)
+    torch.testing.assert_close(ddf, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(warped, Warp()(moving, ddf), rtol=0, atol=1e-5)
+    assert not ddf.requires_grad
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_batch_is_its_items(size: tuple[int, ...]) -> None:
+    moving, fixed = pair(size)
+    net = tiny_net(len(size), tolerance=1e-2).eval()
+    ddf, record = net.solve(moving, fixed)
+    alone = [net.solve(moving[i : i + 1], fixed[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(ddf, torch.cat([a[0] for a in alone]), rtol=0, atol=1e-6)
+    assert record.steps.tolist() == [int(a[1].steps) for a in alone]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_warm_start(training: bool) -> None:
+    moving, fixed = pair((5, 4))
+    net = DEQRegistrationNet(Pull(), tolerance=1e-4, phantom_steps=1).train(training)
+    solution, cold = net.solve(moving, fixed)
+    assert cold.steps.min() > 5
+    again, warm = net.solve(moving, fixed, solution)
+    assert warm.steps.tolist() == [1, 1] and warm.converged.all()
+    torch.testing.assert_close(again, solution, rtol=0, atol=1e-4)
+    # one step from elsewhere: the start is really used
+    start = torch.ones(2, 2, 5, 4, dtype=torch.float16)
+    net = DEQRegistrationNet(Pull(), max_steps=1, num_states=0, tolerance=0.0, phantom_steps=1).train(training)
+    ddf = net(moving, fixed, start)[1]
+    steps = 2 if training else 1
+    expected = iterate(lambda x: 0.5 * (x + fixed - moving), start.float(), steps)
+    torch.testing.assert_close(ddf, expected)
+
+
+def test_settings_of_one_solve() -> None:
+    moving, fixed = (image.double() for image in pair((5, 4)))
+    net = DEQRegistrationNet(
+        Pull(), solver="plain", solver_options={"damping": 0.5}, tolerance=0.0, max_steps=3, num_states=0
+    )
+    net = net.double()
+    target = (fixed - moving).expand(-1, 2, -1, -1)
+    # share 0.5, damping 0.5: a quarter of the way at each step
+    torch.testing.assert_close(net.solve(moving, fixed)[0], (1 - 0.75**3) * target)
+    torch.testing.assert_close(net.solve(moving, fixed, max_steps=5)[0], (1 - 0.75**5) * target)
+    # another solver does not get the options of the first
+    ddf, record = net.solve(moving, fixed, solver="anderson", max_steps=20, tolerance=1e-12)
+    assert record.converged.all()
+    torch.testing.assert_close(ddf, target, rtol=0, atol=1e-10)
+    ddf, record = net.solve(moving, fixed, solver_options={}, relative_tolerance=0.2, max_steps=20)
+    # |g - x| / |g| = 0.5^k / (1 - 0.5^k) is 1/3 at the second step and 1/7 at the third
+    assert record.reason == ("relative tolerance",) * 2 and record.steps.tolist() == [3, 3]
+    with pytest.raises(TypeError, match="max_iter"):
+        net.solve(moving, fixed, max_iter=3)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_state_is_float32_under_autocast(training: bool, image_dtype: torch.dtype) -> None:
+    moving, fixed = (image.to(image_dtype) for image in pair((6, 4)))
+    net = tiny_net(2, max_steps=4).train(training)
+    kinds = []
+    assert isinstance(net.update, UNetUpdate)
+    net.update.backbone.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        warped, ddf, *states = net(moving, fixed)
+    assert set(kinds) == {torch.bfloat16}  # autocast was at work
+    assert ddf.dtype == torch.float32 and all(s.dtype == torch.float32 for s in sum(states, []))
+    assert warped.dtype == image_dtype
+    with torch.no_grad():
+        expected = net.float()(moving.float(), fixed.float())[1]
+    torch.testing.assert_close(ddf, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    # not a sum of numbers rounded to bfloat16
+    assert not torch.equal(ddf, ddf.bfloat16().float())
+
+
+@pytest.mark.parametrize("gradient", ["phantom", "implicit"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_reach_all_parameters(size: tuple[int, ...], autocast: bool, gradient: str) -> None:
+    moving, fixed = pair(size)
+    net = tiny_net(len(size), max_steps=4, gradient=gradient, implicit_max_steps=3).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        warped, ddf, states = net(moving, fixed)
+    for loss in (warped.sum(), ddf.square().mean(), states[0].square().mean()):
+        net.zero_grad()
+        loss.backward(retain_graph=True)
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.abs().max() > 0), name
+            assert bool(parameter.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_map_keeps_the_type_of_the_state(dtype: torch.dtype) -> None:
+    moving, fixed = pair((3, 4))
+
+    class Mixed(torch.nn.Module):
+        def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+            return 1.5 * ddf.double()
+
+    net = DEQRegistrationNet(Mixed())
+    state = net.fixed_point_map(moving, fixed)(torch.ones(2, 2, 3, 4, dtype=dtype))
+    assert state.dtype == dtype
+    torch.testing.assert_close(state, torch.full_like(state, 2.5))
+
+
+def test_nothing_is_hidden_in_training() -> None:
+    moving, fixed = pair((3, 4))
+    fixed[1] = float("nan")
+    net = DEQRegistrationNet(Pull(), max_steps=4, num_states=1)
+    _, ddf, states = net.train()(moving, fixed)
+    for state in (*states, ddf):
+        assert bool(state[0].isfinite().all()) and bool(state[1].isnan().all())
+    _, record = net.solve(moving, fixed)
+    assert record.reason == ("step limit", "non-finite")
+
+
+def test_meta_tensors() -> None:
+    moving, fixed = pair((6, 4))
+    net = tiny_net(2).eval()
+    expected = net(moving, fixed)
+    for got, value in zip(net(MetaTensor(moving), MetaTensor(fixed)), expected, strict=True):
+        torch.testing.assert_close(torch.Tensor(got), value)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_state_dict_and_copies(size: tuple[int, ...]) -> None:
+    moving, fixed = pair(size)
+    net = tiny_net(len(size)).eval()
+    expected = net(moving, fixed)[1]
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    other = tiny_net(len(size)).eval()
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    assert not torch.equal(other(moving, fixed)[1], expected)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(moving, fixed)[1], expected)
+
+    twin = deepcopy(net)
+    assert torch.equal(twin(moving, fixed)[1], expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not torch.equal(twin(moving, fixed)[1], expected)
+    assert torch.equal(net(moving, fixed)[1], expected)
+    twin.train()(moving, fixed)[1].sum().backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"spatial_dims": 1}, "spatial_dims must be 2 or 3, got 1"),
+        ({"num_states": -1}, "num_states must be between 0 and max_steps - 1, got num_states=-1"),
+        ({"max_steps": 3}, "num_states=3, max_steps=3"),
+        ({"max_steps": 0, "num_states": 0}, "max_steps=0"),
+        ({"phantom_steps": 0}, "phantom_steps must be at least 1, got 0"),
+        ({"phantom_damping": 0.0}, r"phantom_damping must be in \(0, 1\], got 0.0"),
+        ({"phantom_damping": 1.1}, r"phantom_damping must be in \(0, 1\], got 1.1"),
+        ({"gradient": "exact"}, '"phantom" or "implicit", got \'exact\''),
+        ({"implicit_max_steps": 0}, "implicit_max_steps must be at least 1, got 0"),
+        ({"tolerance": -1e-3}, "tolerance must not be negative, got -0.001"),
+        ({"relative_tolerance": -1.0}, "relative_tolerance must not be negative, got -1.0"),
+        ({"implicit_tolerance": float("nan")}, "implicit_tolerance must not be negative, got nan"),
+        ({"solver": "broyden"}, "unknown solver 'broyden', available: 'plain', 'anderson'"),
+        ({"solver_options": {"window": 3}}, r"unknown options \['window'\] for solver 'plain', it takes \['damping'\]"),
+        ({"solver_options": {"max_iter": 3}}, "unknown options"),
+        ({"solver_options": {"damping": 2.0}}, r"damping must be in \(0, 1\], got 2.0"),
+        ({"solver": "anderson", "solver_options": {"window": 0}}, "window must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DEQRegistrationNet(**{"spatial_dims": 2, **arguments})
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((1, 1, 4, 5), (1, 1, 5, 4), None), [r"\(1, 1, 4, 5\)", r"\(1, 1, 5, 4\)"]),
+        (((1, 2, 4, 5), (1, 2, 4, 5), None), [r"\(B, 1, H, W\[, D\]\)", r"\(1, 2, 4, 5\)"]),
+        (((1, 4, 5), (1, 4, 5), None), [r"\(B, 1, H, W\[, D\]\)", r"\(1, 4, 5\)"]),
+        (((2, 1, 4, 5), (2, 1, 4, 5), (1, 2, 4, 5)), [r"\(2, 2, 4, 5\)", r"\(1, 2, 4, 5\)"]),
+        (((2, 1, 4, 5), (2, 1, 4, 5), (2, 4, 5, 2)), [r"\(2, 2, 4, 5\)", r"\(2, 4, 5, 2\)"]),
+    ],
+)
+def test_wrong_shapes(shapes: tuple[Any, ...], words: list[str], training: bool) -> None:
+    net = DEQRegistrationNet(Pull()).train(training)
+    with pytest.raises(ValueError) as error:
+        net(*(None if shape is None else torch.zeros(shape) for shape in shapes))
+    for word in words:
+        error.match(word)
+
+
+def test_wrong_types() -> None:
+    image = torch.zeros(1, 1, 4, 5, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"floating point .*torch.uint8 and torch.float32"):
+        DEQRegistrationNet(Pull())(image, image.float())
+    with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.uint8"):
+        DEQRegistrationNet(Pull())(image.float(), image)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Phantom and implicit gradients against closed forms (paper, Eq. 6-8).
+
+The update is affine, ``f(phi) = A phi + theta - phi`` over the flattened voxels, so that the equilibrium
+``(I - A)^-1 theta`` and the exact gradient of a loss ``v = (I - A)^-T dL/dphi*`` (by theta) and ``v phi*^T`` (by A) are
+known.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from monai_deq.networks.nets import DEQRegistrationNet
+
+SIZES = [(3, 4), (2, 3, 2)]
+
+
+class Affine(torch.nn.Module):
+    def __init__(self, matrix: torch.Tensor, offset: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix)
+        self.offset = torch.nn.Parameter(offset)
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return (ddf.flatten(1) @ self.matrix.T + self.offset).view_as(ddf) - ddf
+
+
+def problem(size: tuple[int, ...], norm: float = 0.6) -> tuple[Affine, torch.Tensor, torch.Tensor]:
+    """A full, non-symmetric contraction of the given spectral norm, and a pair of two items (one its target)."""
+    generator = torch.Generator().manual_seed(7)
+    n = len(size) * int(np.prod(size))
+    matrix = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    matrix *= norm / torch.linalg.matrix_norm(matrix, 2)
+    offset = torch.randn(n, dtype=torch.float64, generator=generator)
+    images = torch.rand(2, 2, 1, *size, dtype=torch.float64, generator=generator)
+    return Affine(matrix, offset), images[0], images[1]
+
+
+def gradients(
+    update: Affine, moving: torch.Tensor, fixed: torch.Tensor, **settings: object
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradient of ``sum |phi - fixed|^2 / 2`` by the offset and the matrix."""
+    arguments = {"max_steps": 120, "num_states": 0, "tolerance": 1e-14, **settings}
+    net = DEQRegistrationNet(update, **arguments)  # type: ignore[arg-type]
+    update.zero_grad()
+    _, ddf, _ = net.train()(moving, fixed)
+    (0.5 * (ddf - fixed).square().sum()).backward()
+    assert update.offset.grad is not None and update.matrix.grad is not None
+    return update.offset.grad.numpy().copy(), update.matrix.grad.numpy().copy()
+
+
+def closed_form(
+    update: Affine, fixed: torch.Tensor, steps: int | None, damping: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact gradient (``steps=None``), or the sum of ``steps`` terms that Eq. 8 keeps of it."""
+    a, theta = update.matrix.detach().numpy(), update.offset.detach().numpy()
+    eye = np.eye(len(a))
+    phi = np.linalg.solve(eye - a, theta)
+    ndim = fixed.ndim - 2
+    targets = np.repeat(fixed.numpy(), ndim, axis=1).reshape(2, -1)
+    slopes = phi - targets  # dL/dphi of each item
+    if steps is None:
+        inverse = np.linalg.inv(eye - a)
+    else:
+        damped = damping * a + (1 - damping) * eye
+        inverse = damping * np.sum([np.linalg.matrix_power(damped, k) for k in range(steps)], axis=0)
+    v = (slopes @ inverse).sum(axis=0)
+    return v, np.outer(v, phi)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_phantom_gradient(size: tuple[int, ...], damping: float) -> None:
+    update, moving, fixed = problem(size)
+    exact = closed_form(update, fixed, None, damping)
+    errors = []
+    for steps in (1, 2, 5, 20, 50):
+        got = gradients(update, moving, fixed, phantom_steps=steps, phantom_damping=damping)
+        for value, expected in zip(got, closed_form(update, fixed, steps, damping), strict=True):
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+        errors.append([np.linalg.norm(v - e) / np.linalg.norm(e) for v, e in zip(got, exact, strict=True)])
+    # each step shrinks what is missing by |damping * A + (1 - damping) * I| <= 1 - 0.4 * damping
+    assert np.all(np.diff(errors, axis=0) < 0)
+    assert np.all(np.asarray(errors[0]) > 0.1)
+    assert np.all(np.asarray(errors[-1]) < (1 - 0.4 * damping) ** 50)
+
+
+@pytest.mark.parametrize(
+    ("steps", "damping", "share"), [(1, 1.0, 0.40), (2, 1.0, 0.64), (2, 0.5, 0.36), (20, 0.5, 0.988)]
+)
+def test_share_of_the_gradient(steps: int, damping: float, share: float) -> None:
+    # of a contraction by 0.6 in every direction, Eq. 8 keeps 1 - (0.6 damping + 1 - damping)^K
+    update, moving, fixed = problem((3, 4))
+    update.matrix.data = 0.6 * torch.eye(len(update.matrix), dtype=torch.float64)
+    exact = closed_form(update, fixed, None, damping)
+    for value, whole in zip(
+        gradients(update, moving, fixed, phantom_steps=steps, phantom_damping=damping), exact, strict=True
+    ):
+        np.testing.assert_allclose(value, (1 - (0.6 * damping + 1 - damping) ** steps) * whole, rtol=1e-10)
+        assert np.linalg.norm(value) / np.linalg.norm(whole) == pytest.approx(share, abs=5e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_implicit_gradient(size: tuple[int, ...], solver: str) -> None:
+    update, moving, fixed = problem(size)
+    got = gradients(
+        update, moving, fixed, gradient="implicit", implicit_max_steps=200, implicit_tolerance=1e-12, solver=solver
+    )
+    for value, expected in zip(got, closed_form(update, fixed, None, 1.0), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_implicit_gradient_within_its_tolerance() -> None:
+    update, moving, fixed = problem((3, 4))
+    exact = closed_form(update, fixed, None, 1.0)[0]
+
+    def error(**settings: object) -> float:
+        got = gradients(update, moving, fixed, gradient="implicit", **settings)[0]
+        return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+    assert error() < 1e-3  # the default, 1e-4 a step
+    # ... relative to the gradient, however small the loss makes it
+    _, ddf, _ = DEQRegistrationNet(update, max_steps=120, num_states=0, tolerance=1e-14, gradient="implicit")(
+        moving, fixed
+    )
+    update.zero_grad()
+    (1e-9 * 0.5 * (ddf - fixed).square().sum()).backward()
+    assert update.offset.grad is not None
+    np.testing.assert_allclose(
+        1e9 * update.offset.grad.numpy(), exact, rtol=0, atol=1e-3 * float(np.linalg.norm(exact))
+    )
+    # two backward steps from zero are the two-term Neumann sum
+    got = gradients(update, moving, fixed, gradient="implicit", implicit_max_steps=2)[0]
+    np.testing.assert_allclose(got, closed_form(update, fixed, 2, 1.0)[0], rtol=1e-8)
+
+
+def test_implicit_gradient_of_a_nonlinear_map() -> None:
+    class Cosine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.tensor([0.3, 0.7], dtype=torch.float64).view(1, 2, 1, 1))
+
+        def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+            return self.rate * torch.cos(ddf + fixed) - moving * ddf
+
+    torch.manual_seed(0)
+    moving, fixed = torch.rand(2, 2, 1, 3, 4, dtype=torch.float64)
+    update = Cosine()
+    net = DEQRegistrationNet(
+        update,
+        num_states=0,
+        max_steps=400,
+        tolerance=1e-13,
+        gradient="implicit",
+        implicit_max_steps=400,
+        implicit_tolerance=1e-12,
+        solver="anderson",
+    )
+    moving = 0.5 + 0.3 * moving
+
+    def loss() -> torch.Tensor:
+        return net.train()(moving, fixed)[1].square().sum()
+
+    loss().backward()
+    assert update.rate.grad is not None
+    for i, slope in enumerate(update.rate.grad.flatten().tolist()):
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                update.rate[0, i] += step
+                values.append(loss().item())
+                update.rate[0, i] -= step
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["phantom", "implicit"])
+def test_intermediate_states_have_phantom_gradients(gradient: str) -> None:
+    # phi_t after T / 2 steps from zero; two steps further its gradient by theta is (I + A)
+    update, moving, fixed = problem((3, 4))
+    net = DEQRegistrationNet(
+        update, max_steps=8, num_states=1, tolerance=0.0, phantom_steps=2, gradient=gradient
+    ).train()
+    _, _, states = net(moving, fixed)
+    weights = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (states[0].flatten(1) * weights).sum().backward()
+    a, theta = update.matrix.detach().numpy(), update.offset.detach().numpy()
+    v = weights.sum(0).numpy()
+    assert update.offset.grad is not None and update.matrix.grad is not None
+    np.testing.assert_allclose(update.offset.grad, v @ (np.eye(24) + a), rtol=1e-10, atol=1e-12)
+    phi = [np.zeros(24)]
+    for _ in range(5):
+        phi.append(a @ phi[-1] + theta)
+    np.testing.assert_allclose(
+        update.matrix.grad, np.outer(v @ a, phi[4]) + np.outer(v, phi[5]), rtol=1e-10, atol=1e-12
+    )

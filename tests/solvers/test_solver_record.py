@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a solve: its last values, and one item of it as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from monai_deq.solvers import SolverRecord, StopReason, solve_fixed_point
+
+
+def record() -> SolverRecord:
+    nan, inf = float("nan"), float("inf")
+    return SolverRecord(
+        steps=torch.tensor([3, 1, 0, 2]),
+        residual=torch.tensor([[3.0, 2.0, 1.0], [0.5, nan, nan], [inf, nan, nan], [4.0, 5.0, nan]]),
+        relative_residual=torch.tensor([[inf, 0.2, 0.1], [0.0, nan, nan], [nan, nan, nan], [0.4, 0.5, nan]]),
+        converged=torch.tensor([False, True, False, False]),
+        reason=(StopReason.STEP_LIMIT, StopReason.TOLERANCE, StopReason.NON_FINITE, StopReason.NON_FINITE),
+    )
+
+
+def test_last_values() -> None:
+    r = record()
+    assert len(r) == 4
+    assert r.final_residual.tolist()[:2] == [1.0, 0.5] and r.final_residual[3] == 5.0
+    assert not bool(r.final_residual[2].isfinite())
+    assert r.final_relative_residual[[0, 1, 3]].tolist() == pytest.approx([0.1, 0.0, 0.5])
+
+
+def test_items_as_json() -> None:
+    r = record()
+    items = [json.loads(json.dumps(r.item(i), allow_nan=False)) for i in range(4)]
+    assert items[0] == {
+        "steps": 3,
+        "residual": 1.0,
+        "relative_residual": pytest.approx(0.1),
+        "converged": False,
+        "reason": "step limit",
+        "residual_trace": [3.0, 2.0, 1.0],
+        "relative_residual_trace": [None, pytest.approx(0.2), pytest.approx(0.1)],
+    }
+    assert items[1]["converged"] is True and items[1]["residual_trace"] == [0.5]
+    assert items[2] == {
+        "steps": 0,
+        "residual": None,
+        "relative_residual": None,
+        "converged": False,
+        "reason": "non-finite",
+        "residual_trace": [],
+        "relative_residual_trace": [],
+    }
+    assert items[3]["residual"] == 5.0 and items[3]["residual_trace"] == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_items_of_real_solves(solver: str) -> None:
+    # one converges, one goes to zero at once (residual relative to nothing), one fails at the door
+    scale = torch.tensor([0.5, 0.0, float("nan")]).view(3, 1, 1)
+    _, r = solve_fixed_point(lambda x: scale * x, torch.ones(3, 2, 3), solver, max_steps=20)
+    items = [r.item(i) for i in range(3)]
+    for item in items:
+        json.dumps(item, allow_nan=False)
+        assert len(item["residual_trace"]) == len(item["relative_residual_trace"]) == item["steps"]
+    assert [item["reason"] for item in items] == ["tolerance", "tolerance", "non-finite"]
+    assert items[1]["relative_residual_trace"] == [None, 0.0]
+    assert items[2]["residual"] is None

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files appear whole or not at all, and nothing is overwritten unasked."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from monai_deq.utils import refuse_existing, replace_file
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_writes_or_replaces(tmp_path: Path, existing: bool) -> None:
+    path = tmp_path / "a" / "b" / "result.json"
+    if existing:
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    with replace_file(path) as temporary:
+        assert temporary.parent == path.parent and temporary != path  # one file system: the move is atomic
+        temporary.write_text("new")
+        assert (path.read_text() if existing else path.exists()) == ("old" if existing else False)
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["result.json"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_failure(tmp_path: Path, existing: bool, error: type[BaseException]) -> None:
+    path = tmp_path / "result.json"
+    if existing:
+        path.write_text("old")
+        path.chmod(0o640)
+    with pytest.raises(error, match="half way"), replace_file(path) as temporary:
+        temporary.write_text("half")
+        raise error("half way")
+    assert os.listdir(tmp_path) == (["result.json"] if existing else [])
+    if existing:
+        assert path.read_text() == "old" and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_folder_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "result").mkdir()
+    with pytest.raises(OSError), replace_file(tmp_path / "result") as temporary:
+        temporary.write_text("new")
+    assert os.listdir(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_are_those_of_open(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        with replace_file(tmp_path / "ours") as temporary:
+            temporary.write_text("x")
+        (tmp_path / "theirs").write_text("x")
+        assert os.umask(mask) == mask  # left as it was
+    finally:
+        os.umask(before)
+    for name in ("ours", "theirs"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("disp_0001_0002.nii.gz", ".nii.gz"),
+        ("model.best.pt", ".pt"),
+        ("table.csv.gz", ".csv.gz"),
+        ("plain", ""),
+        (".hidden", ""),
+        ("x.gz", ".gz"),
+    ],
+)
+def test_writers_see_the_suffix(tmp_path: Path, name: str, suffix: str) -> None:
+    with replace_file(str(tmp_path / name)) as temporary:
+        assert "".join(temporary.suffixes) == suffix or temporary.name.endswith(suffix) and suffix
+        temporary.write_text("x")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_refuse_existing(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abc"]
+    refuse_existing(paths, "")
+    paths[1].write_text("x")
+    with pytest.raises(FileExistsError, match=r"/b exists already and is not overwritten\. Use another folder\."):
+        refuse_existing(paths, "Use another folder.")
+    paths[2].write_text("x")
+    with pytest.raises(FileExistsError, match=r"/b and 1 more exists? already"):
+        refuse_existing(map(str, paths), "")
