@@ -18,11 +18,13 @@ _KEYS = ("fixed", "moving", "moving_label")
 
 
 def _name(path: str | Path) -> str:
-    """File name without its suffixes, with the folder's name where scans are told apart by their folder alone."""
+    """File name without its suffixes."""
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _pair(fixed: str | Path, moving: str | Path, moving_label: str | Path | None, where: str) -> dict[str, Any]:
+    fixed, moving = Path(fixed).expanduser(), Path(moving).expanduser()
+    moving_label = None if moving_label is None else Path(moving_label).expanduser()
     for key, path in zip(_KEYS, (fixed, moving, moving_label), strict=True):
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{where}: the file {key} {str(path)!r} does not exist.")
@@ -72,20 +74,22 @@ def listed_pairs(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
     try:
-        entries = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}.") from e
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {type(entries).__name__}.')
+        came = "an empty one" if isinstance(entries, list) else type(entries).__name__
+        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {came}.')
     items = []
     for i, entry in enumerate(entries):
         where = f"{path}, pair {i}"
         if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_KEYS):
             raise ValueError(f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label', got {entry!r}.")
-        files = [None if entry.get(key) is None else path.parent / entry[key] for key in _KEYS]
-        if files[0] is None or files[1] is None:
-            raise ValueError(f"{where}: 'fixed' and 'moving' must name files, got {entry!r}.")
-        items.append(_pair(files[0], files[1], files[2], where))
+        names = [entry["fixed"], entry["moving"], entry.get("moving_label")]
+        if not all(isinstance(name, str) for name in names[:2]) or not isinstance(names[2], (str, type(None))):
+            raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
+        fixed, moving, label = (None if name is None else path.parent / Path(name).expanduser() for name in names)
+        items.append(_pair(fixed, moving, label, where))  # type: ignore[arg-type]
     _check_names(items, str(path))
     return items
 
@@ -119,7 +123,9 @@ def split_scan_pairs(
         lists: see :py:func:`split_subjects`.
         part: ``"training"``, ``"validation"`` or ``"test"``. Defaults to ``"test"``.
     """
-    subjects = split_subjects(find_oasis(resolve_dataset_dir(dataset_dir), spatial_dims), sizes, lists, require_labels=False)[part]
+    subjects = split_subjects(
+        find_oasis(resolve_dataset_dir(dataset_dir), spatial_dims), sizes, lists, require_labels=False
+    )[part]
     items = []
     for pair in fixed_pairs(subjects):
         fixed, moving = pair["fixed"], pair["moving"]
