@@ -245,7 +245,7 @@ def _affine(size: Sequence[int]) -> np.ndarray:
 def write_sample_cohort(
     output_dir: str | Path,
     num_subjects: int = 16,
-    spatial_size_3d: Sequence[int] = (48, 48, 64),
+    spatial_size_3d: Sequence[int] = (32, 32, 48),
     spatial_size_2d: Sequence[int] = (80, 96),
     seed: int = 0,
 ) -> Path:
@@ -256,7 +256,7 @@ def write_sample_cohort(
     Args:
         output_dir: folder to write; its parent is made where needed.
         num_subjects: number of subjects, at least 2. They are named from ``OASIS_OAS1_9001_MR1`` on. Defaults to 16.
-        spatial_size_3d: voxels of a volume; voxels are 3.5 mm by default. Defaults to (48, 48, 64).
+        spatial_size_3d: voxels of a volume; voxels are about 5 mm by default. Defaults to (32, 32, 48).
         spatial_size_2d: pixels of a slice; pixels are 2 mm by default. Defaults to (80, 96).
         seed: seed of everything that differs between subjects. Defaults to 0.
 

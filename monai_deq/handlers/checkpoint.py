@@ -20,15 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
+_OWN = {"network", "trainer", "best_epoch", "best_metric", "rng_state", "scaler"}
+
 
 class TrainingCheckpoint:
     """
     After each epoch writes ``last.pt``, all that is needed to go on (network, optimizer and what else is named, state
-    of the trainer, best validation score, random state), and, when the validation score is the best so far,
-    ``model.pt``, the weights of the network alone.
+    of the trainer and of its gradient scaler, best validation score, random state of the CPU), and, when the validation
+    score is the best so far, ``model.pt``, the weights of the network alone.
 
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
-    resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler.
+    resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler
+    and after the handler that steps the learning rate.
 
     Args:
         save_dir: folder of the checkpoints.
@@ -42,7 +45,9 @@ class TrainingCheckpoint:
             ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`.
 
     Raises:
-        ValueError: When both ``resume`` and ``overwrite`` are asked for.
+        ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
+            checkpoint's own.
+        TypeError: When ``settings`` hold what JSON does not know.
     """
 
     def __init__(
@@ -66,6 +71,13 @@ class TrainingCheckpoint:
         self.validator = validator
         self.weights = weights
         self.settings = dict(settings or {})
+        taken = _OWN & set(self.objects)
+        if taken:
+            raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
+        try:
+            json.dumps(self.settings)
+        except TypeError as e:
+            raise TypeError(f"settings must be plain values that JSON knows, got {self.settings}.") from e
         self.logger = logging.getLogger("monai_deq")
 
     def attach(self, engine: Engine) -> None:
@@ -82,10 +94,12 @@ class TrainingCheckpoint:
             self._load(engine)
             return
         if not self.overwrite:
-            refuse_existing(
-                [self.last_path, self.best_path],
-                "Go on with --resume true, start over with --overwrite true, or name another --ckpt_dir.",
-            )
+            advice = "Start over with --overwrite true, or name another --ckpt_dir."
+            if self.last_path.is_file():
+                advice = f"Go on with --resume true. {advice}"
+            elif self.resume:
+                advice = f"There is no {self.last_path.name} beside it to resume from. {advice}"
+            refuse_existing([self.last_path, self.best_path], advice)
         if self.resume:
             self.logger.info(f"nothing to resume in {self.last_path.parent}: training starts from the beginning")
         if self.weights:
@@ -94,25 +108,34 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = {"network", "trainer", *self.objects} - set(checkpoint)
+        absent = (_OWN - {"scaler"} | set(self.objects)) - set(checkpoint)
         if absent:
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
-        load_weights(self.network, self.last_path)
-        for name, item in self.objects.items():
-            item.load_state_dict(checkpoint[name])
         trainer = checkpoint["trainer"]
         if trainer["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"{self.last_path} was trained with {trainer['epoch_length']} iterations an epoch, this run has "
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
             )
+        load_weights(self.network, self.last_path)
+        for name, item in self.objects.items():
+            item.load_state_dict(checkpoint[name])
+        scaler = getattr(engine, "scaler", None)
+        # a scaler that is not in use, or was not when the checkpoint was written, has nothing to say
+        if scaler is not None and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
         engine.state.epoch = trainer["epoch"]
         engine.state.iteration = trainer["iteration"]
         if self.validator is not None and checkpoint["best_epoch"] >= 0:
-            state: Any = self.validator.state
-            state.best_metric, state.best_metric_epoch = checkpoint["best_metric"], checkpoint["best_epoch"]
+            if self.best_path.is_file():
+                state: Any = self.validator.state
+                state.best_metric, state.best_metric_epoch = checkpoint["best_metric"], checkpoint["best_epoch"]
+            else:
+                self.logger.warning(f"{self.best_path} is gone: the best score is counted from here on anew")
         torch.set_rng_state(checkpoint["rng_state"].cpu())
         self.logger.info(f"resumed after epoch {trainer['epoch']} from {self.last_path}")
+        if trainer["epoch"] >= (engine.state.max_epochs or 0):
+            self.logger.warning(f"nothing left to train: max_epochs is {engine.state.max_epochs}")
 
     def epoch_completed(self, engine: Engine) -> None:
         """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""
@@ -120,6 +143,7 @@ class TrainingCheckpoint:
         if self.validator is not None:
             best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
             best_metric = float(getattr(self.validator.state, "best_metric", -1))
+        scaler = getattr(engine, "scaler", None)
         checkpoint = {
             "network": self.network.state_dict(),
             **{name: item.state_dict() for name, item in self.objects.items()},
@@ -131,6 +155,7 @@ class TrainingCheckpoint:
             "best_epoch": best_epoch,
             "best_metric": best_metric,
             "rng_state": torch.get_rng_state(),
+            "scaler": {} if scaler is None else scaler.state_dict(),
         }
         if best_epoch == engine.state.epoch:
             with replace_file(self.best_path) as path:

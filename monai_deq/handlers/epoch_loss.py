@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Events
 from monai.utils import CommonKeys
@@ -43,7 +43,10 @@ class EpochMeanLoss:
 
     def iteration_completed(self, engine: Engine) -> None:
         """Add the loss of an iteration."""
-        self.total += float(engine.state.output[CommonKeys.LOSS])  # type: ignore[index,call-overload]
+        # one dictionary, or with MONAI's decollate=True one for each item, all of them with the loss of the batch
+        output: Any = engine.state.output
+        loss = (output[0] if isinstance(output, list) else output)[CommonKeys.LOSS]
+        self.total += loss.item() if hasattr(loss, "item") else float(loss)
         self.count += 1
 
     def epoch_completed(self, engine: Engine) -> None:

@@ -44,12 +44,14 @@ class GradientClipping:
 
     def __call__(self, engine: Any) -> None:
         """Clip, in unscaled units also under automatic mixed precision."""
-        scaler = getattr(engine, "scaler", None)
-        if scaler is not None:
+        scaler: Any = getattr(engine, "scaler", None)
+        # without a GPU there is a scaler too, that does nothing
+        scaling = scaler is not None and scaler.is_enabled()
+        if scaling:
             scaler.unscale_(engine.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
         # under mixed precision the scaler itself skips a step with infinite gradients
-        if scaler is None and not bool(torch.isfinite(norm)):
+        if not scaling and not bool(torch.isfinite(norm)):
             raise RuntimeError(
                 f"the gradient is not finite in iteration {engine.state.iteration} of epoch {engine.state.epoch}: "
                 "lower the learning rate; --resume true goes on from the last epoch."

@@ -32,8 +32,8 @@ def _mean_std(values: Sequence[float]) -> dict[str, Any]:
     finite = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
     if not len(finite):
         return {"mean": None, "std": None, "pairs": 0}
-    # sample standard deviation, as is usual in the tables of papers
-    std = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+    # sample standard deviation, as is usual in the tables of papers; one pair has none
+    std = float(finite.std(ddof=1)) if len(finite) > 1 else None
     return {"mean": float(finite.mean()), "std": std, "pairs": len(finite)}
 
 
@@ -43,7 +43,9 @@ class PairResultsSaver:
     said of it, and write ``<prefix>_pairs.csv`` (one row a pair) and ``<prefix>_summary.json`` (mean and sample
     standard deviation over the pairs) when the run is complete. Attach it after the metrics.
 
-    A metric with one score for each label gives one column a label and its mean over the labels of the pair.
+    A metric with one score for each label gives one column a label and its mean over the labels of the pair. A score
+    that is not there is ``nan`` in the CSV and null in the JSON, and is left out of every mean; ``"pairs"`` beside a
+    mean says over how many it was taken.
 
     Args:
         output_dir: folder of the files.
@@ -54,6 +56,9 @@ class PairResultsSaver:
         columns: further keys of ``engine.state.output`` to write, one scalar or text a pair.
         info: what else the summary should state (data set, checkpoint, ...).
         overwrite: replace existing files. Defaults to ``False``.
+
+    Raises:
+        TypeError: When ``info`` holds what JSON does not know.
     """
 
     def __init__(
@@ -74,6 +79,10 @@ class PairResultsSaver:
         self.label_set = label_set
         self.columns = tuple(columns)
         self.info = dict(info or {})
+        try:
+            json.dumps(self.info, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"info must be plain values that JSON knows, got {self.info}.") from e
         self.overwrite = as_flag(overwrite, "overwrite")
         self.rows: list[dict[str, Any]] = []
         self.logger = logging.getLogger("monai_deq")
@@ -112,6 +121,11 @@ class PairResultsSaver:
         summary: dict[str, Any] = {}
         per_label: dict[str, dict[str, Any]] = {}
         for name in self.metrics:
+            if name not in details:
+                raise RuntimeError(
+                    f"no scores of a metric {name!r}: the engine keeps those of {sorted(details)}. Name these in "
+                    "metrics, or attach the metric with save_details=True."
+                )
             scores = np.asarray(details[name].cpu(), dtype=float)
             if len(scores) != len(self.rows):
                 raise RuntimeError(f"metric {name!r} has {len(scores)} scores for {len(self.rows)} pairs.")
@@ -120,9 +134,8 @@ class PairResultsSaver:
                     f"metric {name!r} has {scores.shape[1]} scores a pair for {len(self.labels)} labels."
                 )
             has_labels = scores.shape[1] > 1 or (len(self.labels) == 1 and name.startswith(("dice", "hd")))
-            with np.errstate(all="ignore"):
-                counts = np.isfinite(scores).sum(axis=1)
-                means = np.where(counts > 0, np.nansum(scores, axis=1) / np.maximum(counts, 1), np.nan)
+            counts = (~np.isnan(scores)).sum(axis=1)
+            means = np.where(counts > 0, np.nansum(scores, axis=1) / np.maximum(counts, 1), np.nan)
             for row, mean, values in zip(self.rows, means, scores, strict=True):
                 row[name] = float(mean)
                 if has_labels:
@@ -172,5 +185,6 @@ class PairResultsSaver:
             if value["mean"] is None:
                 lines.append(f"  {name:<{width}}  no score")
             else:
-                lines.append(f"  {name:<{width}}  {value['mean']:10.4f}  (std {value['std']:.4f})")
+                std = "" if value["std"] is None else f"  (std {value['std']:.4f})"
+                lines.append(f"  {name:<{width}}  {value['mean']:10.4f}{std}")
         return "\n".join(lines)

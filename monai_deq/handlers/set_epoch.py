@@ -29,6 +29,5 @@ class SamplerEpochSetter:
         Args:
             engine: the trainer.
         """
-        # a data loader with workers draws its first indices when it is made, which may be before the epoch's own event
-        engine.add_event_handler(Events.STARTED, lambda e: self.sampler.set_epoch(e.state.epoch + 1))
+        # Ignite takes a new iterator of the data loader, with workers or without, only after this event
         engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))

@@ -13,6 +13,8 @@ from monai_deq.networks.blocks import warp_by_ddf
 
 __all__ = ["FixedPointInferer"]
 
+_SETTINGS = ("solver", "max_steps", "tolerance", "relative_tolerance", "solver_options")
+
 
 class FixedPointInferer(Inferer):
     """
@@ -21,10 +23,16 @@ class FixedPointInferer(Inferer):
     Args:
         settings: ``max_steps``, ``tolerance``, ``relative_tolerance``, ``solver`` or ``solver_options`` in place of
             the network's own; ``None`` values are left to the network.
+
+    Raises:
+        TypeError: When there is no such setting.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
+        unknown = sorted(set(settings) - set(_SETTINGS))
+        if unknown:
+            raise TypeError(f"FixedPointInferer takes {', '.join(_SETTINGS)}, got {', '.join(unknown)}.")
         self.settings = {k: v for k, v in settings.items() if v is not None}
 
     def __call__(  # type: ignore[override]

@@ -5,14 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.utils import MetricReduction
 
-from monai_deq.metrics.label_overlap import compute_label_hausdorff
+from monai_deq.metrics.label_overlap import _check_labels, compute_label_hausdorff
 from monai_deq.metrics.reduced_metric import ReducedIterationMetric
 
 __all__ = ["LabelHausdorffMetric"]
+
+
+def _spacing(affine: torch.Tensor, ndim: int) -> list[float]:
+    """
+    Voxel size along each array axis in mm. MONAI's ``pixdim`` of a 2-D image reads the upper left corner of a 4x4
+    affine, which is wrong for a slice that does not lie in x and y; the length of the whole column is right for any.
+    """
+    columns = np.asarray(affine, dtype=np.float64)[:-1, :ndim]
+    return np.linalg.norm(columns, axis=0).tolist()
 
 
 class LabelHausdorffMetric(ReducedIterationMetric):
@@ -28,6 +38,9 @@ class LabelHausdorffMetric(ReducedIterationMetric):
         percentile: e.g. 95 for HD95. Defaults to ``None``: the largest distance.
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
         get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to ``False``.
+
+    Raises:
+        ValueError: When ``labels`` is empty, or holds 0 or a label twice.
     """
 
     def __init__(
@@ -39,14 +52,21 @@ class LabelHausdorffMetric(ReducedIterationMetric):
         get_not_nans: bool = False,
     ) -> None:
         super().__init__(reduction=reduction, get_not_nans=get_not_nans)
-        self.labels = tuple(labels)
+        self.labels = _check_labels(labels)
         self.spacing = spacing
         self.percentile = percentile
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
         if y is None:
             raise ValueError("y: expected the fixed labels, got None. Call metric(y_pred=warped_label, y=fixed_label).")
-        spacing = self.spacing
-        if spacing is None and isinstance(y, MetaTensor):
-            spacing = [float(v) for v in y.pixdim.flatten()[: y.ndim - 2]]
-        return compute_label_hausdorff(y_pred, y, self.labels, spacing, self.percentile)
+        if self.spacing is not None or not isinstance(y, MetaTensor):
+            return compute_label_hausdorff(y_pred, y, self.labels, self.spacing, self.percentile)
+        # a batch that a data loader has collated carries one affine an item
+        affines = y.affine if y.affine.ndim == 3 else y.affine.expand(len(y), -1, -1)
+        scores = [
+            compute_label_hausdorff(
+                y_pred[i : i + 1], y[i : i + 1], self.labels, _spacing(affine, y.ndim - 2), self.percentile
+            )
+            for i, affine in enumerate(affines)
+        ]
+        return torch.cat(scores)

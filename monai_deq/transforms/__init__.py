@@ -6,6 +6,7 @@ from __future__ import annotations
 from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
 from .load_pair import load_pair_transforms
 from .load_subject import (
+    CheckedCompose,
     CheckLabeld,
     CheckRegistrationImaged,
     CheckSameGridd,
@@ -19,6 +20,7 @@ from .save_registration import SaveRegistrationD, SaveRegistrationd, SaveRegistr
 from .warp import WarpByDDFD, WarpByDDFd, WarpByDDFDict
 
 __all__ = [
+    "CheckedCompose",
     "CheckLabeld",
     "CheckRegistrationImaged",
     "CheckSameGridd",

@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 from monai.config import NdarrayOrTensor
-from monai.data import MetaTensor
 from monai.transforms import Transform
 from monai.transforms.transform import MapTransform
 from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.transforms.warp import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
 
 
-def _plain(data: NdarrayOrTensor, name: str, device: torch.device) -> torch.Tensor:
-    """Channel-first image of any kind to a batch of one plain float tensor on the device."""
+def _plain(data: NdarrayOrTensor, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Channel-first image of any kind to a batch of one plain tensor."""
     tensor = convert_to_tensor(data, track_meta=False)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (3, 4):
-        raise ValueError(f"{name} must be a channel-first 2-D or 3-D image, got {getattr(data, 'shape', type(data))}.")
-    if not tensor.is_floating_point():
-        tensor = tensor.float()
-    return tensor[None].to(device)
+        came = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(data).__name__
+        raise ValueError(f"{name} must be a channel-first 2-D or 3-D image, got {came}.")
+    return tensor[None].to(device=device, dtype=dtype)
 
 
 class FixedPointSolver(Transform):
@@ -34,18 +33,19 @@ class FixedPointSolver(Transform):
     the network was trained with (paper, Eq. 5).
 
     The warped image and the displacement live on the fixed image's grid: given MetaTensors, both carry the affine
-    and meta data of the fixed image.
+    and meta data of the fixed image. Images of any number type are converted to that of the network's parameters.
 
     Args:
         network: module with ``solve(moving, fixed, initial_ddf, **settings) -> (ddf, SolverRecord)``, such as
-            :py:class:`monai_deq.networks.nets.DEQRegistrationNet`. It is used in eval mode and left as it was.
+            :py:class:`monai_deq.networks.nets.DEQRegistrationNet`. It is used in eval mode, and each of its modules is
+            left in the mode it was in.
         solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
         max_steps: step limit. Defaults to the network's own.
         tolerance: RMS residual in voxels at which to stop. Defaults to the network's own.
         relative_tolerance: relative residual at which to stop. Defaults to the network's own.
         solver_options: further options of the solver.
-        device: where to solve. Defaults to the device of the network's parameters. Results come back to the device of
-            the fixed image.
+        device: where to solve, for a network without parameters. Defaults to the device of the network's parameters.
+            Results come back to the device of the fixed image.
 
     Raises:
         TypeError: When the network has no ``solve``.
@@ -94,23 +94,24 @@ class FixedPointSolver(Transform):
         Raises:
             ValueError: When the shapes do not fit.
         """
-        parameter = next(self.network.parameters(), None)
-        device = self.device or (parameter.device if parameter is not None else torch.device("cpu"))
-        moving_batch, fixed_batch = _plain(moving, "moving", device), _plain(fixed, "fixed", device)
-        start = None if initial_ddf is None else _plain(initial_ddf, "initial_ddf", device)
-        was_training = self.network.training
+        # NumPy's default is float64, which the weights of a float32 network would refuse
+        parameter = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
+        device, dtype = self.device or parameter.device, parameter.dtype
+        moving_batch, fixed_batch = _plain(moving, "moving", device, dtype), _plain(fixed, "fixed", device, dtype)
+        exact = torch.promote_types(dtype, torch.float32)
+        start = None if initial_ddf is None else _plain(initial_ddf, "initial_ddf", device, exact)
+        modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()
         try:
             with torch.no_grad():
                 ddf, record = self.network.solve(moving_batch, fixed_batch, start, **self.settings)  # type: ignore[operator]
                 warped = warp_by_ddf(moving_batch, ddf)
         finally:
-            self.network.train(was_training)
+            # module by module: some may be frozen in eval mode while the others train
+            for module, training in modes:
+                module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
-        warped, ddf = warped[0].to(out_device), ddf[0].to(out_device)
-        if isinstance(fixed, MetaTensor):
-            warped = MetaTensor(warped, affine=fixed.affine.clone(), meta=dict(fixed.meta))
-            ddf = MetaTensor(ddf, affine=fixed.affine.clone(), meta=dict(fixed.meta))
+        warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
         return warped, ddf, record.item(0)
 
 

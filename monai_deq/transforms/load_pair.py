@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from monai.transforms import Compose, CopyItemsd, Resized
+from monai.transforms import CopyItemsd, Resized
 
 from monai_deq.transforms.load_subject import (
+    CheckedCompose,
     CheckLabeld,
     CheckRegistrationImaged,
     CheckSameGridd,
@@ -19,19 +20,20 @@ from monai_deq.transforms.load_subject import (
 __all__ = ["load_pair_transforms"]
 
 
-def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None = None) -> Compose:
+def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None = None) -> CheckedCompose:
     """
     Transforms from ``{"fixed": file, "moving": file, "moving_label": file or absent}`` to checked channel-first images.
 
     ``"fixed_scan"`` and ``"moving_scan"`` are the scans with their own intensities and size, to be used when the field
-    is applied; ``"fixed"`` and ``"moving"`` are scaled to [0, 1] where needed and resized to ``spatial_size`` for the network.
+    is applied; ``"fixed"`` and ``"moving"`` are scaled to [0, 1] where needed and resized to ``spatial_size`` for the
+    network.
 
     Args:
         spatial_dims: 2 or 3.
         spatial_size: size the network works at. Defaults to ``None``: the scans' own.
 
     Raises:
-        ValueError: When ``spatial_size`` has another number of axes.
+        ValueError: When ``spatial_dims`` is not 2 or 3, or ``spatial_size`` does not give so many numbers above 1.
     """
     images = ("fixed", "moving")
     label = ("moving_label",)
@@ -47,8 +49,9 @@ def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None =
         ScaleToUnitRanged(images),
     ]
     if spatial_size is not None:
-        if len(spatial_size) != spatial_dims:
-            raise ValueError(f"spatial_size must have {spatial_dims} numbers, got {spatial_size}.")
+        size = tuple(spatial_size) if isinstance(spatial_size, Sequence) else (spatial_size,)
+        if len(size) != spatial_dims or not all(isinstance(n, int) and n > 1 for n in size):
+            raise ValueError(f"spatial_size must be {spatial_dims} numbers of voxels above 1, got {spatial_size!r}.")
         mode = "bilinear" if spatial_dims == 2 else "trilinear"
-        transforms.append(Resized(images, tuple(spatial_size), mode=mode, align_corners=False, anti_aliasing=True))
-    return Compose(transforms)
+        transforms.append(Resized(images, size, mode=mode, align_corners=False, anti_aliasing=True))
+    return CheckedCompose(transforms, log_stats=False)

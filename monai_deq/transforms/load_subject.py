@@ -20,6 +20,7 @@ __all__ = [
     "CheckLabeld",
     "CheckRegistrationImaged",
     "CheckSameGridd",
+    "CheckedCompose",
     "DropSliceAxisd",
     "LoadRegistrationImaged",
     "ScaleToUnitRanged",
@@ -240,9 +241,29 @@ class CheckSameGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         keys = list(self.key_iterator(d))
-        for first, key in zip(keys[:1] * len(keys), keys[1:], strict=False):
+        for key in keys[1:]:
+            first = keys[0]
             check_same_grid(d[first], d[key], source_of(d[first], str(first)), source_of(d[key], str(key)))
         return d
+
+
+class CheckedCompose(Compose):
+    """MONAI's ``Compose`` for transforms that check their input: what is raised is the error of the check itself.
+
+    ``Compose`` raises ``RuntimeError("applying transform <...>")`` in its place, and logs the whole item.
+    Takes the arguments of ``Compose``.
+    """
+
+    def __call__(self, input_: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as Compose
+        try:
+            return super().__call__(input_, *args, **kwargs)
+        except RuntimeError as e:
+            error: BaseException = e
+            while str(error).startswith("applying transform") and error.__cause__ is not None:
+                error = error.__cause__
+            if error is e:
+                raise
+            raise error from error.__cause__
 
 
 def load_subject_transforms(
@@ -250,7 +271,7 @@ def load_subject_transforms(
     spatial_size: Sequence[int] | None = None,
     image_keys: KeysCollection = ("image",),
     label_keys: KeysCollection = ("label",),
-) -> Compose:
+) -> CheckedCompose:
     """Transforms from ``{"image": file, "label": file or None}`` to checked channel-first ``MetaTensor``.
 
     Load, drop the slice axis of 2-D files, check, scale intensities to [0, 1] where needed, resize. Images are resized
@@ -296,4 +317,4 @@ def load_subject_transforms(
             Resized(images, size, mode=linear, align_corners=False, anti_aliasing=True),
             Resized(labels, size, mode="nearest-exact", allow_missing_keys=True),
         ]
-    return Compose(transforms)
+    return CheckedCompose(transforms, log_stats=False)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.data import MetaTensor
+from monai.config import NdarrayOrTensor
 from monai.transforms import Transform
 from monai.transforms.transform import MapTransform
 from monai.utils import TransformBackends, convert_to_tensor
+
+from monai_deq.transforms.warp import on_grid_of
 
 __all__ = ["ResampleDDF", "ResampleDDFD", "ResampleDDFDict", "ResampleDDFd"]
 
@@ -26,7 +28,7 @@ class ResampleDDF(Transform):
     backend = [TransformBackends.TORCH]
 
     def __call__(  # type: ignore[override]
-        self, ddf: torch.Tensor, spatial_size: Sequence[int]
+        self, ddf: NdarrayOrTensor, spatial_size: Sequence[int]
     ) -> torch.Tensor:
         """
         Args:
@@ -40,6 +42,8 @@ class ResampleDDF(Transform):
             ValueError: When the number of axes does not fit.
         """
         field = convert_to_tensor(ddf, track_meta=False)
+        if not field.is_floating_point():
+            field = field.to(torch.float32)
         old, new = tuple(field.shape[1:]), tuple(int(n) for n in spatial_size)
         if len(old) != len(new) or field.shape[0] != len(old) or len(old) not in (2, 3):
             raise ValueError(f"ddf must be (ndim, *spatial) with {len(new)} axes, got {tuple(field.shape)}.")
@@ -72,11 +76,11 @@ class ResampleDDFd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample the field of the item."""
         d = dict(data)
+        for key in (self.ddf_key, self.reference_key):
+            if key not in d:
+                raise KeyError(f"ResampleDDFd needs the key {key!r}, the item has {sorted(map(str, d))}.")
         reference = d[self.reference_key]
-        ddf = self.resample(d[self.ddf_key], reference.shape[1:])
-        if isinstance(reference, MetaTensor):
-            ddf = MetaTensor(ddf, affine=reference.affine.clone(), meta=dict(reference.meta))
-        d[self.ddf_key] = ddf
+        d[self.ddf_key] = on_grid_of(self.resample(d[self.ddf_key], reference.shape[1:]), reference)
         return d
 
 

@@ -43,7 +43,13 @@ class UNetUpdate(nn.Module):
             raise ValueError(f'autocast_dtype must be None, "bfloat16" or "float16", got {autocast_dtype!r}.')
         self.spatial_dims = spatial_dims
         self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
-        self.backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims) if backbone is None else backbone
+        if backbone is None:
+            backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims)
+            # A displacement is many times larger than an intensity. Started at zero, its weights cannot feed it back
+            # into itself before they are learned; otherwise the iteration explodes early in training.
+            with torch.no_grad():
+                backbone.encoder[0].conv.weight[:, 2:] = 0  # type: ignore[index,operator,union-attr]
+        self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
         """

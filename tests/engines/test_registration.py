@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RegistrationEvaluator and PreparePairBatch with MONAI's data loader, trainer, transforms and metric handlers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.handlers import from_engine
+from monai.transforms import Compose, Lambdad
+
+from monai_deq.engines import PreparePairBatch, RegistrationEvaluator
+from monai_deq.handlers import FoldedVoxels, LabelDice, LabelHausdorff
+from monai_deq.inferers import FixedPointInferer
+from monai_deq.losses import RegistrationLoss, StatesLoss
+from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.transforms import ResampleDDFd, WarpByDDFd
+
+SHIFTS = (1.0, 3.0, 2.0)  # of the pairs, along the first axis
+SIZES = {2: (9, 6), 3: (9, 4, 5)}
+
+
+class ShiftByBrightness(torch.nn.Module):
+    """Halves the way to a shift along the first axis by ten times the largest value of the fixed image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        target = torch.zeros_like(ddf)
+        target[:, 0] = 10 * fixed.flatten(1).amax(1).view(-1, *[1] * (fixed.ndim - 2))
+        return self.share * (target - ddf)
+
+
+def affine(i: int) -> np.ndarray:
+    """Of a coronal slice, another for each pair."""
+    return np.array([[1.0 + i, 0, 0, 3], [0, 0, -3.0, 7], [0, 0.5, 0, i], [0, 0, 0, 1.0]])
+
+
+def make_items(ndim: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for i, shift in enumerate(SHIFTS):
+        fixed = torch.zeros(1, *SIZES[ndim])
+        fixed[0, 0] = shift / 10
+        label = torch.zeros(1, *SIZES[ndim])
+        label[0, 2:4] = 1
+        moving_label = label.roll(int(shift), dims=1)
+        meta = {"affine": affine(i), "filename_or_obj": f"fixed{i}.nii.gz"}
+        items.append(
+            {
+                "fixed": MetaTensor(fixed, meta=dict(meta), spatial_ndim=ndim),
+                "moving": MetaTensor(torch.rand(1, *SIZES[ndim], generator=generator), affine=torch.eye(4)),
+                "fixed_label": MetaTensor(label, meta=dict(meta), spatial_ndim=ndim),
+                "moving_label": MetaTensor(moving_label, affine=torch.eye(4)),
+                "fixed_subject": f"f{i}",
+                "moving_subject": f"m{i}",
+            }
+        )
+    return items
+
+
+def make_evaluator(ndim: int, batch_size: int = 2, max_steps: int = 6, **kwargs: Any) -> RegistrationEvaluator:
+    network = DEQRegistrationNet(ShiftByBrightness(), num_states=0, tolerance=0.05)
+    return RegistrationEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(make_items(ndim)), batch_size=batch_size),
+        network=network,
+        inferer=FixedPointInferer(max_steps=max_steps),
+        prepare_batch=PreparePairBatch(),
+        **kwargs,
+    )
+
+
+def run(evaluator: RegistrationEvaluator) -> list[dict[str, Any]]:
+    """What comes out, pair by pair."""
+    outputs: list[dict[str, Any]] = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.extend(e.state.output))
+    evaluator.run()
+    return outputs
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_flat_output_of_every_pair(ndim: int, batch_size: int) -> None:
+    items = make_items(ndim)
+    outputs = run(make_evaluator(ndim, batch_size))
+    solved = {"warped", "ddf", "steps", "residual", "relative_residual", "converged", "reason"}
+    assert len(outputs) == 3
+    # 0.5^k * shift <= 0.05: k = 5, 6, 6 steps; the second needs 0.5^6 * 3 = 0.047, so all converge in 6
+    for i, (output, item) in enumerate(zip(outputs, items, strict=True)):
+        assert set(output) == set(item) | solved
+        steps = next(k for k in range(1, 9) if 0.5**k * SHIFTS[i] <= 0.05)
+        assert (output["steps"], output["converged"], output["reason"]) == (steps, True, "tolerance")
+        assert output["residual"] == pytest.approx(0.5**steps * SHIFTS[i], rel=1e-5)
+        assert (output["fixed_subject"], output["moving_subject"]) == (f"f{i}", f"m{i}")
+        for key in ("fixed", "moving", "fixed_label", "moving_label"):
+            torch.testing.assert_close(output[key].as_tensor(), item[key].as_tensor())
+            np.testing.assert_allclose(output[key].affine, item[key].affine)
+        assert output["fixed"].meta["filename_or_obj"] == f"fixed{i}.nii.gz"
+        assert not isinstance(output["ddf"], MetaTensor) and output["ddf"].shape == (ndim, *SIZES[ndim])
+        torch.testing.assert_close(output["ddf"][0], torch.full(SIZES[ndim], SHIFTS[i] * (1 - 0.5**steps)))
+
+
+def test_reason_belongs_to_the_pair() -> None:
+    outputs = run(make_evaluator(2, 3, max_steps=5))
+    assert [o["reason"] for o in outputs] == ["tolerance", "step limit", "step limit"]
+    assert [o["converged"] for o in outputs] == [True, False, False]
+    assert [o["steps"] for o in outputs] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_postprocessing_and_metrics(ndim: int, batch_size: int) -> None:
+    """The known shift brings the labels together; the spacing of each pair's own fixed image counts."""
+    hausdorff = {"labels": [1], "output_transform": from_engine(["moving_label", "fixed_label"])}
+    evaluator = make_evaluator(
+        ndim,
+        batch_size,
+        max_steps=20,
+        postprocessing=Compose(
+            [
+                ResampleDDFd("fixed_label"),
+                WarpByDDFd("moving_label", output_keys="warped_label", mode="nearest"),
+                Lambdad("reason", str.upper),
+            ]
+        ),
+        key_val_metric={"dice": LabelDice([1], output_transform=from_engine(["warped_label", "fixed_label"]))},
+        additional_metrics={
+            "dice_before": LabelDice([1], output_transform=from_engine(["moving_label", "fixed_label"])),
+            "hd_before": LabelHausdorff(**hausdorff),  # type: ignore[arg-type]
+            "folded": FoldedVoxels(output_transform=from_engine("ddf")),
+        },
+    )
+    outputs = run(evaluator)
+    for i, (output, item) in enumerate(zip(outputs, make_items(ndim), strict=True)):
+        torch.testing.assert_close(output["warped_label"].as_tensor(), item["fixed_label"].as_tensor())
+        torch.testing.assert_close(output["moving_label"].as_tensor(), item["moving_label"].as_tensor())
+        for key in ("ddf", "warped_label"):
+            np.testing.assert_allclose(output[key].affine, affine(i))
+        assert output["reason"] == "TOLERANCE"
+    assert evaluator.state.metrics["dice"] == 1 and evaluator.state.metrics["folded"] == 0
+    # slabs of two rows, one, three and two rows apart; rows of 1, 2 and 3 mm
+    assert evaluator.state.metrics["dice_before"] == pytest.approx(0.5 / 3)
+    assert evaluator.state.metrics["hd_before"] == pytest.approx((1 * 1 + 3 * 2 + 2 * 3) / 3)
+    details = evaluator.state.metric_details["hd_before"]  # type: ignore[attr-defined]
+    assert details.flatten().tolist() == pytest.approx([1, 6, 6])
+
+
+def test_mode_gradients_and_events() -> None:
+    evaluator = make_evaluator(2)
+    network = evaluator.network.train()
+    seen: list[tuple[bool, bool]] = []
+    network.update.register_forward_pre_hook(lambda m, _: seen.append((m.training, torch.is_grad_enabled())))
+    events: list[str] = []
+    for event in (IterationEvents.FORWARD_COMPLETED, IterationEvents.MODEL_COMPLETED):
+        evaluator.add_event_handler(event, lambda e, name=event.name: events.append(name))
+    evaluator.run()
+    assert set(seen) == {(False, False)} and network.training
+    assert events == ["FORWARD_COMPLETED", "MODEL_COMPLETED"] * 2
+
+
+def test_mixed_precision_keeps_the_field_in_single_precision() -> None:
+    torch.manual_seed(0)
+    backbone = RegistrationUNet(2, 4, None, (4, 4), (4,), (4,), flow_std=0.05)
+    seen: list[torch.dtype] = []
+    backbone.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    evaluator = RegistrationEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(make_items(2)), batch_size=2),
+        network=DEQRegistrationNet(UNetUpdate(2, backbone), num_states=0),
+        inferer=FixedPointInferer(max_steps=2),
+        prepare_batch=PreparePairBatch(),
+        amp=True,
+    )
+    outputs = run(evaluator)
+    assert set(seen) == {torch.bfloat16}
+    assert all(o["ddf"].dtype == o["warped"].dtype == torch.float32 for o in outputs)
+
+
+def test_without_decollation_the_batch_stays_one() -> None:
+    evaluator = make_evaluator(2, 3, decollate=False)
+    batches: list[Any] = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: batches.append(e.state.output))
+    evaluator.run()
+    assert batches[0]["ddf"].shape == (3, 2, *SIZES[2]) and batches[0]["steps"].tolist() == [5, 6, 6]
+    assert batches[0]["fixed_subject"] == ["f0", "f1", "f2"] and batches[0]["fixed"].affine.shape == (3, 4, 4)
+
+
+def test_the_batch_itself_is_not_changed() -> None:
+    evaluator = make_evaluator(2, 2)
+    keys: list[set[str]] = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: keys.extend(set(b) for b in e.state.batch))
+    evaluator.run()
+    assert keys == [set(make_items(2)[0])] * 3
+
+
+def test_prepare_batch() -> None:
+    batch = next(iter(DataLoader(Dataset(make_items(3)), batch_size=2)))
+    moving, target, args, kwargs = PreparePairBatch()(batch, "cpu", dtype=torch.float64)
+    (fixed,) = args
+    assert kwargs == {} and target.keys() == {"moving", "fixed"}
+    assert target["moving"] is moving and target["fixed"] is fixed
+    for tensor, key in ((moving, "moving"), (fixed, "fixed")):
+        assert type(tensor) is torch.Tensor and tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, batch[key].as_tensor().double())
+    swapped, _, (other,), _ = PreparePairBatch("fixed", "moving")(batch)
+    torch.testing.assert_close(swapped, batch["fixed"].as_tensor())
+    torch.testing.assert_close(other, batch["moving"].as_tensor())
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_output_of_a_trainer(ndim: int) -> None:
+    torch.manual_seed(0)
+    backbone = RegistrationUNet(ndim, 2 + ndim, None, (4, 4), (4,), (4,), flow_std=0.05)
+    network = DEQRegistrationNet(UNetUpdate(ndim, backbone), max_steps=3, num_states=1)
+    loss = StatesLoss(RegistrationLoss(ndim))
+    outputs: list[dict[str, Any]] = []
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=DataLoader(Dataset(make_items(ndim)[:2]), batch_size=2),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=loss,
+        prepare_batch=PreparePairBatch(),
+        decollate=False,
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.append(e.state.output))
+    trainer.run()
+    (output,) = outputs
+    items = make_items(ndim)[:2]
+    moving, fixed = (torch.stack([item[key].as_tensor() for item in items]) for key in ("moving", "fixed"))
+    torch.testing.assert_close(output["image"], moving)
+    torch.testing.assert_close(output["label"]["fixed"], fixed)
+    warped, ddf, states = output["pred"]
+    assert warped.shape == moving.shape and ddf.shape == (2, ndim, *SIZES[ndim]) and len(states) == 1
+    # the learning rate is zero: the same network gives the same loss
+    expected = loss(network.train()(moving, fixed), {"moving": moving, "fixed": fixed})
+    assert output["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert any(parameter.grad.abs().max() > 0 for parameter in network.parameters())

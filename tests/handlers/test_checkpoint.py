@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TrainingCheckpoint and WeightsLoader on real, tiny trainings: resuming is as good as never having stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from monai.data import DataLoader
+from monai.engines import SupervisedTrainer
+from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
+from monai.networks.layers import Conv
+
+from monai_deq.data import PairDataset, RandomPairSampler
+from monai_deq.engines import PreparePairBatch, RegistrationEvaluator
+from monai_deq.handlers import (
+    EpochMeanLoss,
+    GradientClipping,
+    LabelDice,
+    SamplerEpochSetter,
+    TrainingCheckpoint,
+    WeightsLoader,
+)
+from monai_deq.inferers import FixedPointInferer
+from monai_deq.losses import RegistrationLoss, StatesLoss
+from monai_deq.networks import trained_with
+from monai_deq.networks.blocks import UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.transforms import WarpByDDFd
+
+SIZES = {2: (8, 6), 3: (4, 6, 4)}
+ITERATIONS = 2  # an epoch
+
+
+class ScriptedScore(Metric):
+    """A validation score read from a list, by epoch."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores = scores
+        self.epoch = 0
+        super().__init__()
+
+    def reset(self) -> None: ...
+
+    def update(self, output: Any) -> None: ...
+
+    def compute(self) -> float:
+        return self.scores[self.epoch - 1]
+
+    def attach(self, engine: Engine, name: str) -> None:  # type: ignore[override]
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: setattr(self, "epoch", e.state.epoch))
+        super().attach(engine, name)
+
+
+def make_network(ndim: int, channels: int = 4) -> DEQRegistrationNet:
+    # dropout draws from the global random state, which a resumed training must find as it was
+    backbone = torch.nn.Sequential(
+        torch.nn.Dropout(0.2),
+        Conv["CONV", ndim](2 + ndim, channels, 3, padding=1),
+        torch.nn.LeakyReLU(0.2),
+        Conv["CONV", ndim](channels, ndim, 1),
+    )
+    return DEQRegistrationNet(UNetUpdate(ndim, backbone), max_steps=2, num_states=1)
+
+
+def make_subjects(ndim: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand((4, 1, *SIZES[ndim]), generator=generator)
+    return [{"subject": str(i), "image": image, "label": (image > 0.5).float()} for i, image in enumerate(images)]
+
+
+class Training:
+    """The training of the bundle, in small; ``losses`` and ``scores`` are what it went through."""
+
+    def __init__(
+        self,
+        folder: Path,
+        max_epochs: int = 4,
+        ndim: int = 2,
+        seed: int = 0,
+        scores: Sequence[float] | None = None,
+        pairs_per_epoch: int = 2 * ITERATIONS,
+        channels: int = 4,
+        interval: int = 1,
+        validate: bool = True,
+        amp: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.network = make_network(ndim, channels)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.7)
+        subjects = make_subjects(ndim)
+        sampler = RandomPairSampler(len(subjects), pairs_per_epoch, seed=3)
+        metric = LabelDice([1], output_transform=from_engine(["warped_label", "fixed_label", "moving_label"]))
+        self.validator = RegistrationEvaluator(
+            device="cpu",
+            val_data_loader=DataLoader(PairDataset(subjects, "cyclic"), batch_size=2),
+            network=self.network,
+            inferer=FixedPointInferer(),
+            prepare_batch=PreparePairBatch(),
+            postprocessing=WarpByDDFd("moving_label", output_keys="warped_label", mode="nearest"),
+            key_val_metric={"score": metric if scores is None else ScriptedScore(scores)},
+        )
+        self.checkpoint = TrainingCheckpoint(
+            folder,
+            self.network,
+            {"optimizer": self.optimizer, "lr_scheduler": scheduler},
+            self.validator if validate else None,
+            **kwargs,
+        )
+        self.trainer = SupervisedTrainer(
+            device="cpu",
+            max_epochs=max_epochs,
+            train_data_loader=DataLoader(PairDataset(subjects, label_key=None), sampler=sampler, batch_size=2),
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=StatesLoss(RegistrationLoss(ndim)),
+            prepare_batch=PreparePairBatch(),
+            decollate=False,
+            amp=amp,
+            train_handlers=[
+                SamplerEpochSetter(sampler),
+                EpochMeanLoss(),
+                GradientClipping(self.network, 1.0),
+                LrScheduleHandler(scheduler, print_lr=False),
+                *([ValidationHandler(interval, self.validator)] if validate else []),
+                self.checkpoint,
+            ],
+        )
+        self.losses: list[float] = []
+        self.scores: list[tuple[int, float]] = []
+        self.means: list[float] = []
+        self.trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e: self.losses.append(e.state.output["loss"].item())
+        )
+        self.trainer.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda e: self.means.append(e.state.metrics["train_loss"])
+        )
+        self.validator.add_event_handler(
+            Events.COMPLETED, lambda e: self.scores.append((e.state.epoch, e.state.metrics["score"]))
+        )
+
+    def run(self) -> Training:
+        self.trainer.run()
+        return self
+
+    def break_down_at(self, iteration: int) -> Training:
+        """Run until something fails in the middle of an epoch."""
+
+        def fail(engine: Engine) -> None:
+            raise ConnectionError("the node is gone")
+
+        self.trainer.add_event_handler(Events.ITERATION_STARTED(once=iteration), fail)
+        with pytest.raises(ConnectionError):
+            self.trainer.run()
+        return self
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Two state dicts, down to the last bit."""
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            assert_same(value, b[key])
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[key]), key
+        else:
+            assert value == b[key], key
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+
+def test_same_seed_same_losses(tmp_path: Path) -> None:
+    first, again, other = (
+        Training(tmp_path / name, 2, seed=seed).run() for name, seed in [("a", 0), ("b", 0), ("c", 1)]
+    )
+    assert len(first.losses) == 2 * ITERATIONS
+    assert first.losses == again.losses != other.losses
+    assert first.scores == again.scores
+    assert_same(load(tmp_path / "a" / "last.pt"), load(tmp_path / "b" / "last.pt"))
+    assert first.means == pytest.approx([sum(first.losses[:2]) / 2, sum(first.losses[2:]) / 2])
+
+
+@pytest.mark.parametrize("how", ["clean stop", "break-down", "break-down in the first iteration", "twice"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_resuming_is_as_good_as_never_having_stopped(tmp_path: Path, ndim: int, how: str) -> None:
+    whole = Training(tmp_path / "whole", 4, ndim).run()
+    part = tmp_path / "part"
+    if how == "clean stop":
+        Training(part, 2, ndim).run()
+    elif how == "break-down in the first iteration":
+        Training(part, 4, ndim).break_down_at(2 * ITERATIONS + 1)
+    else:
+        Training(part, 4, ndim).break_down_at(2 * ITERATIONS + 2)
+    if how == "twice":
+        Training(part, 4, ndim, seed=98, resume=True).break_down_at(3 * ITERATIONS + 2)
+    # other initial weights: all that counts comes out of the checkpoint
+    resumed = Training(part, 4, ndim, seed=99, resume=True).run()
+    epochs = 1 if how == "twice" else 2
+    assert len(resumed.losses) == epochs * ITERATIONS
+    assert resumed.losses == whole.losses[-epochs * ITERATIONS :]
+    assert resumed.scores == whole.scores[-epochs:]
+    assert_same(load(part / "last.pt"), load(tmp_path / "whole" / "last.pt"))
+    assert_same(load(part / "model.pt"), load(tmp_path / "whole" / "model.pt"))
+    assert trained_with(part / "model.pt") == trained_with(tmp_path / "whole" / "model.pt")
+    assert resumed.trainer.state.iteration == 4 * ITERATIONS
+
+
+def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
+    whole = Training(tmp_path / "whole", 2).run()
+    Training(tmp_path / "part", 2).break_down_at(1)
+    assert files(tmp_path / "part") == set()
+    assert Training(tmp_path / "part", 2, resume=True).run().losses == whole.losses
+
+
+def test_best_weights_survive_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scores = (0.5, 0.8, 0.7, 0.6, 0.9, 0.9)
+    states: list[dict[str, torch.Tensor]] = []
+
+    def run(max_epochs: int, **kwargs: Any) -> None:
+        training = Training(tmp_path, max_epochs, scores=scores, settings={"max_steps": 3}, **kwargs)
+        training.trainer.add_event_handler(
+            Events.EPOCH_COMPLETED,
+            lambda e: states.append({k: v.clone() for k, v in training.network.state_dict().items()}),
+        )
+        training.run()
+
+    def best() -> tuple[int, float]:
+        assert files(tmp_path) == {"last.pt", "model.pt", "model.json"}
+        checkpoint = load(tmp_path / "last.pt")
+        assert_same(load(tmp_path / "model.pt"), states[checkpoint["best_epoch"] - 1])
+        assert trained_with(tmp_path / "model.pt") == {"max_steps": 3, "epoch": checkpoint["best_epoch"]}
+        assert_same(checkpoint["network"], states[-1])
+        return checkpoint["best_epoch"], checkpoint["best_metric"]
+
+    run(2)
+    assert best() == (2, 0.8)
+    # both epochs are worse than the best before the interruption
+    run(4, resume=True)
+    assert best() == (2, 0.8)
+    run(6, resume="true")
+    assert best() == (5, 0.9)
+    caplog.set_level(logging.WARNING, "monai_deq")
+    run(6, resume=True)
+    assert best() == (5, 0.9) and "nothing left to train" in caplog.text
+
+
+def test_best_weights_that_were_moved_away_are_counted_anew(tmp_path: Path) -> None:
+    scores = (0.9, 0.3, 0.4)
+    Training(tmp_path, 1, scores=scores).run()
+    (tmp_path / "model.pt").unlink()
+    Training(tmp_path, 2, scores=scores, resume=True).run()
+    assert load(tmp_path / "last.pt")["best_metric"] == 0.3 and (tmp_path / "model.pt").is_file()
+
+
+def test_validation_every_second_epoch(tmp_path: Path) -> None:
+    scores = (9.0, 0.5, 9.0, 0.4)
+    training = Training(tmp_path, 1, scores=scores, interval=2).run()
+    assert files(tmp_path) == {"last.pt"} and training.scores == []
+    Training(tmp_path, 4, scores=scores, interval=2, resume=True).run()
+    assert load(tmp_path / "last.pt")["best_epoch"] == 2 and trained_with(tmp_path / "model.pt")["epoch"] == 2
+
+
+def test_without_a_validator_the_last_epoch_is_the_best(tmp_path: Path) -> None:
+    training = Training(tmp_path, 2, validate=False).run()
+    assert_same(load(tmp_path / "model.pt"), training.network.state_dict())
+    assert trained_with(tmp_path / "model.pt") == {"epoch": 2}
+    resumed = Training(tmp_path, 3, validate=False, seed=9, resume=True).run()
+    assert len(resumed.losses) == ITERATIONS and trained_with(tmp_path / "model.pt") == {"epoch": 3}
+
+
+@pytest.mark.parametrize("name", ["last.pt", "model.pt"])
+def test_existing_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    training = Training(tmp_path, 1, overwrite="false")
+    with pytest.raises(FileExistsError, match=rf"{name}.*--overwrite true") as error:
+        training.run()
+    assert ("--resume true" in str(error.value)) == (name == "last.pt")
+    assert training.losses == [] and files(tmp_path) == {name} and (tmp_path / name).read_text() == "precious"
+    assert len(Training(tmp_path, 1, overwrite="true").run().losses) == ITERATIONS
+    assert_same(load(tmp_path / "last.pt")["network"], load(tmp_path / "model.pt"))
+
+
+def test_resume_without_a_last_checkpoint_does_not_touch_finished_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"model.pt.*no last.pt beside it to resume from"):
+        Training(tmp_path, 1, resume=True).run()
+    assert (tmp_path / "model.pt").read_text() == "precious"
+
+
+def test_overwrite_starts_from_the_beginning(tmp_path: Path) -> None:
+    first = Training(tmp_path, 2, scores=(0.1, 0.9)).run()
+    again = Training(tmp_path, 1, scores=(0.2,), overwrite=True).run()
+    assert again.losses == first.losses[:ITERATIONS]
+    assert load(tmp_path / "last.pt")["best_metric"] == 0.2 and trained_with(tmp_path / "model.pt")["epoch"] == 1
+
+
+def test_start_from_weights(tmp_path: Path) -> None:
+    source = Training(tmp_path / "a", 1, seed=4).run()
+    for name in ("model.pt", "last.pt"):
+        training = Training(tmp_path / name, 1, seed=5, weights=tmp_path / "a" / name)
+        training.trainer.add_event_handler(
+            Events.EPOCH_STARTED,
+            lambda e: assert_same(e.network.state_dict(), source.network.state_dict()),  # type: ignore[attr-defined]
+        )
+        training.run()
+        assert training.trainer.state.epoch == 1
+    # a resumed training goes on from its own
+    resumed = Training(tmp_path / "last.pt", 1, weights=tmp_path / "a" / "model.pt", resume=True).run()
+    assert_same(resumed.network.state_dict(), load(tmp_path / "last.pt" / "last.pt")["network"])
+    with pytest.raises(FileNotFoundError, match="nothing.pt"):
+        Training(tmp_path / "b", 1, weights=tmp_path / "nothing.pt").run()
+
+
+def fail_in_call(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    calls = []
+
+    def failing(obj: Any, path: Any) -> None:
+        calls.append(path)
+        if len(calls) == number:
+            Path(path).write_bytes(b"half of a check")
+            raise OSError("no space left on device")
+        function(obj, path)
+
+    return failing
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    scores = (0.1, 0.2, 0.3)
+    whole = Training(tmp_path / "whole", 3, scores=scores).run()
+    folder = tmp_path / "part"
+    Training(folder, 1, scores=scores).run()
+    last = load(folder / "last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail_in_call(torch.save, number))
+        with pytest.raises(OSError, match="no space left"):
+            Training(folder, 3, scores=scores, resume=True).run()
+    assert files(folder) == {"last.pt", "model.pt", "model.json"}
+    assert_same(load(folder / "last.pt"), last)
+    load(folder / "model.pt")
+    resumed = Training(folder, 3, scores=scores, resume=True).run()
+    assert resumed.losses == whole.losses[ITERATIONS:]
+    assert_same(load(folder / "model.pt"), load(tmp_path / "whole" / "model.pt"))
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path, 1).run()
+    before = load(tmp_path / "last.pt")
+    training = Training(tmp_path, 2, seed=1, pairs_per_epoch=8, resume=True)
+    weights = {k: v.clone() for k, v in training.network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"last.pt was trained with 2 iterations.*this run has 4.*pairs_per_epoch"):
+        training.run()
+    assert_same(training.network.state_dict(), weights)
+    for other in ({"ndim": 3}, {"channels": 6}):
+        with pytest.raises(ValueError, match=r"last.pt is of another architecture than DEQRegistrationNet"):
+            Training(tmp_path, 2, resume=True, **other).run()
+    assert_same(load(tmp_path / "last.pt"), before)
+
+
+def test_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path, 1).run()
+    last = tmp_path / "last.pt"
+    checkpoint = load(last)
+    for absent in ("network", "optimizer", "lr_scheduler", "trainer", "best_epoch", "best_metric", "rng_state"):
+        torch.save({k: v for k, v in checkpoint.items() if k != absent}, last)
+        with pytest.raises(ValueError, match=rf"last.pt cannot be resumed from: it has no \['{absent}'\]"):
+            Training(tmp_path, 2, resume=True).run()
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last.pt is not a readable checkpoint"):
+        Training(tmp_path, 2, resume=True).run()
+
+
+def test_gradient_scaler_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(**kwargs: Any) -> None:
+        """The trainer makes its scaler when it starts; give it one that works on a CPU."""
+        monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", **kwargs))
+
+    use(init_scale=512.0, growth_interval=ITERATIONS + 1)
+    whole = Training(tmp_path / "whole", 2, amp=True).run()
+    assert whole.trainer.scaler.get_scale() == 1024.0  # once doubled, in the second epoch
+    Training(tmp_path / "part", 1, amp=True).run()
+    use(init_scale=2.0)
+    resumed = Training(tmp_path / "part", 2, amp=True, resume=True).run()
+    assert resumed.trainer.scaler.get_scale() == 1024.0 and resumed.losses == whole.losses[ITERATIONS:]
+    # trained on a GPU, resumed without one
+    use(enabled=False)
+    Training(tmp_path / "part", 3, amp=True, resume=True).run()
+    Training(tmp_path / "part", 4, resume=True).run()
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    network = make_network(2)
+    with pytest.raises(ValueError, match="exclude each other"):
+        TrainingCheckpoint(tmp_path, network, resume=True, overwrite="true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="resume must be true or false"):
+        TrainingCheckpoint(tmp_path, network, resume="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="trainer"):
+        TrainingCheckpoint(tmp_path, network, {"trainer": torch.optim.SGD(network.parameters())})
+    with pytest.raises(TypeError, match="settings"):
+        TrainingCheckpoint(tmp_path, network, settings={"size": torch.tensor([1, 2])})
+
+
+def test_weights_loader(tmp_path: Path) -> None:
+    source, target = make_network(2), make_network(2)
+    torch.save(source.state_dict(), tmp_path / "model.pt")
+    engine = Engine(lambda engine, batch: None)
+    WeightsLoader(target, tmp_path / "model.pt").attach(engine)
+    with pytest.raises(AssertionError):
+        assert_same(target.state_dict(), source.state_dict())
+    engine.run([0])
+    assert_same(target.state_dict(), source.state_dict())
+    for network, path, error, message in [
+        (make_network(3), "model.pt", ValueError, r"model.pt is of another architecture"),
+        (target, "absent.pt", FileNotFoundError, r"absent.pt"),
+    ]:
+        engine = Engine(lambda engine, batch: None)
+        WeightsLoader(network, str(tmp_path / path)).attach(engine)
+        with pytest.raises(error, match=message):
+            engine.run([0])
+
+
+def test_settings_are_read_back(tmp_path: Path) -> None:
+    settings = {"spatial_size": [8, 6], "tolerance": 1e-3, "none": None}
+    Training(tmp_path, 1, settings=settings).run()
+    assert json.loads((tmp_path / "model.json").read_text()) == {**settings, "epoch": 1}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GradientClipping inside MONAI's trainer, in single and in mixed precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from monai.engines import SupervisedTrainer
+
+from monai_deq.handlers import GradientClipping
+
+
+class Line(torch.nn.Module):
+    """``a * x + b``"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.tensor(0.0))
+        self.b = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a * x + self.b
+
+
+class Steepness(torch.nn.Module):
+    """Loss whose gradient is known: with respect to a the mean of x * y, to b the mean of y."""
+
+    def forward(self, prediction: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (prediction * y).mean()
+
+
+def train(max_norm: float, gradient: tuple[float, float], amp: bool = False) -> tuple[list[float], SupervisedTrainer]:
+    """Gradients that the optimizer gets to see when the loss's is ``gradient``."""
+    network = Line()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    x, y = gradient[0] / gradient[1], gradient[1]
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend([network.a.grad.item(), network.b.grad.item()]))
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=[{"image": torch.tensor([[x]]), "label": torch.tensor([[y]])}],
+        network=network,
+        optimizer=optimizer,
+        loss_function=Steepness(),
+        decollate=False,
+        train_handlers=[GradientClipping(network, max_norm)],
+        amp=amp,
+    )
+    trainer.run()
+    return seen, trainer
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "gradient", "expected"),
+    [
+        (1.0, (3.0, 4.0), (0.6, 0.8)),
+        (2.5, (-3.0, 4.0), (-1.5, 2.0)),
+        (5.1, (3.0, 4.0), (3.0, 4.0)),  # below the bound nothing changes
+    ],
+)
+@pytest.mark.parametrize("amp", [False, True])
+def test_gradient_of_the_step(
+    monkeypatch: pytest.MonkeyPatch, amp: bool, max_norm: float, gradient: Any, expected: Any
+) -> None:
+    # the scaler multiplies the gradient; the bound is on what is left when that is undone
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=1024.0))
+    seen, trainer = train(max_norm, gradient, amp)
+    assert (trainer.scaler is not None) == amp
+    assert seen == pytest.approx(expected, rel=1e-4)
+    assert trainer.network.a.item() == pytest.approx(-expected[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("enabled", [None, False])
+def test_non_finite_gradient_stops_the_training(
+    monkeypatch: pytest.MonkeyPatch, bad: float, enabled: bool | None
+) -> None:
+    # without a GPU a scaler does nothing, and does not skip such a step either
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", enabled=False))
+    with pytest.raises(RuntimeError, match="gradient is not finite in iteration 1 of epoch 1.*--resume true"):
+        train(1.0, (1.0, bad), amp=enabled is not None)
+
+
+def test_scaler_skips_a_step_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=1024.0))
+    seen, trainer = train(1.0, (1.0, float("inf")), amp=True)
+    assert seen == [] and trainer.network.a.item() == 0
+    assert trainer.scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
+def test_bound_must_be_positive(max_norm: float) -> None:
+    with pytest.raises(ValueError, match="max_norm must be above 0"):
+        GradientClipping(Line(), max_norm)

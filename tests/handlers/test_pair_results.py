@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PairResultsSaver: CSV and JSON against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import decollate_batch, list_data_collate
+from monai.handlers import from_engine
+
+from monai_deq.handlers import FoldedVoxels, LabelDice, PairResultsSaver
+
+LABELS = {3: "left", 8: "right"}
+NAN = float("nan")
+
+
+def label_map(threes: int, eights: int) -> torch.Tensor:
+    """So many voxels of each label, (1, 4, 10): the threes from the start of row 0, the eights of row 2."""
+    image = torch.zeros(1, 4, 10)
+    image[0, 0, :threes], image[0, 2, :eights] = 3, 8
+    return image
+
+
+def make_item(name: str, fixed: tuple[int, int], warped: tuple[int, int], folded: bool = False) -> dict[str, Any]:
+    ddf = torch.zeros(2, 4, 10)
+    if folded:
+        # displacement -2 x along the last axis: a Jacobian of -1 everywhere
+        ddf[1] = -2.0 * torch.arange(10)
+    return {
+        "fixed_subject": f"f{name}",
+        "moving_subject": f"m{name}",
+        "fixed_label": label_map(*fixed),
+        "warped_label": label_map(*warped),
+        "ddf": ddf,
+        "steps": torch.tensor(int(name)),
+        "residual": torch.tensor(0.5 ** int(name), dtype=torch.float64),
+        "relative_residual": torch.tensor(NAN if name == "2" else 0.25),
+        "converged": torch.tensor(name != "3"),
+        "reason": "step limit" if name == "3" else "tolerance",
+    }
+
+
+# Dice 2 |a b| / (|a| + |b|): pair 1 has 1 and 2 * 2 / (2 + 6), pair 2 has 2 * 4 / (4 + 8) and no right label, pair 3
+# has none
+ITEMS = [
+    make_item("1", (5, 6), (5, 2), folded=True),
+    make_item("2", (8, 0), (4, 3)),
+    make_item("3", (0, 0), (2, 2)),
+]
+DICE = [[1.0, 0.5], [2 / 3, NAN], [NAN, NAN]]
+MEANS = [0.75, 2 / 3, NAN]
+FOLDED = [100.0, 0.0, 0.0]
+
+
+def evaluate(saver: PairResultsSaver, outputs: list[Any], labels: list[int] | None = None) -> Engine:
+    engine = Engine(lambda engine, batch: batch)
+    decollated = isinstance(outputs[0], list)
+
+    def take(*keys: str) -> Any:
+        if decollated:
+            return from_engine(keys if len(keys) > 1 else keys[0])
+        return lambda output: tuple(output[k] for k in keys) if len(keys) > 1 else output[keys[0]]
+
+    labels = list(LABELS) if labels is None else labels
+    LabelDice(labels, output_transform=take("warped_label", "fixed_label")).attach(engine, "dice")
+    FoldedVoxels(output_transform=take("ddf")).attach(engine, "folded_percent")
+    saver.attach(engine)
+    engine.run(outputs)
+    return engine
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def number(value: float) -> Any:
+    return None if value != value else pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize("batching", ["decollated", "collated"])
+def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [list_data_collate(ITEMS[:2]), list_data_collate(ITEMS[2:])]
+    outputs = [decollate_batch(b) for b in batches] if batching == "decollated" else batches
+    info = {"data_set": "made up", "spatial_size": None}
+    saver = PairResultsSaver(tmp_path / "new", ["dice", "folded_percent"], LABELS, "both", prefix="test", info=info)
+    engine = evaluate(saver, outputs)
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"test_pairs.csv", "test_summary.json"}
+
+    rows = read_csv(saver.csv_path)
+    assert list(rows[0]) == [
+        *("fixed", "moving", "dice", "folded_percent"),
+        *("steps", "residual", "relative_residual", "converged", "reason", "dice_3", "dice_8"),
+    ]
+    assert [(r["fixed"], r["moving"], r["steps"]) for r in rows] == [
+        ("f1", "m1", "1"),
+        ("f2", "m2", "2"),
+        ("f3", "m3", "3"),
+    ]
+    assert [r["converged"] for r in rows] == ["True", "True", "False"]
+    assert [r["reason"] for r in rows] == ["tolerance", "tolerance", "step limit"]
+    for i, row in enumerate(rows):
+        assert float(row["dice"]) == pytest.approx(MEANS[i], nan_ok=True)
+        assert [float(row["dice_3"]), float(row["dice_8"])] == pytest.approx(DICE[i], nan_ok=True)
+        assert float(row["folded_percent"]) == FOLDED[i] and float(row["residual"]) == 0.5 ** (i + 1)
+    assert [r["relative_residual"] for r in rows] == ["0.25", "nan", "0.25"]
+
+    result = read_json(saver.json_path)
+    assert {k: result[k] for k in info} == info
+    assert result["label_set"] == "both" and result["labels"] == {"3": "left", "8": "right"}
+    assert result["num_pairs"] == 3
+    residuals = [0.5, 0.25, 0.125]
+    expected = {
+        # over the labels of a pair, then over the pairs that have a score
+        "dice": (mean(MEANS[:2]), stdev(MEANS[:2]), 2),
+        "folded_percent": (100 / 3, stdev(FOLDED), 3),
+        "steps": (2, 1, 3),
+        "residual": (mean(residuals), stdev(residuals), 3),
+        "relative_residual": (0.25, 0, 2),
+        "converged": (2 / 3, stdev([1, 1, 0]), 3),
+    }
+    assert result["summary"].keys() == expected.keys()
+    for name, (average, deviation, pairs) in expected.items():
+        assert result["summary"][name] == {"mean": number(average), "std": number(deviation), "pairs": pairs}, name
+    assert result["per_label"] == {
+        "dice": {
+            "3": {"name": "left", "mean": number(5 / 6), "std": number(stdev([1, 2 / 3])), "pairs": 2},
+            "8": {"name": "right", "mean": number(0.5), "std": None, "pairs": 1},
+        }
+    }
+    assert [p["dice"] for p in result["pairs"]] == [number(v) for v in MEANS]
+    assert [p["dice_8"] for p in result["pairs"]] == [number(0.5), None, None]
+    assert [p["relative_residual"] for p in result["pairs"]] == [0.25, None, 0.25]
+    assert [p["converged"] for p in result["pairs"]] == [True, True, False]
+    # the same mean as the engine's
+    assert engine.state.metrics["dice"] == number(mean(MEANS[:2]))
+
+    table = capsys.readouterr().out
+    assert "3 pairs, label set 'both' (2 labels)" in table
+    assert "0.7083" in table and "33.3333" in table and "(std 0.0589)" in table
+
+
+def test_one_pair_has_no_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both")
+    evaluate(saver, [[ITEMS[0]]])
+    assert saver.json_path.name == "evaluation_summary.json"
+    assert read_json(saver.json_path)["summary"]["dice"] == {"mean": number(0.75), "std": None, "pairs": 1}
+    assert "0.7500" in capsys.readouterr().out
+
+
+def test_no_score_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both")
+    evaluate(saver, [[ITEMS[2]]])
+    result = read_json(saver.json_path)
+    assert result["summary"]["dice"] == {"mean": None, "std": None, "pairs": 0}
+    assert result["pairs"][0]["dice"] is None and read_csv(saver.csv_path)[0]["dice"] == "nan"
+    assert "no score" in capsys.readouterr().out
+
+
+def test_one_label(tmp_path: Path) -> None:
+    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {8: "right"}, "one")
+    evaluate(saver, [ITEMS[:2], ITEMS[2:]], labels=[8])
+    result = read_json(saver.json_path)
+    assert result["per_label"] == {"dice": {"8": {"name": "right", "mean": 0.5, "std": None, "pairs": 1}}}
+    assert [p["dice_8"] for p in result["pairs"]] == [p["dice"] for p in result["pairs"]] == [0.5, None, None]
+    assert "folded_percent_8" not in read_csv(saver.csv_path)[0]
+
+
+def test_refuses_to_overwrite_before_any_work(tmp_path: Path) -> None:
+    for name in ("evaluation_pairs.csv", "evaluation_summary.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        worked: list[Any] = []
+        engine = Engine(lambda engine, batch, worked=worked: worked.append(batch))
+        PairResultsSaver(folder, [], {}, "", overwrite="false").attach(engine)  # type: ignore[arg-type]
+        with pytest.raises(FileExistsError, match=rf"{name} exists already.*--overwrite true"):
+            engine.run([0])
+        assert not worked and [p.name for p in folder.iterdir()] == [name]
+        assert (folder / name).read_text() == "precious"
+        evaluate(PairResultsSaver(folder, ["dice"], LABELS, "both", overwrite=True), [ITEMS])
+        assert len(read_csv(folder / "evaluation_pairs.csv")) == 3
+        assert read_json(folder / "evaluation_summary.json")["num_pairs"] == 3
+
+
+def test_second_run_starts_from_nothing(tmp_path: Path) -> None:
+    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both", overwrite=True)
+    for _ in range(2):
+        evaluate(saver, [ITEMS])
+    assert read_json(saver.json_path)["num_pairs"] == 3
+
+
+def test_nothing_is_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(writer: Any, rows: Any) -> None:
+        writer.writerow(rows[0])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", fail)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(PairResultsSaver(tmp_path, ["dice"], LABELS, "both"), [ITEMS])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"no scores of a metric 'hd'.*\['dice', 'folded_percent'\]"):
+        evaluate(PairResultsSaver(tmp_path, ["hd"], LABELS, "both"), [ITEMS])
+    with pytest.raises(RuntimeError, match=r"'dice' has 2 scores a pair for 3 labels"):
+        evaluate(PairResultsSaver(tmp_path, ["dice"], {**LABELS, 9: "third"}, "three"), [ITEMS])
+    with pytest.raises(KeyError, match="steps"):
+        evaluate(
+            PairResultsSaver(tmp_path, ["dice"], LABELS, "both"),
+            [[{k: v for k, v in ITEMS[0].items() if k != "steps"}]],
+        )
+    for info in ({"size": torch.tensor(3)}, {"residual": NAN}):
+        with pytest.raises(TypeError, match="info"):
+            PairResultsSaver(tmp_path, ["dice"], LABELS, "both", info=info)
+    with pytest.raises(ValueError, match="overwrite"):
+        PairResultsSaver(tmp_path, ["dice"], LABELS, "both", overwrite=1)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FixedPointInferer: a batch of pairs, each solved as if it were alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from monai_deq.inferers import FixedPointInferer
+from monai_deq.networks.nets import DEQRegistrationNet
+
+
+class PullToBrightness(torch.nn.Module):
+    """Halves the way to a constant field whose every component is the largest value of the pair's fixed image."""
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (fixed.amax(dim=tuple(range(1, fixed.ndim)), keepdim=True) - ddf)
+
+
+def make_network(**kwargs: Any) -> DEQRegistrationNet:
+    return DEQRegistrationNet(
+        PullToBrightness(), **{"num_states": 0, "tolerance": 0.1, "max_steps": 20, **kwargs}
+    ).eval()
+
+
+def make_batch(ndim: int, brightness: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    size = (7, 6, 5)[:ndim]
+    generator = torch.Generator().manual_seed(0)
+    moving = torch.rand((len(brightness), 1, *size), generator=generator)
+    fixed = torch.zeros_like(moving)
+    fixed.flatten(1)[:, 3] = torch.tensor(brightness)
+    return moving, fixed
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_each_item_has_its_own_record(ndim: int) -> None:
+    brightness = (0.2, 3.0, 500.0, float("inf"))
+    moving, fixed = make_batch(ndim, brightness)
+    out = FixedPointInferer(max_steps=8)(moving, make_network(), fixed)
+    assert set(out) == {"warped", "ddf", "steps", "residual", "relative_residual", "converged", "reason"}
+    # residual of step k: 0.5^k * brightness * sqrt(ndim), to be at most 0.1
+    root = ndim**0.5
+    steps = [next((k for k in range(1, 9) if 0.5**k * b * root <= 0.1), 8) for b in brightness[:3]]
+    assert steps[0] < steps[1] < steps[2] == 8
+    assert out["steps"].tolist() == [*steps, 0]
+    assert out["reason"] == ["tolerance", "tolerance", "step limit", "non-finite"]
+    assert out["converged"].tolist() == [True, True, False, False]
+    truth = torch.tensor([b * (1 - 0.5**k) for b, k in zip(brightness[:3], steps, strict=True)])
+    torch.testing.assert_close(out["ddf"][:3], truth.view(3, *[1] * (ndim + 1)).expand(3, ndim, *moving.shape[2:]))
+    residual = [0.5**k * b * root for b, k in zip(brightness[:3], steps, strict=True)]
+    np.testing.assert_allclose(out["residual"][:3], residual, rtol=1e-5)
+    np.testing.assert_allclose(out["relative_residual"][:3], [0.5**k / (1 - 0.5**k) for k in steps], rtol=1e-5)
+    for i in range(2):
+        grid = np.stack(np.meshgrid(*map(np.arange, moving.shape[2:]), indexing="ij"))
+        expected = ndimage.map_coordinates(
+            moving[i, 0].double().numpy(), grid + out["ddf"][i].double().numpy(), order=1, mode="nearest"
+        )
+        np.testing.assert_allclose(out["warped"][i, 0], expected, atol=1e-5)
+        alone = FixedPointInferer(max_steps=8)(moving[i : i + 1], make_network(), fixed[i : i + 1])
+        torch.testing.assert_close(alone["ddf"][0], out["ddf"][i])
+        assert alone["steps"] == out["steps"][i] and alone["reason"] == [out["reason"][i]]
+
+
+def test_settings_in_place_of_the_networks_own() -> None:
+    moving, fixed = make_batch(2, (4.0,))
+    network = make_network()
+
+    def steps(**settings: Any) -> int:
+        return int(FixedPointInferer(**settings)(moving, network, fixed)["steps"])
+
+    own = steps()
+    # 0.5^k * 4 * sqrt(2) <= 0.1 first at k = 6
+    assert own == 6 == steps(max_steps=None, tolerance=None, solver=None, solver_options=None)
+    assert steps(max_steps=2) == 2 and steps(tolerance=0.5) == 4
+    assert steps(relative_tolerance=0.5) == 2
+    assert steps(solver="anderson") < own
+    with pytest.raises(TypeError, match="max_step"):
+        FixedPointInferer(max_step=3)
+    with pytest.raises(ValueError, match="window"):
+        steps(solver_options={"window": 3})
+
+
+def test_warm_start_gradients_and_wrapped_networks() -> None:
+    moving, fixed = make_batch(2, (4.0, 1.0))
+    network = make_network()
+    cold = FixedPointInferer()(moving, network, fixed)
+    warm = FixedPointInferer()(moving, network, fixed, cold["ddf"])
+    assert warm["steps"].tolist() == [1, 1]
+    assert not FixedPointInferer()(moving.requires_grad_(), network, fixed)["warped"].requires_grad
+
+    class Wrapped(torch.nn.Module):
+        """As DistributedDataParallel: only ``module`` can solve."""
+
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    torch.testing.assert_close(FixedPointInferer()(moving, Wrapped(network), fixed)["ddf"], cold["ddf"])

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FixedPointSolver(d) on networks whose equilibrium and whose every step are known in closed form."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, EnsureTyped, ScaleIntensityd
+from scipy import ndimage
+
+import monai_deq.transforms as transforms
+from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.transforms import FixedPointSolver, FixedPointSolverd
+
+SIZES = [(7, 6), (5, 4, 6)]
+
+
+class PullTo(torch.nn.Module):
+    """``f = rate * (target - ddf)``: the state after n steps from zero is ``(1 - (1 - rate)**n) * target``."""
+
+    def __init__(self, target: torch.Tensor, rate: float = 0.5) -> None:
+        super().__init__()
+        self.register_buffer("target", target)
+        self.rate = rate
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return self.rate * (self.target - ddf)
+
+
+def field(size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((len(size), *size), generator=generator) * 3 - 1
+
+
+def image(size: tuple[int, ...], seed: int = 1) -> torch.Tensor:
+    return torch.rand((1, *size), generator=torch.Generator().manual_seed(seed))
+
+
+def known_network(size: tuple[int, ...], rate: float = 0.5, **kwargs: Any) -> tuple[DEQRegistrationNet, torch.Tensor]:
+    target = field(size)
+    return DEQRegistrationNet(PullTo(target, rate), **{"num_states": 0, **kwargs}), target
+
+
+def rms(ddf: torch.Tensor) -> float:
+    """Root over the mean over voxels of the squared length of the displacement."""
+    return float(ddf.double().square().sum(0).mean().sqrt())
+
+
+def steps_needed(start_residual: float, rate: float, tolerance: float) -> int:
+    """First k whose residual ``start_residual * (1 - rate)**(k - 1)`` is at most the tolerance."""
+    return 1 + max(0, math.ceil(math.log(tolerance / start_residual) / math.log(1 - rate)))
+
+
+def scipy_warp(moving: np.ndarray, ddf: np.ndarray) -> np.ndarray:
+    coordinates = np.stack(np.meshgrid(*map(np.arange, moving.shape), indexing="ij")) + ddf
+    return ndimage.map_coordinates(moving.astype(float), coordinates, order=1, mode="nearest")
+
+
+def unet_network(ndim: int) -> DEQRegistrationNet:
+    torch.manual_seed(0)
+    backbone = RegistrationUNet(ndim, 2 + ndim, None, (4, 4), (4,), (4,), flow_std=0.05)
+    return DEQRegistrationNet(UNetUpdate(ndim, backbone), num_states=0, max_steps=4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_solution_steps_and_record(size: tuple[int, ...]) -> None:
+    network, target = known_network(size, rate=0.4)
+    moving, fixed = image(size), image(size, 2)
+    warped, ddf, record = FixedPointSolver(network, max_steps=60, tolerance=1e-2)(moving, fixed)
+    steps = steps_needed(0.4 * rms(target), 0.4, 1e-2)
+    assert 3 < steps < 60
+    assert record["steps"] == steps and record["converged"] and record["reason"] == "tolerance"
+    torch.testing.assert_close(ddf, target * (1 - 0.6**steps))
+    trace = [0.4 * 0.6**k * rms(target) for k in range(steps)]
+    np.testing.assert_allclose(record["residual_trace"], trace, rtol=1e-4)
+    assert record["residual"] == pytest.approx(trace[-1], rel=1e-4)
+    # |g(x) - x| / |g(x)| at x = (1 - 0.6^(k - 1)) * target
+    assert record["relative_residual"] == pytest.approx(0.4 * 0.6 ** (steps - 1) / (1 - 0.6**steps), rel=1e-4)
+    np.testing.assert_allclose(warped[0], scipy_warp(moving[0].numpy(), ddf.numpy()), atol=1e-5)
+    assert not ddf.requires_grad and not isinstance(ddf, MetaTensor) and ddf.dtype == torch.float32
+
+
+def test_network_settings_are_the_defaults_and_more_steps_than_trained_go_on() -> None:
+    network, target = known_network((6, 5), rate=0.1, max_steps=3, tolerance=1e-4)
+    _, short, record = FixedPointSolver(network)(image((6, 5)), image((6, 5)))
+    assert (record["steps"], record["converged"], record["reason"]) == (3, False, "step limit")
+    torch.testing.assert_close(short, target * (1 - 0.9**3))
+    _, long, record = FixedPointSolver(network, max_steps=200)(image((6, 5)), image((6, 5)))
+    assert record["converged"] and 3 < record["steps"] < 200
+    torch.testing.assert_close(long, target, atol=5e-3, rtol=0)
+    assert network.max_steps == 3
+
+
+def test_tolerances_and_solver() -> None:
+    network, target = known_network((6, 5), rate=0.5)
+    arguments = image((6, 5)), image((6, 5), 2)
+    _, _, record = FixedPointSolver(network, tolerance=0.0, relative_tolerance=0.05)(*arguments)
+    # 0.5^k / (1 - 0.5^k) <= 0.05 first at k = 5
+    assert (record["steps"], record["reason"]) == (5, "relative tolerance")
+    solver = FixedPointSolver(network, solver="anderson", tolerance=1e-5, solver_options={"window": 2})
+    _, ddf, record = solver(*arguments)
+    # one secant step solves an affine map whose linear part is a multiple of the identity
+    assert record["steps"] <= 4
+    torch.testing.assert_close(ddf, target, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_warm_start_takes_fewer_steps(size: tuple[int, ...]) -> None:
+    network, target = known_network(size, rate=0.3)
+    solver = FixedPointSolver(network, tolerance=1e-3, max_steps=100)
+    moving, fixed = image(size), image(size, 2)
+    _, _, cold = solver(moving, fixed)
+    start = 0.9 * target
+    _, ddf, warm = solver(moving, fixed, start.double().numpy())
+    assert cold["steps"] == steps_needed(0.3 * rms(target), 0.3, 1e-3)
+    assert warm["steps"] == steps_needed(0.03 * rms(target), 0.3, 1e-3) < cold["steps"]
+    torch.testing.assert_close(ddf, target * (1 - 0.1 * 0.7 ** warm["steps"]))
+    torch.testing.assert_close(start, 0.9 * target)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_meta_of_the_fixed_image(size: tuple[int, ...]) -> None:
+    network, _ = known_network(size)
+    fixed_affine = torch.tensor([[0, 0, 2, 5], [1.5, 0, 0, -3], [0, -0.7, 0, 8], [0, 0, 0, 1]], dtype=torch.float64)
+    fixed = MetaTensor(image(size), affine=fixed_affine, meta={"filename_or_obj": "fixed.nii.gz"})
+    # as read from a file of one image without a channel axis
+    fixed.meta["original_channel_dim"] = float("nan")
+    moving = MetaTensor(image(size, 2), affine=torch.eye(4) * 9, meta={"filename_or_obj": "moving.nii.gz"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warped, ddf, _ = FixedPointSolver(network)(moving, fixed)
+    for result in (warped, ddf):
+        assert isinstance(result, MetaTensor) and result.spatial_ndim == len(size)
+        torch.testing.assert_close(result.affine, fixed_affine)
+        assert result.meta["filename_or_obj"] == "fixed.nii.gz"
+        result.affine[0, 3] = 100.0
+        result.meta["note"] = "changed"
+    torch.testing.assert_close(fixed.affine, fixed_affine)
+    assert "note" not in fixed.meta
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("kind", ["float64 numpy", "uint8 numpy", "int16 tensor", "float16 tensor", "bfloat16", "bool"])
+def test_number_types_with_a_real_network(ndim: int, kind: str) -> None:
+    size = (6, 5) if ndim == 2 else (4, 6, 5)
+    network = unet_network(ndim)
+    # values that every type holds exactly
+    moving, fixed = (image(size, seed).round() for seed in (1, 2))
+    expected, expected_ddf, _ = FixedPointSolver(network)(moving, fixed)
+    assert float(expected_ddf.abs().max()) > 1e-2
+
+    def convert(x: torch.Tensor) -> Any:
+        name, _, where = kind.partition(" ")
+        return x.numpy().astype(name) if where == "numpy" else x.to(getattr(torch, name))
+
+    warped, ddf, _ = FixedPointSolver(network)(convert(moving), convert(fixed))
+    assert isinstance(warped, torch.Tensor) and warped.dtype == ddf.dtype == torch.float32
+    torch.testing.assert_close(warped, expected)
+    torch.testing.assert_close(ddf, expected_ddf)
+
+
+def test_network_in_double_precision_works_in_double_precision() -> None:
+    network = unet_network(2).double()
+    warped, ddf, _ = FixedPointSolver(network)(image((6, 5)), image((6, 5), 2))
+    assert warped.dtype == ddf.dtype == torch.float64
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_is_left_in_its_mode(fails: bool) -> None:
+    network = unet_network(2).train()
+    network.update.backbone.final.eval()  # frozen by whoever trains it
+    modes = [module.training for module in network.modules()]
+    assert True in modes and False in modes
+    seen: list[bool] = []
+    network.update.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    solver = FixedPointSolver(network)
+    if fails:
+        with pytest.raises(ValueError):
+            solver(image((6, 5)), image((6, 6)))
+    else:
+        solver(image((6, 5)), image((6, 5), 2))
+        assert seen == [False] * 4
+    assert [module.training for module in network.modules()] == modes
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dictionary_form_in_compose(size: tuple[int, ...]) -> None:
+    network, target = known_network(size)
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    item = {
+        "a": MetaTensor(image(size) * 200, affine=torch.eye(4)),
+        "b": MetaTensor(image(size, 2) * 100, affine=affine),
+        "name": "pair 1",
+    }
+    pipeline = Compose(
+        [
+            EnsureTyped(("a", "b"), track_meta=True),
+            ScaleIntensityd(("a", "b")),
+            FixedPointSolverd(
+                network, "a", "b", ddf_key="u", warped_key="w", record_key="said", tolerance=1e-4, max_steps=99
+            ),
+            FixedPointSolverd(network, "a", "b", initial_ddf_key="u", record_key="again", tolerance=1e-4),
+        ]
+    )
+    out = pipeline(item)
+    assert set(out) == {"a", "b", "name", "u", "w", "said", "ddf", "warped", "again"}
+    assert set(item) == {"a", "b", "name"}
+    torch.testing.assert_close(out["u"].as_tensor(), target, atol=1e-3, rtol=0)
+    torch.testing.assert_close(out["u"].affine, affine)
+    torch.testing.assert_close(out["w"].affine, affine)
+    assert out["said"]["converged"] and out["said"]["steps"] > 5 and len(out["said"]["residual_trace"]) > 5
+    assert out["again"]["steps"] == 1
+    expected = scipy_warp(out["a"][0].numpy(), out["u"].numpy())
+    np.testing.assert_allclose(out["w"][0], expected, atol=1e-5)
+
+
+def test_item_without_a_warm_start_starts_from_zero() -> None:
+    network, target = known_network((6, 5), max_steps=1)
+    solver = FixedPointSolverd(network, initial_ddf_key="before")
+    images = {"moving": image((6, 5)), "fixed": image((6, 5), 2)}
+    torch.testing.assert_close(solver(images)["ddf"], 0.5 * target)
+    torch.testing.assert_close(solver({**images, "before": None})["ddf"], 0.5 * target)
+    torch.testing.assert_close(solver({**images, "before": target})["ddf"], target)
+
+
+def test_aliases() -> None:
+    assert transforms.FixedPointSolverD is transforms.FixedPointSolverd is transforms.FixedPointSolverDict
+
+
+def test_errors() -> None:
+    network, _ = known_network((6, 5))
+    with pytest.raises(TypeError, match="Conv2d has none"):
+        FixedPointSolver(torch.nn.Conv2d(1, 1, 1))
+    with pytest.raises(TypeError, match="Conv2d has none"):
+        FixedPointSolverd(torch.nn.Conv2d(1, 1, 1))
+    solver = FixedPointSolver(network)
+    with pytest.raises(ValueError, match=r"moving must be a channel-first .*\(6, 5\)"):
+        solver(torch.rand(6, 5), image((6, 5)))
+    with pytest.raises(ValueError, match=r"fixed must be a channel-first .*str"):
+        solver(image((6, 5)), "fixed.nii.gz")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"same shape.*\(1, 1, 6, 5\) and \(1, 1, 5, 6\)"):
+        solver(image((6, 5)), image((5, 6)))
+    with pytest.raises(ValueError, match=r"\(1, 2, 6, 5\)"):
+        solver(torch.rand(2, 6, 5), torch.rand(2, 6, 5))
+    with pytest.raises(ValueError, match=r"ddf must have shape \(1, 2, 6, 5\)"):
+        solver(image((6, 5)), image((6, 5)), torch.zeros(3, 6, 5))
+    with pytest.raises(ValueError, match="newton"):
+        FixedPointSolver(network, solver="newton")(image((6, 5)), image((6, 5)))
+    with pytest.raises(KeyError, match=r"'fixed'.*\['moving', 'x'\]"):
+        FixedPointSolverd(network)({"moving": image((6, 5)), "x": 0})
