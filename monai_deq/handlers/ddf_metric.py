@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from monai.handlers import IgniteMetricHandler
 
-if TYPE_CHECKING:
-    from ignite.engine import Engine
+from monai_deq.handlers.whole_output import WholeOutputMetricHandler
 
 __all__ = ["DDFMetricHandler"]
 
 
-class DDFMetricHandler(IgniteMetricHandler):
+class DDFMetricHandler(WholeOutputMetricHandler):
     """
     Base of the handlers whose metric needs no ground truth.
 
@@ -29,18 +27,6 @@ class DDFMetricHandler(IgniteMetricHandler):
 
     ``monai.handlers.from_engine("ddf")`` and ``from_engine(["ddf", "mask"])`` return just that.
     """
-
-    @torch.no_grad()
-    def iteration_completed(self, engine: Engine) -> None:
-        """
-        Score the output of an iteration.
-
-        Ignite's own method would deal out sequences before ``update`` sees them.
-
-        Args:
-            engine: the engine whose ``state.output`` goes through ``output_transform``.
-        """
-        self.update(self._output_transform(engine.state.output))
 
     def update(self, output: Any) -> None:
         """

@@ -4,21 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from monai.handlers import IgniteMetricHandler
 from monai.utils import MetricReduction
 
+from monai_deq.handlers.whole_output import WholeOutputMetricHandler
 from monai_deq.metrics import LabelDiceMetric
-
-if TYPE_CHECKING:
-    from ignite.engine import Engine
 
 __all__ = ["LabelDice"]
 
 
-class LabelDice(IgniteMetricHandler):
+class LabelDice(WholeOutputMetricHandler):
     """
     Computes the Dice coefficient of chosen labels between warped and fixed label maps, and reduces it over an epoch.
 
@@ -47,18 +43,6 @@ class LabelDice(IgniteMetricHandler):
             output_transform=output_transform,
             save_details=save_details,
         )
-
-    @torch.no_grad()
-    def iteration_completed(self, engine: Engine) -> None:
-        """
-        Score the output of an iteration.
-
-        Ignite's own method would deal out lists before ``update`` sees them, and knows pairs alone.
-
-        Args:
-            engine: the engine whose ``state.output`` goes through ``output_transform``.
-        """
-        self.update(self._output_transform(engine.state.output))
 
     def update(self, output: Any) -> None:
         """

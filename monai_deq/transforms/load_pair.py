@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from monai.transforms import CopyItemsd, Resized
+from monai.transforms import CopyItemsd
 
 from monai_deq.transforms.load_subject import (
     CheckedCompose,
@@ -15,6 +15,7 @@ from monai_deq.transforms.load_subject import (
     DropSliceAxisd,
     LoadRegistrationImaged,
     ScaleToUnitRanged,
+    resize_transforms,
 )
 
 __all__ = ["load_pair_transforms"]
@@ -47,11 +48,6 @@ def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None =
         CheckSameGridd(images),
         CopyItemsd(images, names=["fixed_scan", "moving_scan"]),
         ScaleToUnitRanged(images),
+        *resize_transforms(spatial_dims, spatial_size, images),
     ]
-    if spatial_size is not None:
-        size = tuple(spatial_size) if isinstance(spatial_size, Sequence) else (spatial_size,)
-        if len(size) != spatial_dims or not all(isinstance(n, int) and n > 1 for n in size):
-            raise ValueError(f"spatial_size must be {spatial_dims} numbers of voxels above 1, got {spatial_size!r}.")
-        mode = "bilinear" if spatial_dims == 2 else "trilinear"
-        transforms.append(Resized(images, size, mode=mode, align_corners=False, anti_aliasing=True))
     return CheckedCompose(transforms, log_stats=False)

@@ -266,6 +266,36 @@ class CheckedCompose(Compose):
             raise error from error.__cause__
 
 
+def resize_transforms(
+    spatial_dims: int, spatial_size: Sequence[int] | None, images: Sequence[Hashable], labels: Sequence[Hashable] = ()
+) -> list[MapTransform]:
+    """Transforms that bring images and their segmentations to the size the network works at.
+
+    Args:
+        spatial_dims: 2 or 3.
+        spatial_size: ``spatial_dims`` numbers of voxels; None: no transform at all.
+        images: keys of the images, resized by linear interpolation, smoothed first where they shrink.
+        labels: keys of the segmentations, resized by the nearest voxel; each may be absent. Defaults to none.
+
+    Raises:
+        ValueError: When ``spatial_size`` does not give so many numbers above 1.
+    """
+    if spatial_size is None:
+        return []
+    size = tuple(spatial_size) if isinstance(spatial_size, Sequence) else (spatial_size,)
+    if len(size) != spatial_dims or not all(isinstance(n, int) and n > 1 for n in size):
+        raise ValueError(
+            f"spatial_size must be {spatial_dims} numbers of voxels above 1 (spatial_dims={spatial_dims}), got "
+            f"{spatial_size!r}."
+        )
+    linear = "bilinear" if spatial_dims == 2 else "trilinear"
+    transforms: list[MapTransform] = [Resized(images, size, mode=linear, align_corners=False, anti_aliasing=True)]
+    if labels:
+        # "nearest" of torch rounds down, which shifts labels against the image; "nearest-exact" does not
+        transforms.append(Resized(labels, size, mode="nearest-exact", allow_missing_keys=True))
+    return transforms
+
+
 def load_subject_transforms(
     spatial_dims: int,
     spatial_size: Sequence[int] | None = None,
@@ -304,17 +334,5 @@ def load_subject_transforms(
         CheckLabeld(labels, images, allow_missing_keys=True),
         ScaleToUnitRanged(images),
     ]
-    if spatial_size is not None:
-        size = tuple(spatial_size) if isinstance(spatial_size, Sequence) else (spatial_size,)
-        if len(size) != spatial_dims or not all(isinstance(n, int) and n > 1 for n in size):
-            raise ValueError(
-                f"spatial_size must be {spatial_dims} numbers of voxels above 1 (spatial_dims={spatial_dims}), got "
-                f"{spatial_size!r}."
-            )
-        linear = "bilinear" if spatial_dims == 2 else "trilinear"
-        # "nearest" of torch rounds down, which shifts labels against the image; "nearest-exact" does not
-        transforms += [
-            Resized(images, size, mode=linear, align_corners=False, anti_aliasing=True),
-            Resized(labels, size, mode="nearest-exact", allow_missing_keys=True),
-        ]
+    transforms += resize_transforms(spatial_dims, spatial_size, images, labels)
     return CheckedCompose(transforms, log_stats=False)
