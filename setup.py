@@ -30,7 +30,8 @@ setup(
     ],
     extras_require={
         "elastix": ["itk-elastix"],
-        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy"],
+        "figures": ["matplotlib>=3.10"],
+        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "itk-elastix", "matplotlib>=3.10"],
         "docs": ["sphinx", "myst-parser", "furo"],
     },
 )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses."""
+"""Losses of registration."""
 
 from __future__ import annotations
 
 from .registration import RegistrationLoss, StatesLoss
+from .state_weights import exponential_state_weights
 
-__all__ = ["RegistrationLoss", "StatesLoss"]
+__all__ = ["RegistrationLoss", "StatesLoss", "exponential_state_weights"]

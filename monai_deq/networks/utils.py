@@ -79,12 +79,12 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     return network
 
 
-def trained_with(path: str | Path) -> dict[str, Any]:
+def trained_with(path: str | Path | None) -> dict[str, Any]:
     """
     Settings a checkpoint was trained with, as training writes them beside it (``model.pt`` -> ``model.json``).
 
     Args:
-        path: checkpoint file.
+        path: checkpoint file, or ``None`` for a method that has none.
 
     Returns:
         The settings; an empty dict when there is no such file.
@@ -92,6 +92,8 @@ def trained_with(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: When the file does not hold such settings.
     """
+    if path is None:
+        return {}
     file = Path(path).with_suffix(".json")
     if not file.is_file():
         return {}

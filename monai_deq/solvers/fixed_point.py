@@ -31,6 +31,13 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
+def _residuals(fx: torch.Tensor, gx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS over voxels of ``|f|``, and ``|f| / |g|``, per item."""
+    norm = _norm(fx)
+    # 0 / 0 means that nothing moves: converged
+    return norm * max(fx[0, 0].numel(), 1) ** -0.5, torch.where(norm == 0, norm, norm / _norm(gx))
+
+
 def _iterate(
     func: Map,
     x0: torch.Tensor,
@@ -38,6 +45,7 @@ def _iterate(
     tol: float,
     rel_tol: float,
     indexing: Sequence[int] | None,
+    ddf_channels: int | None,
     damping: float = 1.0,
     mixing: _Anderson | None = None,
 ) -> SolverOutput:
@@ -46,10 +54,11 @@ def _iterate(
         raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
     if x0.ndim < 2:
         raise ValueError(f"the state must have shape (B, C, ...), got {tuple(x0.shape)}.")
+    if ddf_channels is not None and not 0 < ddf_channels < x0.shape[1]:
+        raise ValueError(f"ddf_channels must be from 1 to {x0.shape[1] - 1}, got {ddf_channels}.")
     wanted = list(indexing or [])
     x = x0
     batch = x.shape[0]
-    per_voxel = max(x[0, 0].numel(), 1) ** -0.5
     active = torch.ones(batch, dtype=torch.bool, device=x.device)
     steps = torch.zeros(batch, dtype=torch.long, device=x.device)
     reason = [StopReason.STEP_LIMIT] * batch
@@ -63,16 +72,17 @@ def _iterate(
             raise ValueError(f"the map must keep the shape of the state {tuple(x.shape)}, it gave {tuple(gx.shape)}.")
         fx = gx - x
         norm = _norm(fx)
-        residual = norm * per_voxel
-        # 0 / 0 means that nothing moves: converged
-        relative = torch.where(norm == 0, norm, norm / _norm(gx))
-        finite = torch.isfinite(residual)
+        residual, relative = _residuals(fx[:, :ddf_channels], gx[:, :ddf_channels])
+        met, met_relative = residual <= tol, relative <= rel_tol
+        if ddf_channels is not None:
+            # a hidden state that still moves may move the displacement again
+            hidden, hidden_relative = _residuals(fx[:, ddf_channels:], gx[:, ddf_channels:])
+            met, met_relative = met & (hidden <= tol), met_relative & (hidden_relative <= rel_tol)
+        finite = torch.isfinite(norm)
         nan = torch.full_like(residual, float("nan"))
         residuals.append(torch.where(active, residual, nan))
         relatives.append(torch.where(active, relative, nan))
 
-        met = residual <= tol
-        met_relative = relative <= rel_tol
         step = active & finite
         done = step & (met | met_relative)
         for i in torch.nonzero(active & ~finite).flatten().tolist():
@@ -129,6 +139,7 @@ def plain_solver(
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
     rel_tol: float = 0.0,
+    ddf_channels: int | None = None,
     damping: float = 1.0,
 ) -> SolverOutput:
     """
@@ -146,6 +157,9 @@ def plain_solver(
         stop_mode: ``"abs"`` or ``"rel"``, TorchDEQ's words. Defaults to ``"abs"``.
         indexing: step numbers (from 1) whose states are returned. An index past the last step gets the final state.
         rel_tol: further tolerance on the relative residual. Defaults to 0.
+        ddf_channels: number of leading channels that are the displacement, where the state has a hidden part behind
+            it. The residuals recorded are those of the displacement alone; to stop, the hidden part must be at rest to
+            the same tolerance too, in its own units. Defaults to ``None``: all channels.
         damping: share of the step that is taken, in (0, 1]. Defaults to 1.
 
     Returns:
@@ -158,7 +172,7 @@ def plain_solver(
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
-    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, damping=damping)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, ddf_channels, damping=damping)
 
 
 class _Anderson:
@@ -226,6 +240,7 @@ def anderson_solver(
     stop_mode: str = "abs",
     indexing: Sequence[int] | None = None,
     rel_tol: float = 0.0,
+    ddf_channels: int | None = None,
     window: int = 4,
     regularization: float = 1e-5,
     growth_limit: float = 2.0,
@@ -246,6 +261,7 @@ def anderson_solver(
         stop_mode: see :py:func:`plain_solver`.
         indexing: see :py:func:`plain_solver`.
         rel_tol: see :py:func:`plain_solver`.
+        ddf_channels: see :py:func:`plain_solver`. Mixing looks at the whole state.
         window: number of states mixed, at least 1 (1 is the plain iteration). Defaults to 4.
         regularization: ridge on the Gram matrix of the residuals, relative to their squared norms. Much below the
             rounding of float32 (1e-7), residuals that are alike get large weights of either sign by chance, which can
@@ -266,7 +282,7 @@ def anderson_solver(
         raise ValueError(f"growth_limit must be above 1, got {growth_limit}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
     mixing = _Anderson(window, regularization, growth_limit)
-    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, mixing=mixing)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, ddf_channels, mixing=mixing)
 
 
 #: solvers by the name that networks and transforms take

@@ -15,7 +15,7 @@ from monai_deq.solvers.record import SolverRecord
 
 __all__ = ["build_deq", "check_solver_options", "solve_fixed_point"]
 
-_COMMON = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "rel_tol"}
+_COMMON = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "rel_tol", "ddf_channels"}
 
 
 def check_solver_options(solver: str, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -72,6 +72,7 @@ def solve_fixed_point(
     tolerance: float = 1e-3,
     relative_tolerance: float = 0.0,
     solver_options: dict[str, Any] | None = None,
+    ddf_channels: int | None = None,
 ) -> tuple[torch.Tensor, SolverRecord]:
     """
     Solve ``x = g(x)`` without gradients, under TorchDEQ's :py:func:`get_deq`.
@@ -84,6 +85,8 @@ def solve_fixed_point(
         tolerance: RMS residual in voxels at which an item stops. Defaults to 1e-3.
         relative_tolerance: relative residual at which an item stops. Defaults to 0 (not used).
         solver_options: further options of the solver.
+        ddf_channels: number of leading channels that are the displacement, where the state has a hidden part behind
+            it; residuals are then those of the displacement. Defaults to ``None``: all channels.
 
     Returns:
         The final state and the :py:class:`SolverRecord`.
@@ -96,6 +99,7 @@ def solve_fixed_point(
     options = check_solver_options(solver, solver_options)
     deq = build_deq(solver, max_steps, tolerance).eval()
     state = initial.to(torch.promote_types(initial.dtype, torch.float32))
+    settings = {"rel_tol": relative_tolerance, "ddf_channels": ddf_channels, **options}
     with torch.no_grad():
-        out, info = deq(func, state, solver_kwargs={"rel_tol": relative_tolerance, **options})
+        out, info = deq(func, state, solver_kwargs=settings)
     return out[-1], info["record"]

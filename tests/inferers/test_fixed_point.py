@@ -11,7 +11,8 @@ import torch
 from scipy import ndimage
 
 from monai_deq.inferers import FixedPointInferer
-from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet
+from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
 
 
 class PullToBrightness(torch.nn.Module):
@@ -82,6 +83,29 @@ def test_settings_in_place_of_the_networks_own() -> None:
         FixedPointInferer(max_step=3)
     with pytest.raises(ValueError, match="window"):
         steps(solver_options={"window": 3})
+
+
+@pytest.mark.parametrize("driver", ["equilibrium", "unrolled"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_network_with_hidden_state(ndim: int, driver: str) -> None:
+    torch.manual_seed(0)
+    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
+    update.unet = RegistrationUNet(ndim, 2 * ndim + 2, 2, (2, 2), (2,), (), flow_std=0.2)
+    network: torch.nn.Module = UnrolledRegistrationNet(update, steps=2)
+    if driver == "equilibrium":
+        network = DEQRegistrationNet(update, max_steps=2, num_states=0)
+    moving, fixed = torch.rand(2, 2, 1, *(7, 6, 5)[:ndim])
+    out = FixedPointInferer(max_steps=4, tolerance=0.0)(moving, network.eval(), fixed)
+    assert out["ddf"].shape == (2, ndim, *moving.shape[2:]) and out["steps"].tolist() == [4, 4]
+    assert out["residual"].shape == (2,) and bool(out["residual"].isfinite().all())
+    with torch.no_grad():
+        ddf, hidden = torch.zeros_like(out["ddf"]), torch.zeros(2, 4, *moving.shape[2:])
+        for _ in range(4):
+            delta, hidden = update(moving, fixed, ddf, hidden)
+            ddf = ddf + delta
+    assert float(ddf.abs().max()) > 0.05
+    torch.testing.assert_close(out["ddf"], ddf)
+    torch.testing.assert_close(out["residual"], delta.square().sum(1).flatten(1).mean(1).sqrt(), rtol=1e-4, atol=0)
 
 
 def test_warm_start_gradients_and_wrapped_networks() -> None:

@@ -481,6 +481,119 @@ def test_growth_of_one_item_leaves_the_others_their_history() -> None:
     assert torch.equal(solve(slice(None))[1:], solve(slice(1, 2)))
 
 
+# --- with a hidden part -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(4, 5), (3, 2, 4)])
+def test_residual_of_the_displacement_alone(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    step = torch.zeros(2, ndim + 3, *size, dtype=torch.float64)
+    step[0, 0], step[0, 1] = 3.0, 4.0  # every voxel moves by 5
+    step[1, 1] = 2.0
+    step[:, ndim:] = 100.0
+    start = torch.ones_like(step)
+    for channels, expected in ((ndim, [5.0, 2.0]), (None, [np.sqrt(25 + 3e4), np.sqrt(4 + 3e4)])):
+        _, record = solve_fixed_point(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=channels)
+        np.testing.assert_allclose(record.final_residual, expected)
+    _, record = solve_fixed_point(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=ndim)
+    lengths = np.sqrt([16 + 25 + ndim - 2, 9 + ndim - 1])  # of g
+    np.testing.assert_allclose(record.final_relative_residual, np.asarray([5.0, 2.0]) / lengths)
+
+
+@pytest.mark.parametrize("tolerances", [{"tolerance": 0.01}, {"tolerance": 0.0, "relative_tolerance": 0.01}])
+@pytest.mark.parametrize("rates_of", [(0.5, 0.9), (0.9, 0.5), (0.0, 0.8)])
+def test_both_parts_must_be_at_rest(rates_of: tuple[float, float], tolerances: dict[str, float]) -> None:
+    # displacement and hidden part go to 1 on their own: x_k = 1 - r^k, |g - x| = (1 - r) r^k a channel
+    channels, size = (2, 3), (3, 4)
+    r = torch.tensor([rates_of[0]] * 2 + [rates_of[1]] * 3, dtype=torch.float64).view(1, 5, 1, 1)
+    start = torch.zeros(2, 5, *size, dtype=torch.float64)
+    start[1] = 1.0  # an item at rest from the first step on
+    _, record = solve_fixed_point(lambda x: r * x + (1 - r), start, max_steps=200, ddf_channels=2, **tolerances)
+
+    def met(k: int) -> bool:
+        for rate, c in zip(rates_of, channels, strict=True):
+            if "relative_tolerance" in tolerances:
+                value = (1 - rate) * rate**k / (1 - rate ** (k + 1))
+            else:
+                value = np.sqrt(c) * (1 - rate) * rate**k
+            if value > 0.01:
+                return False
+        return True
+
+    steps = 1 + next(k for k in range(200) if met(k))
+    assert record.steps.tolist() == [steps, 1] and record.converged.all()
+    assert record.residual.shape[1] == steps > 5
+    k = np.arange(steps)
+    np.testing.assert_allclose(
+        record.residual[0], np.sqrt(2) * (1 - rates_of[0]) * rates_of[0] ** k, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_displacement_at_rest_while_the_hidden_part_moves() -> None:
+    # it wakes up once the hidden part has counted to five
+    def g(x: torch.Tensor) -> torch.Tensor:
+        count = (x[:, 2:] + 1).clamp(max=5)
+        return torch.cat([x[:, :2] * 0 + (count >= 5), count], dim=1)
+
+    state, record = solve_fixed_point(g, torch.zeros(1, 3, 4, 2), max_steps=50, tolerance=1e-3, ddf_channels=2)
+    assert record.residual[0].tolist() == pytest.approx([0, 0, 0, 0, 2**0.5, 0]) and record.converged.all()
+    assert bool((state[:, :2] == 1).all())
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_hidden_part(solver: str, bad: float) -> None:
+    r = torch.tensor([0.5, 0.5, 0.7], dtype=torch.float64).view(1, 3, 1, 1)
+    calls = []
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        y = r * x + 1
+        if len(calls) == 3:
+            y[1, 2, 0, 1] = bad  # a hidden channel of the second item
+        return y
+
+    state, record = solve_fixed_point(
+        g, torch.zeros(2, 3, 2, 3, dtype=torch.float64), solver, max_steps=80, tolerance=1e-8, ddf_channels=2
+    )
+    assert record.reason == (StopReason.TOLERANCE, StopReason.NON_FINITE) and int(record.steps[1]) == 2
+    assert torch.equal(state[1], calls[2][1]) and bool(state.isfinite().all())
+    torch.testing.assert_close(state[0], (1 / (1 - r))[0].expand_as(state[0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 3), (2, 5, 2, 1, 2)])
+def test_anderson_with_hidden_part(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    n = int(np.prod(shape[1:]))
+    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    a = q @ torch.diag(torch.linspace(-0.5, 0.97, n, dtype=torch.float64)) @ q.T  # couples all channels
+    b = torch.randn(2, n, dtype=torch.float64, generator=generator)
+    expected = np.linalg.solve(np.eye(n) - a.numpy(), b.numpy().T).T
+    steps = {}
+    for solver in ("plain", "anderson"):
+        state, record = solve_fixed_point(
+            lambda x: (x.flatten(1) @ a.T + b).view_as(x),
+            torch.zeros(shape, dtype=torch.float64),
+            solver,
+            max_steps=1000,
+            tolerance=1e-9,
+            ddf_channels=len(shape) - 2,
+        )
+        assert record.converged.all()
+        np.testing.assert_allclose(state.flatten(1), expected, rtol=0, atol=1e-6)
+        steps[solver] = int(record.steps.max())
+    assert steps["anderson"] < 0.5 * steps["plain"]
+
+
+@BOTH
+@pytest.mark.parametrize("channels", [-1, 0, 3, 4])
+def test_wrong_ddf_channels(solver: str, channels: int) -> None:
+    with pytest.raises(ValueError, match=f"ddf_channels must be from 1 to 2, got {channels}"):
+        solve_fixed_point(torch.cos, torch.zeros(1, 3, 4, 5), solver, ddf_channels=channels)
+    with pytest.raises(ValueError, match="unknown options .'ddf_channels'."):
+        solve_fixed_point(torch.cos, torch.zeros(1, 3, 4, 5), solver, solver_options={"ddf_channels": 2})
+
+
 # --- under TorchDEQ ---------------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,8 @@ from monai.transforms import Compose, EnsureTyped, ScaleIntensityd
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
-from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
-from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
 from monai_deq.transforms import FixedPointSolver, FixedPointSolverd
 
 SIZES = [(7, 6), (5, 4, 6)]
@@ -164,6 +164,37 @@ def test_number_types_with_a_real_network(ndim: int, kind: str) -> None:
     assert isinstance(warped, torch.Tensor) and warped.dtype == ddf.dtype == torch.float32
     torch.testing.assert_close(warped, expected)
     torch.testing.assert_close(ddf, expected_ddf)
+
+
+@pytest.mark.parametrize("driver", ["equilibrium", "unrolled"])
+@pytest.mark.parametrize("size", SIZES)
+def test_network_with_hidden_state(size: tuple[int, ...], driver: str) -> None:
+    ndim = len(size)
+    torch.manual_seed(0)
+    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
+    update.unet = RegistrationUNet(ndim, 2 * ndim + 2, 2, (2, 2), (2,), (), flow_std=0.2)
+    network: torch.nn.Module = UnrolledRegistrationNet(update, steps=2)
+    if driver == "equilibrium":
+        network = DEQRegistrationNet(update, max_steps=2, num_states=0)
+    moving, fixed = image(size), image(size, 2)
+    ddf, hidden = torch.zeros(1, ndim, *size), torch.zeros(1, 4, *size)
+    trace = []
+    with torch.no_grad():
+        for _ in range(5):
+            delta, hidden = update(moving[None], fixed[None], ddf, hidden)
+            ddf = ddf + delta
+            trace.append(rms(delta[0]))
+    assert float(ddf.abs().max()) > 0.05
+    item = {"moving": MetaTensor(moving), "fixed": MetaTensor(fixed)}
+    out = FixedPointSolverd(network, max_steps=5, tolerance=0.0)(item)
+    assert out["ddf"].shape == (ndim, *size) and out["warped"].shape == (1, *size)
+    torch.testing.assert_close(out["ddf"].as_tensor(), ddf[0])
+    np.testing.assert_allclose(out["warped"][0], scipy_warp(moving[0].numpy(), ddf[0].numpy()), atol=1e-5)
+    np.testing.assert_allclose(out["record"]["residual_trace"], trace, rtol=1e-4)
+    assert out["record"]["steps"] == 5 and out["record"]["reason"] == "step limit"
+    # the network's own number of steps, and a warm start with the hidden state anew
+    _, own, record = FixedPointSolver(network)(moving, fixed, ddf[0])
+    assert record["steps"] == 2 and own.shape == (ndim, *size)
 
 
 def test_network_in_double_precision_works_in_double_precision() -> None:

@@ -1,10 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks: warp, U-Net, updates."""
+"""Building blocks: warp, backbones, updates."""
 
 from __future__ import annotations
 
+from .cnn import RegistrationCNN
+from .conv_gru import ConvGRUCell
+from .gradient_update import GradientUpdate
+from .recurrent_update import RecurrentUpdate
+from .similarity_gradient import similarity_gradient
 from .unet import RegistrationUNet
 from .unet_update import UNetUpdate
+from .voxelmorph_update import VoxelMorphUpdate
 from .warp import DDFWarp, check_ddf, warp_by_ddf
 
-__all__ = ["DDFWarp", "RegistrationUNet", "UNetUpdate", "check_ddf", "warp_by_ddf"]
+__all__ = [
+    "ConvGRUCell",
+    "DDFWarp",
+    "GradientUpdate",
+    "RecurrentUpdate",
+    "RegistrationCNN",
+    "RegistrationUNet",
+    "UNetUpdate",
+    "VoxelMorphUpdate",
+    "check_ddf",
+    "similarity_gradient",
+    "warp_by_ddf",
+]

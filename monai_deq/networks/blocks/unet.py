@@ -10,6 +10,8 @@ import torch.nn as nn
 from monai.networks.blocks import Convolution, UpSample
 from monai.networks.layers import Conv, Pool
 
+from monai_deq.networks.blocks.backbone import start_he_normal, start_small
+
 __all__ = ["RegistrationUNet"]
 
 _ACT = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
@@ -75,13 +77,13 @@ class RegistrationUNet(nn.Module):
         finals = [decoder_channels[-1], *final_channels]
         self.final = nn.Sequential(*[conv(i, o) for i, o in zip(finals[:-1], finals[1:], strict=True)])
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
-        # PyTorch's default would shrink what depends on the images by 0.4 a layer and leave training on a plateau
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                nn.init.kaiming_normal_(module.weight, a=0.2)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.flow.weight, std=flow_std)
-        nn.init.zeros_(self.flow.bias)
+        start_he_normal(self)
+        start_small(self.flow, flow_std)
+
+    @property
+    def first_conv(self) -> nn.Module:
+        """The convolution that sees the input."""
+        return self.encoder[0].conv  # type: ignore[return-value,union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """

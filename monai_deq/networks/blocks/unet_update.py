@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone, start_without
 from monai_deq.networks.blocks.unet import RegistrationUNet
 from monai_deq.networks.blocks.warp import warp_by_ddf
 
@@ -19,7 +19,8 @@ class UNetUpdate(nn.Module):
     ``[fixed, warped moving, ddf]`` (Sec. 3, implementation details).
 
     Images of any spatial size are taken: the input is padded on the far side of each axis to a multiple of the
-    backbone's ``divisor`` and the output is cropped back.
+    backbone's ``divisor`` and the output is cropped back. With a :py:class:`RegistrationCNN` as backbone this is the
+    step of GraDIRN without the similarity gradient, the system "Unrolling" of the paper.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
@@ -39,16 +40,11 @@ class UNetUpdate(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-        if autocast_dtype not in (None, "bfloat16", "float16"):
-            raise ValueError(f'autocast_dtype must be None, "bfloat16" or "float16", got {autocast_dtype!r}.')
         self.spatial_dims = spatial_dims
-        self.autocast_dtype = None if autocast_dtype is None else getattr(torch, autocast_dtype)
+        self.autocast_dtype = backbone_autocast_dtype(autocast_dtype)
         if backbone is None:
             backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims)
-            # A displacement is many times larger than an intensity. Started at zero, its weights cannot feed it back
-            # into itself before they are learned; otherwise the iteration explodes early in training.
-            with torch.no_grad():
-                backbone.encoder[0].conv.weight[:, 2:] = 0  # type: ignore[index,operator,union-attr]
+            start_without(backbone.first_conv, slice(2, None))
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
@@ -65,20 +61,9 @@ class UNetUpdate(nn.Module):
             ValueError: When the backbone returns another shape.
         """
         x = torch.cat([fixed, warp_by_ddf(moving, ddf), ddf.to(fixed.dtype)], dim=1)
-        size = x.shape[2:]
-        divisor = int(getattr(self.backbone, "divisor", 1))
-        pad = [(-n) % divisor for n in size]
-        if any(pad):
-            x = F.pad(x, [v for p in reversed(pad) for v in (0, p)])
-        if self.autocast_dtype is None:
-            delta = self.backbone(x)
-        else:
-            with torch.autocast(x.device.type, dtype=self.autocast_dtype):
-                delta = self.backbone(x).to(ddf.dtype)
-        if any(pad):
-            delta = delta[(..., *(slice(n) for n in size))]
+        delta = run_backbone(self.backbone, x, self.autocast_dtype)
         if delta.shape != ddf.shape:
             raise ValueError(
                 f"the backbone must return a displacement of shape {tuple(ddf.shape)}, got {tuple(delta.shape)}."
             )
-        return delta
+        return delta.to(ddf.dtype)

@@ -4,5 +4,6 @@
 from __future__ import annotations
 
 from .deq_registration_net import DEQRegistrationNet
+from .unrolled_registration_net import UnrolledRegistrationNet
 
-__all__ = ["DEQRegistrationNet"]
+__all__ = ["DEQRegistrationNet", "UnrolledRegistrationNet"]

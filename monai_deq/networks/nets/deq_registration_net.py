@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks import UNetUpdate, check_ddf, warp_by_ddf
+from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
+from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
 from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
 
 __all__ = ["DEQRegistrationNet"]
@@ -30,7 +30,9 @@ class DEQRegistrationNet(nn.Module):
     The state of the solver is float32 also under autocast.
 
     Args:
-        update: module ``f(moving, fixed, ddf) -> delta``. Defaults to :py:class:`UNetUpdate`.
+        update: module ``f(moving, fixed, ddf) -> delta``, or one with a hidden state and an attribute
+            ``hidden_channels``, ``f(moving, fixed, ddf, hidden) -> (delta, hidden)``; the hidden state then is a part
+            of the state that is solved for. Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
         spatial_dims: 2 or 3, for the default update. Defaults to 3.
         max_steps: step limit ``T`` of the solver, in training and by default in eval mode. Defaults to 48.
         tolerance: RMS residual in voxels at which an item stops. Defaults to 1e-3.
@@ -94,6 +96,7 @@ class DEQRegistrationNet(nn.Module):
             if not value >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative, got {value}.")
         self.update = UNetUpdate(spatial_dims) if update is None else update
+        self.hidden_channels = hidden_channels(self.update)
         self.max_steps = max_steps
         self.tolerance = tolerance
         self.relative_tolerance = relative_tolerance
@@ -114,51 +117,6 @@ class DEQRegistrationNet(nn.Module):
             b_stop_mode="rel",
         )
 
-    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """
-        The map ``g(ddf) = ddf + f(moving, fixed, ddf)`` of a pair (Eq. 5).
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-
-        Returns:
-            Function of a displacement field ``(B, ndim, *spatial)`` that keeps its dtype.
-        """
-
-        def g(ddf: torch.Tensor) -> torch.Tensor:
-            return ddf + self.update(moving, fixed, ddf).to(ddf.dtype)
-
-        return g
-
-    def initial_state(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None) -> torch.Tensor:
-        """
-        The state the solver starts from: a given field, or zero, in float32 at least.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            ddf: ``(B, ndim, *spatial)`` or ``None``.
-
-        Raises:
-            ValueError: When the images or the field do not fit each other.
-        """
-        if moving.shape != fixed.shape or moving.ndim not in (4, 5) or moving.shape[1] != 1:
-            raise ValueError(
-                "moving and fixed must have the same shape (B, 1, H, W[, D]), "
-                f"got {tuple(moving.shape)} and {tuple(fixed.shape)}."
-            )
-        if not (moving.is_floating_point() and fixed.is_floating_point()):
-            raise ValueError(
-                "moving and fixed must have floating point intensities in [0, 1], "
-                f"got {moving.dtype} and {fixed.dtype}."
-            )
-        dtype = torch.promote_types(fixed.dtype, torch.float32)
-        if ddf is None:
-            return fixed.new_zeros((fixed.shape[0], fixed.ndim - 2, *fixed.shape[2:]), dtype=dtype)
-        check_ddf(fixed, ddf)
-        return ddf.detach().to(device=fixed.device, dtype=dtype)
-
     def solve(
         self,
         moving: torch.Tensor,
@@ -172,13 +130,14 @@ class DEQRegistrationNet(nn.Module):
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to zero.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to zero.
             kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
 
         Returns:
             The displacement ``(B, ndim, *spatial)`` and the record of the solve.
         """
-        state = self.initial_state(moving, fixed, initial_ddf)
+        check_pair(moving, fixed)
+        state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
         settings: dict[str, Any] = {
             "solver": self.solver,
             "max_steps": self.max_steps,
@@ -186,7 +145,10 @@ class DEQRegistrationNet(nn.Module):
             "relative_tolerance": self.relative_tolerance,
             "solver_options": self.solver_options if kwargs.get("solver", self.solver) == self.solver else None,
         }
-        return solve_fixed_point(self.fixed_point_map(moving, fixed), state, **{**settings, **kwargs})
+        settings["ddf_channels"] = ndim if self.hidden_channels else None
+        state, record = solve_fixed_point(state_map(self.update, moving, fixed), state, **{**settings, **kwargs})
+        # without the hidden state, which a view would keep in memory
+        return state[:, :ndim].clone() if self.hidden_channels else state, record
 
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
@@ -206,7 +168,13 @@ class DEQRegistrationNet(nn.Module):
         if not self.training:
             ddf, _ = self.solve(moving, fixed, initial_ddf)
             return warp_by_ddf(moving, ddf), ddf
-        state = self.initial_state(moving, fixed, initial_ddf)
-        options = {"rel_tol": self.relative_tolerance, **self.solver_options}
-        states, _ = self.deq(self.fixed_point_map(moving, fixed), state, solver_kwargs=options)
-        return warp_by_ddf(moving, states[-1]), states[-1], states[:-1]
+        check_pair(moving, fixed)
+        state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
+        options = {
+            "rel_tol": self.relative_tolerance,
+            "ddf_channels": ndim if self.hidden_channels else None,
+            **self.solver_options,
+        }
+        states, _ = self.deq(state_map(self.update, moving, fixed), state, solver_kwargs=options)
+        ddfs = [s[:, :ndim] for s in states]
+        return warp_by_ddf(moving, ddfs[-1]), ddfs[-1], ddfs[:-1]

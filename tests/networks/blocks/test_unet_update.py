@@ -9,7 +9,7 @@ import torch
 from monai.networks.blocks import Warp
 from torch.func import functional_call
 
-from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.blocks import RegistrationCNN, RegistrationUNet, UNetUpdate
 
 
 def tiny_update(spatial_dims: int) -> UNetUpdate:
@@ -34,6 +34,32 @@ def smooth_pair(size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torc
     generator = torch.Generator().manual_seed(3)
     ddf = 0.2 + 0.6 * torch.rand(2, len(size), *size, dtype=torch.float64, generator=generator)
     return moving, fixed, ddf
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_start(ndim: int) -> None:
+    torch.manual_seed(0)
+    update = UNetUpdate(ndim)
+    if ndim == 3:
+        assert sum(p.numel() for p in update.parameters()) == 328_627
+    weight = update.get_parameter("backbone.encoder.0.conv.weight")
+    assert not weight[:, 2:].any() and bool((weight[:, :2] != 0).all())
+    size = (9, 7, 5)[:ndim]
+    moving, fixed = torch.rand(2, 2, 1, *size)
+    delta = update(moving, fixed, torch.zeros(2, ndim, *size))
+    assert 0 < delta.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 3, 4)])
+def test_with_the_network_of_gradirn(size: tuple[int, ...]) -> None:
+    moving, fixed, ddf = smooth_pair(size)
+    torch.manual_seed(0)
+    backbone = RegistrationCNN(len(size), 2 + len(size), flow_std=0.1).double()
+    with torch.no_grad():
+        delta = UNetUpdate(len(size), backbone)(moving, fixed, ddf)
+        expected = backbone(torch.cat([fixed, Warp()(moving, ddf), ddf], dim=1))
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(16, 32), (16, 16, 32)])

@@ -13,7 +13,7 @@ import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
 
-from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet
 
 SIZES = [(9, 7), (5, 3, 4)]
@@ -57,6 +57,14 @@ def tiny_update(spatial_dims: int) -> UNetUpdate:
 def tiny_net(spatial_dims: int, **kwargs: Any) -> DEQRegistrationNet:
     settings = {"max_steps": 8, "num_states": 1, "tolerance": 0.0, **kwargs}
     return DEQRegistrationNet(tiny_update(spatial_dims), **settings)
+
+
+def tiny_recurrent_update(spatial_dims: int) -> RecurrentUpdate:
+    """Hidden states of 2 channels each."""
+    torch.manual_seed(0)
+    update = RecurrentUpdate(spatial_dims, hidden_size=2, flow_std=0.3)
+    update.unet = RegistrationUNet(spatial_dims, 2 + 2 * spatial_dims, 2, (2, 2), (2,), (), flow_std=0.2)
+    return update
 
 
 def pair(size: tuple[int, ...], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,18 +246,84 @@ def test_gradients_reach_all_parameters(size: tuple[int, ...], autocast: bool, g
             assert bool(parameter.grad.isfinite().all()), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_map_keeps_the_type_of_the_state(dtype: torch.dtype) -> None:
-    moving, fixed = pair((3, 4))
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("phantom", [(1, 1.0), (3, 0.5)])
+def test_hidden_state_in_training(size: tuple[int, ...], phantom: tuple[int, float]) -> None:
+    ndim = len(size)
+    steps, damping = phantom
+    update = tiny_recurrent_update(ndim).double()
+    net = DEQRegistrationNet(
+        update, max_steps=6, num_states=2, tolerance=0.0, phantom_steps=steps, phantom_damping=damping
+    )
+    moving, fixed = (image.double() for image in pair(size))
+    start = 0.3 * torch.ones(2, ndim, *size, dtype=torch.float64)
+    warped, ddf, states = net.train()(moving, fixed, start)
 
-    class Mixed(torch.nn.Module):
-        def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-            return 1.5 * ddf.double()
+    def g(state: torch.Tensor) -> torch.Tensor:
+        delta, hidden = update(moving, fixed, state[:, :ndim], state[:, ndim:])
+        return torch.cat([state[:, :ndim] + delta, hidden], dim=1)
 
-    net = DEQRegistrationNet(Mixed())
-    state = net.fixed_point_map(moving, fixed)(torch.ones(2, 2, 3, 4, dtype=dtype))
-    assert state.dtype == dtype
-    torch.testing.assert_close(state, torch.full_like(state, 2.5))
+    zero = torch.cat([start, torch.zeros(2, 4, *size, dtype=torch.float64)], dim=1)
+    with torch.no_grad():
+        expected = [
+            iterate(lambda x: damping * g(x) + (1 - damping) * x, iterate(g, zero, k), steps)[:, :ndim]
+            for k in (2, 4, 6)
+        ]
+    assert expected[-1].std() > 0.01
+    for state, value in zip([*states, ddf], expected, strict=True):
+        torch.testing.assert_close(state, value, rtol=0, atol=1e-12)
+    torch.testing.assert_close(warped, Warp()(moving, ddf), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(moving, fixed, start)[1], iterate(g, zero, 6)[:, :ndim])
+
+
+@pytest.mark.parametrize("gradient", ["phantom", "implicit"])
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_of_a_recurrent_update(size: tuple[int, ...], gradient: str) -> None:
+    moving, fixed = pair(size)
+    net = DEQRegistrationNet(
+        tiny_recurrent_update(len(size)), max_steps=4, num_states=1, gradient=gradient, implicit_max_steps=3
+    ).train()
+    warped, ddf, states = net(moving, fixed)
+    assert ddf.shape == states[0].shape == (2, len(size), *size)
+    for loss in (warped.sum(), ddf.square().mean(), states[0].square().mean()):
+        net.zero_grad()
+        loss.backward(retain_graph=True)
+        for name, parameter in net.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.any()), name
+            assert bool(parameter.grad.isfinite().all()), name
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+@pytest.mark.parametrize("size", SIZES)
+def test_solve_with_hidden_state(size: tuple[int, ...], solver: str) -> None:
+    moving, fixed = pair(size)
+    net = DEQRegistrationNet(tiny_recurrent_update(len(size)), solver=solver, max_steps=5, tolerance=0.0)
+    ddf, record = net.solve(moving, fixed)
+    assert ddf.shape == (2, len(size), *size) and record.steps.tolist() == [5, 5]
+    # a result holds no memory of the hidden state
+    assert ddf.untyped_storage().nbytes() == ddf.numel() * 4
+    # the first residual is the first displacement
+    first, _ = net.solve(moving, fixed, max_steps=1)
+    torch.testing.assert_close(record.residual[:, 0], first.square().sum(1).flatten(1).mean(1).sqrt())
+    with torch.autocast("cpu", torch.bfloat16):
+        half, _ = net.solve(moving, fixed)
+    assert half.dtype == torch.float32 and not torch.equal(half, half.bfloat16().float())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_large_hidden_state_hides_no_motion(training: bool) -> None:
+    class PullBeside(torch.nn.Module):
+        hidden_channels = 1
+
+        def forward(self, moving: Any, fixed: Any, ddf: Any, hidden: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            return 0.5 * (fixed - moving - ddf), torch.full_like(hidden, 1e3)
+
+    moving, fixed = (image.double() for image in pair((3, 4)))
+    net = DEQRegistrationNet(PullBeside(), tolerance=0.0, relative_tolerance=0.01, num_states=0, phantom_steps=1)
+    ddf = net.train(training)(moving, fixed)[1]
+    # 0.5^k / (1 - 0.5^k) <= 0.01 first at k = 7; in training one more step follows
+    torch.testing.assert_close(ddf, ((1 - 0.5 ** (8 if training else 7)) * (fixed - moving)).expand_as(ddf))
 
 
 def test_nothing_is_hidden_in_training() -> None:

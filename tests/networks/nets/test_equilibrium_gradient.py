@@ -177,6 +177,68 @@ def test_implicit_gradient_of_a_nonlinear_map() -> None:
         assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
 
 
+class AffineWithHidden(torch.nn.Module):
+    """An affine map of displacement and hidden state together; the loss sees the displacement alone."""
+
+    def __init__(self, matrix: torch.Tensor, offset: torch.Tensor, hidden_channels: int) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix)
+        self.offset = torch.nn.Parameter(offset)
+        self.hidden_channels = hidden_channels
+
+    def forward(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        state = torch.cat([ddf, hidden], dim=1)
+        after = (state.flatten(1) @ self.matrix.T + self.offset).view_as(state)
+        return after[:, : ddf.shape[1]] - ddf, after[:, ddf.shape[1] :]
+
+
+@pytest.mark.parametrize("size", [(2, 3), (2, 1, 2)])
+@pytest.mark.parametrize("gradient", ["phantom", "implicit"])
+def test_gradient_with_hidden_state(size: tuple[int, ...], gradient: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    ndim, hidden = len(size), 2
+    n, seen = (ndim + hidden) * int(np.prod(size)), ndim * int(np.prod(size))
+    matrix = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    matrix *= 0.6 / torch.linalg.matrix_norm(matrix, 2)
+    offset = torch.randn(n, dtype=torch.float64, generator=generator)
+    moving, fixed = torch.rand(2, 2, 1, *size, dtype=torch.float64, generator=generator)
+
+    # dL/dphi reaches the hidden rows of the map by (I - A)^-T only
+    a = matrix.numpy()
+    state = np.linalg.solve(np.eye(n) - a, offset.numpy())
+    slopes = np.zeros((2, n))
+    slopes[:, :seen] = state[:seen] - np.repeat(fixed.numpy(), ndim, axis=1).reshape(2, -1)
+    exact = (slopes @ np.linalg.inv(np.eye(n) - a)).sum(axis=0)
+    assert np.abs(exact[seen:]).max() > 0.1
+
+    errors = []
+    for steps in (1, 3, 10, 60) if gradient == "phantom" else (1,):
+        update = AffineWithHidden(matrix.clone(), offset.clone(), hidden)
+        net = DEQRegistrationNet(
+            update,
+            max_steps=150,
+            num_states=0,
+            tolerance=1e-14,
+            phantom_steps=steps,
+            gradient=gradient,
+            implicit_max_steps=150,
+            implicit_tolerance=1e-13,
+        ).train()
+        _, ddf, _ = net(moving, fixed)
+        np.testing.assert_allclose(ddf.detach().flatten(1), np.stack([state[:seen]] * 2), rtol=0, atol=1e-11)
+        (0.5 * (ddf - fixed).square().sum()).backward()
+        assert update.offset.grad is not None and update.matrix.grad is not None
+        if gradient == "phantom":  # Eq. 8: the first terms of the Neumann series
+            kept = sum(np.linalg.matrix_power(a, k) for k in range(steps))
+            v = (slopes @ kept).sum(axis=0)
+            np.testing.assert_allclose(update.offset.grad, v, rtol=0, atol=1e-10)
+            np.testing.assert_allclose(update.matrix.grad, np.outer(v, state), rtol=0, atol=1e-9)
+        errors.append(np.linalg.norm(update.offset.grad.numpy() - exact) / np.linalg.norm(exact))
+    assert np.all(np.diff(errors) < 0) and errors[-1] < 1e-9
+
+
 @pytest.mark.parametrize("gradient", ["phantom", "implicit"])
 def test_intermediate_states_have_phantom_gradients(gradient: str) -> None:
     # phi_t after T / 2 steps from zero; two steps further its gradient by theta is (I + A)

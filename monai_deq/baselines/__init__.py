@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classical systems that the learned ones are compared with, behind the same interface."""
+
+from __future__ import annotations
+
+from .elastix import ElastixRegistration
+from .initial import InitialAlignment
+
+__all__ = ["ElastixRegistration", "InitialAlignment"]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the methods of a bundle cost: parameters, training memory, time of training and inference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from monai.data import DataLoader
+
+from monai_deq.engines import PreparePairBatch
+from monai_deq.evaluation.memory import training_memory
+from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
+from monai_deq.evaluation.timing import time_side_by_side
+from monai_deq.networks import load_weights
+
+__all__ = ["measure_costs"]
+
+
+def measure_costs(
+    methods: Mapping[str, BundleMethod], overrides: Mapping[str, Mapping[str, Any]] | None = None, rounds: int = 5
+) -> dict[str, dict[str, Any]]:
+    """
+    Measure on the first pair of the evaluation, batch one: the memory of a training step (forward, loss, backward),
+    the time of a training step with the optimizer's, and that of an inference. All methods take turns in one run, so
+    that their times compare; memory of the CPU is counted, not sampled.
+
+    Args:
+        methods: the methods by name, trained or without training.
+        overrides: further entries of a method's evaluation configuration. Defaults to none.
+        rounds: number of times that each is timed; the median counts. Defaults to 5.
+
+    Returns:
+        By method the entries of :py:class:`monai_deq.evaluation.MethodResult`'s ``cost`` that could be measured; in
+        place of one that could not, the reason.
+    """
+    logger = logging.getLogger("monai_deq")
+    costs: dict[str, dict[str, Any]] = {name: {} for name in methods}
+    train: dict[str, Callable[[], Any]] = {}
+    infer: dict[str, Callable[[], Any]] = {}
+    device = torch.device("cpu")
+    for name, method in methods.items():
+        try:
+            logger.info(f"{name}: training memory")
+            evaluation = method.parser("evaluate", **(overrides or {}).get(name, {}))
+            device = evaluation.get_parsed_content("device")
+            # one pair is enough: not the whole split is loaded
+            subjects = evaluation.get_parsed_content("subjects")
+            evaluation["subjects"] = subjects[:2]
+            evaluation.parse(reset=True)
+            batch = next(iter(DataLoader(evaluation.get_parsed_content("dataset"), batch_size=1)))
+            moving, target, (fixed,), _ = PreparePairBatch()(batch, device)
+            network = evaluation.get_parsed_content("network").eval()
+            inferer = evaluation.get_parsed_content("inferer")
+            infer[name] = _inference(inferer, network, moving, fixed)
+            if method.checkpoint is None:
+                continue
+            load_weights(network, method.checkpoint)
+            # the training's own number of steps; all else is the overlay's
+            settings = {k: v for k, v in method.trained_with().items() if k == "max_steps"}
+            training = method.parser("train", **settings)
+            trained = load_weights(training.get_parsed_content("network"), method.checkpoint).train()
+            loss, optimizer = training.get_parsed_content("loss"), training.get_parsed_content("optimizer")
+            costs[name]["parameters"] = sum(p.numel() for p in trained.parameters())
+            step = _gradient_step(trained, loss, moving, fixed, target)
+            step()  # makes what is made once and kept, such as sampling grids
+            memory = training_memory(step, [*trained.parameters(), *trained.buffers()], device)
+            costs[name]["saved_memory_mb"] = memory.saved_bytes / 1e6
+            costs[name]["training_memory_mb"] = memory.peak_bytes / 1e6
+            costs[name]["memory_kind"] = memory.kind
+            train[name] = _training_step(step, optimizer)
+        except Exception as e:  # the other methods still have their costs
+            logger.error(f"costs of {name} could not be measured", exc_info=e)
+            costs[name]["training_seconds"] = f"failed: {root_cause(e)}"
+    for key, functions in (("training_seconds", train), ("inference_seconds", infer)):
+        if not functions:
+            continue
+        logger.info(f"{key} of {', '.join(functions)}, side by side")
+        for name, timing in time_side_by_side(functions, rounds=rounds, device=device).items():
+            costs[name][key] = timing.median if timing.failure is None else f"failed: {timing.failure}"
+    return costs
+
+
+def _inference(inferer: Any, network: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], Any]:
+    return lambda: inferer(moving, network, fixed)
+
+
+def _gradient_step(
+    network: nn.Module, loss: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, target: dict[str, torch.Tensor]
+) -> Callable[[], Any]:
+    def step() -> None:
+        network.zero_grad(set_to_none=True)
+        loss(network(moving, fixed), target).backward()
+
+    return step
+
+
+def _training_step(gradient_step: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def step() -> None:
+        gradient_step()
+        optimizer.step()
+
+    return step

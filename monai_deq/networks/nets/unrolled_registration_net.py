@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration by a fixed number of steps of a learned update, coarse to fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
+from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
+from monai_deq.solvers import SolverRecord, solve_fixed_point
+
+__all__ = ["UnrolledRegistrationNet"]
+
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+_AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _coarser(image: torch.Tensor) -> torch.Tensor:
+    """Half the size, rounded up: means of two voxels along each axis; a last odd voxel stands alone."""
+    # an axis of one voxel is left as it is
+    window = [min(n, 2) for n in image.shape[2:]]
+    return _AVERAGE[image.ndim - 2](image, window, ceil_mode=True, count_include_pad=False)
+
+
+def _finer(state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """A displacement (and a hidden state behind it) on the grid twice as fine, cropped to ``size``."""
+    ndim = state.ndim - 2
+    # without align_corners the finer voxels lie symmetrically in the coarse ones: displacements double, exactly
+    fine = F.interpolate(state, scale_factor=2, mode=_LINEAR[ndim], align_corners=False)
+    fine = fine[(..., *(slice(n) for n in size))]  # type: ignore[index]
+    return torch.cat([2 * fine[:, :ndim], fine[:, ndim:]], dim=1)
+
+
+class UnrolledRegistrationNet(nn.Module):
+    """
+    Deformable registration by a fixed schedule of steps of a learned update, trained by back-propagation through time
+    (paper, Eq. 3-4): RIIR with one level, GraDIRN and Unrolling with three, VoxelMorph with a single step.
+
+    From ``phi_0 = 0`` on the coarsest level the displacement is iterated by ``g(phi) = phi + f_theta(moving, fixed,
+    phi)``; from level to level it is interpolated and its values doubled. Level ``l`` of ``L`` has images of
+    ``2 ** -(L - 1 - l)`` of the full size, by means of two voxels along each axis.
+
+    In eval mode ``net(moving, fixed)`` returns ``(warped, ddf)``, as :py:class:`monai.networks.nets.VoxelMorph`; in
+    training mode ``(warped, ddf, states)``, ``states`` the list of the displacements before the last one in the order
+    of the iteration, at full size, or an empty list. :py:meth:`solve` takes any number of steps on the finest level.
+
+    Args:
+        update: module ``f(moving, fixed, ddf) -> delta``, its weights shared by all steps and levels, or a sequence of
+            modules, one for each level from coarse to fine, each with its weights shared inside its level. Updates
+            with a hidden state ``f(moving, fixed, ddf, hidden) -> (delta, hidden)`` have an attribute
+            ``hidden_channels``. Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
+        spatial_dims: 2 or 3, for the default update. Defaults to 3.
+        steps: number of steps on each level, from coarse to fine. Defaults to 6 on one level.
+        all_states: return the states before the last one too in training, for a loss on all of them (Eq. 4). Defaults
+            to ``False``: ``states`` is empty and the loss is that of the final state (``w_t = 0``).
+
+    Raises:
+        ValueError: When steps and updates do not fit each other.
+
+    Example:
+
+    .. code-block:: python
+
+        net = UnrolledRegistrationNet([GradientUpdate(3) for _ in range(3)], steps=[3, 3, 3]).eval()
+        warped, ddf = net(moving, fixed)  # (B, 1, H, W, D) and (B, 3, H, W, D)
+    """
+
+    def __init__(
+        self,
+        update: nn.Module | Sequence[nn.Module] | None = None,
+        spatial_dims: int = 3,
+        steps: int | Sequence[int] = 6,
+        all_states: bool = False,
+    ) -> None:
+        super().__init__()
+        self.steps = (steps,) if isinstance(steps, int) else tuple(int(n) for n in steps)
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps must be at least 1 on each of one or more levels, got {steps}.")
+        if update is None:
+            update = UNetUpdate(spatial_dims)
+        alone = isinstance(update, nn.Module) and not isinstance(update, nn.ModuleList)
+        updates: list[nn.Module] = [update] if alone else list(update)  # type: ignore[list-item,arg-type]
+        if len(updates) not in (1, len(self.steps)):
+            raise ValueError(
+                f"update must be one module or one for each of the {len(self.steps)} levels, got {len(updates)}."
+            )
+        widths = sorted({hidden_channels(u) for u in updates})
+        if len(widths) > 1:
+            raise ValueError(f"all updates must have hidden states of the same number of channels, got {widths}.")
+        self.updates = nn.ModuleList(updates)
+        self.hidden_channels = widths[0]
+        self.all_states = all_states
+
+    def _update(self, level: int) -> nn.Module:
+        return self.updates[min(level, len(self.updates) - 1)]
+
+    def _pyramid(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The image on each level, from coarse to fine."""
+        images = [image]
+        while len(images) < len(self.steps):
+            images.insert(0, _coarser(images[0]))
+        return images
+
+    def _start(
+        self, movings: list[torch.Tensor], fixeds: list[torch.Tensor], initial_ddf: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """State from which the finest level starts, and the states of the levels before it."""
+        if initial_ddf is not None:
+            return initial_state(fixeds[-1], initial_ddf, self.hidden_channels), []
+        state = initial_state(fixeds[0], None, self.hidden_channels)
+        states = []
+        for level, n in enumerate(self.steps[:-1]):
+            g = state_map(self._update(level), movings[level], fixeds[level])
+            for _ in range(n):
+                state = g(state)
+                states.append(state)
+            state = _finer(state, fixeds[level + 1].shape[2:])
+        return state, states
+
+    def _full_size(self, state: torch.Tensor, level: int, fixeds: list[torch.Tensor]) -> torch.Tensor:
+        """Displacement of a state of a level on the full grid."""
+        ddf = state[:, : state.ndim - 2]
+        for fixed in fixeds[level + 1 :]:
+            ddf = _finer(ddf, fixed.shape[2:])
+        return ddf
+
+    def solve(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        max_steps: int | None = None,
+        tolerance: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """
+        Run the schedule without gradients, with any number of steps on the finest level.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)`` in voxels; the coarser
+                levels are then left out, and a hidden state starts anew. Defaults to none: the whole schedule, from
+                zero.
+            max_steps: steps on the finest level. Defaults to those of the schedule.
+            tolerance: RMS residual in voxels at which an item stops before. Defaults to 0.
+            kwargs: further settings of :py:func:`monai_deq.solvers.solve_fixed_point`.
+
+        Returns:
+            The displacement ``(B, ndim, *spatial)`` and the record of the finest level.
+        """
+        check_pair(moving, fixed)
+        ndim = fixed.ndim - 2
+        with torch.no_grad():
+            movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
+            state, _ = self._start(movings, fixeds, initial_ddf)
+            state, record = solve_fixed_point(
+                state_map(self._update(len(self.steps) - 1), moving, fixed),
+                state,
+                max_steps=self.steps[-1] if max_steps is None else max_steps,
+                tolerance=tolerance,
+                ddf_channels=ndim if self.hidden_channels else None,
+                **kwargs,
+            )
+        # without the hidden state, which a view would keep in memory
+        return state[:, :ndim].clone() if self.hidden_channels else state, record
+
+    def forward(
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """
+        Args:
+            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
+            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
+            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)``. Defaults to none.
+
+        Returns:
+            ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode.
+
+        Raises:
+            ValueError: When the shapes do not fit.
+        """
+        if not self.training:
+            ddf, _ = self.solve(moving, fixed, initial_ddf)
+            return warp_by_ddf(moving, ddf), ddf
+        check_pair(moving, fixed)
+        movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
+        state, states = self._start(movings, fixeds, initial_ddf)
+        g = state_map(self._update(len(self.steps) - 1), moving, fixed)
+        for _ in range(self.steps[-1]):
+            state = g(state)
+            states.append(state)
+        ddf = state[:, : fixed.ndim - 2]
+        # a warm start leaves the coarser levels out
+        levels = [level for level, n in enumerate(self.steps) for _ in range(n)][-len(states) :]
+        earlier = zip(states[:-1], levels, strict=False) if self.all_states else ()
+        return warp_by_ddf(moving, ddf), ddf, [self._full_size(s, level, fixeds) for s, level in earlier]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every system of the comparison, one overlay away, run through ``python -m monai.bundle``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from monai_deq.data import write_sample_cohort
+from monai_deq.evaluation import METHODS
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
+CLASSICAL = ("affine", "elastix")
+LEARNED = tuple(m for m in METHODS if m not in CLASSICAL)
+# so few steps that every schedule still has its shape
+STEPS = {"deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
+
+
+def configs(name: str, spatial_dims: int, method: str) -> list[str]:
+    files = [f"{name}.json", *(["slices.json"] if spatial_dims == 2 else []), f"methods/{method}.json"]
+    return [str(BUNDLE / f) for f in files]
+
+
+def bundle(run_id: str, files: list[str], folder: Path, **overrides: object) -> str:
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
+    for key, value in overrides.items():
+        command += [f"--{key}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_cohort(
+        tmp_path_factory.mktemp("data") / "cohort", 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
+    )
+
+
+def test_every_overlay_is_a_method_of_the_comparison() -> None:
+    assert {p.stem for p in (BUNDLE / "methods").glob("*.json")} == set(METHODS)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("method", LEARNED)
+def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": cohort, "bundle_root": tmp_path, "split_sizes": "[2,2,1]"}
+    bundle(
+        "training",
+        configs("train", spatial_dims, method),
+        tmp_path,
+        **common,
+        max_epochs=1,
+        pairs_per_epoch=2,
+        max_steps=STEPS[method],
+    )
+    settings = json.loads((tmp_path / "models" / "model.json").read_text())
+    title = ConfigParser.load_config_file(str(BUNDLE / "methods" / f"{method}.json"))["method"]
+    assert settings["method"] == title and settings["spatial_dims"] == spatial_dims
+    assert settings["max_steps"] == settings["val_steps"] == STEPS[method]
+    weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert all(torch.isfinite(w).all() for w in weights.get("network", weights).values())
+
+    bundle("evaluating", configs("evaluate", spatial_dims, method), tmp_path, **{**common, "split": "validation"})
+    summary = json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())
+    assert summary["method"] == title and summary["num_pairs"] == 2
+    assert all(pair["steps"] <= STEPS[method] for pair in summary["pairs"])
+
+
+@pytest.mark.parametrize("method", ["riir", "gradirn", *CLASSICAL])
+def test_overlay_registers_files(method: str, cohort: Path, tmp_path: Path) -> None:
+    subjects = sorted(p for p in cohort.iterdir() if p.is_dir())[:2]
+    fixed, moving = (p / "aligned_norm.nii.gz" for p in subjects)
+    overrides: dict[str, object] = {"fixed": fixed, "moving": moving, "bundle_root": tmp_path}
+    if method not in CLASSICAL:
+        network = ConfigParser()
+        network.read_config(configs("inference", 3, method))
+        (tmp_path / "models").mkdir()
+        torch.save(network.get_parsed_content("network_def").state_dict(), tmp_path / "models" / "model.pt")
+        overrides["solver_steps"] = 2
+    bundle("inference", configs("inference", 3, method), tmp_path, **overrides)
+    fields = [p for p in (tmp_path / "output").rglob("*.nii.gz") if nib.load(p).ndim > 3]
+    assert len(fields) == 1 and nib.load(fields[0]).shape[:3] == nib.load(fixed).shape
+    assert {p.name for p in tmp_path.iterdir()} <= {"models", "output"}

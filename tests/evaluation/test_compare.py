@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of a bundle's methods, with tiny images and untrained weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from monai_deq.data import write_sample_cohort
+from monai_deq.evaluation import METHODS, BundleMethod, compare, method_evaluation
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
+SETTINGS: dict[str, Any] = {"split_sizes": [2, 1, 2], "solver_steps": 1, "max_steps": 2, "num_states": 0}
+METRICS = ["dice", "folded_percent"]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_cohort(
+        tmp_path_factory.mktemp("data") / "cohort", 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
+    )
+
+
+def overlays(spatial_dims: int) -> list[str]:
+    return ["slices.json"] if spatial_dims == 2 else []
+
+
+def write_checkpoint(method: str, results: Path, spatial_dims: int = 2, seed: int = 0, **settings: Any) -> Path:
+    """A checkpoint as training leaves it, of a network with its initial weights."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / f) for f in ("train.json", *overlays(spatial_dims), f"methods/{method}.json")])
+    parser.update({k: v for k, v in SETTINGS.items() if k != "split_sizes"})
+    torch.manual_seed(seed)
+    path = results / method / "models" / "model.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps({"spatial_size": None, "val_steps": 1, "max_steps": 2, **settings}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "spatial_dims, methods", [(2, METHODS), (3, ("affine", "elastix", "riir", "gradirn", "deqreg"))]
+)
+def test_methods_in_one_table(spatial_dims: int, methods: tuple[str, ...], cohort: Path, tmp_path: Path) -> None:
+    for method in methods:
+        if method not in ("affine", "elastix", "riir"):
+            write_checkpoint(method, tmp_path, spatial_dims)
+    table = compare(
+        BUNDLE,
+        tmp_path,
+        methods,
+        overlays(spatial_dims),
+        metrics=METRICS,
+        cost_rounds=1,
+        dataset_dir=str(cohort),
+        **SETTINGS,
+    )
+    rows = {row["name"]: row for row in table.to_rows()}
+    assert list(rows) == list(methods)
+    # RIIR was not trained: a row with the reason; all others have scores of the two pairs
+    assert "no checkpoint" in rows["riir"]["failure"] and rows["riir"]["dice_mean"] is None
+    for name, row in rows.items():
+        if name != "riir":
+            assert row["failure"] is None and row["dice_pairs"] == 2, row
+    summary = json.loads(next((tmp_path / "affine" / "comparison").rglob("evaluation_summary.json")).read_text())
+    assert rows["affine"]["dice_mean"] == pytest.approx(summary["summary"]["dice_before"]["mean"])
+    assert rows["affine"]["folded_percent_mean"] == 0 and not rows["affine"]["ranked"]
+    assert rows["elastix"]["dice_mean"] > rows["affine"]["dice_mean"]
+
+    # costs: numbers for what can be measured, and an unrolled network keeps more than a single step
+    for name, row in rows.items():
+        if name not in ("affine", "elastix", "riir"):
+            assert row["parameters"] > 0 and row["training_seconds"] > 0 and row["inference_seconds"] > 0
+            assert row["training_memory_mb"] >= row["saved_memory_mb"] * 0.5 > 0
+            assert "CPU" in row["memory_kind"]
+    assert rows["elastix"]["inference_seconds"] > 0 and rows["elastix"]["training_memory_mb"] is None
+    assert {p.name for p in tmp_path.glob("comparison.*")} == {f"comparison.{s}" for s in ("md", "csv", "json", "png")}
+    text = (tmp_path / "comparison.md").read_text()
+    assert all(word in text for word in ("elastix", "GraDIRN", "DEQReg", "failed", "synthetic sample"))
+
+
+def test_what_is_done_is_not_repeated(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    for method in ("voxelmorph", "deqreg"):
+        write_checkpoint(method, results)
+    evaluated = []
+
+    class Counted(method_evaluation.ConfigWorkflow):  # type: ignore[misc,name-defined]
+        def run(self) -> Any:
+            evaluated.append(Path(self.parser["bundle_root"]).name)
+            return super().run()
+
+    monkeypatch.setattr(method_evaluation, "ConfigWorkflow", Counted)
+
+    def run(folder: Path, *methods: str, **more: Any) -> dict[str, dict[str, Any]]:
+        evaluated.clear()
+        table = compare(
+            BUNDLE,
+            folder,
+            methods,
+            ["slices.json"],
+            metrics=METRICS,
+            costs=False,
+            dataset_dir=str(cohort),
+            **{**SETTINGS, **more},
+        )
+        return {row["name"]: row for row in table.to_rows()}
+
+    first = run(results, "affine", "deqreg")
+    assert evaluated == ["affine", "deqreg"]
+    with pytest.raises(FileExistsError, match="comparison.md"):
+        run(results, "affine", "deqreg")
+    # another method joins, and the folder moves: only the new one is evaluated
+    moved = results.rename(tmp_path / "moved")
+    second = run(moved, "affine", "voxelmorph", "deqreg", overwrite=True)
+    assert evaluated == ["voxelmorph"]
+    assert all(second[n]["dice_mean"] == first[n]["dice_mean"] for n in ("affine", "deqreg"))
+    # other weights, another setting: evaluated anew, and what was there stays
+    kept = sorted(moved.rglob("evaluation_pairs.csv"))
+    write_checkpoint("voxelmorph", moved, seed=1)
+    run(moved, "affine", "voxelmorph", "deqreg", overwrite=True)
+    assert evaluated == ["voxelmorph"]
+    run(moved, "affine", "deqreg", overwrite=True, solver_steps=2)
+    assert evaluated == ["affine", "deqreg"]
+    assert set(kept) < set(moved.rglob("evaluation_pairs.csv")) and len(list(moved.rglob("evaluation_pairs.csv"))) == 6
+    # half of the two files, as an evaluation that was stopped leaves them
+    for path in moved.glob("affine/comparison/*/evaluation_summary.json"):
+        path.unlink()
+    run(moved, "affine", "deqreg", overwrite=True)
+    assert evaluated == ["affine"]
+
+
+def test_costs_are_kept_for_their_set_of_methods(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("deqreg", tmp_path)
+    arguments: dict[str, Any] = {"overlays": ["slices.json"], "metrics": METRICS, "dataset_dir": str(cohort)}
+
+    def cost(*methods: str) -> dict[str, Any]:
+        table = compare(BUNDLE, tmp_path, methods, cost_rounds=1, overwrite=True, **arguments, **SETTINGS)
+        return {row["name"]: row["inference_seconds"] for row in table.to_rows()}
+
+    first = cost("deqreg")
+    assert cost("deqreg") == first
+    # side by side means in one run: a further method is not measured alone
+    assert cost("affine", "deqreg")["deqreg"] != first["deqreg"]
+    assert cost("deqreg") == first
+
+
+def test_a_failure_is_a_row_with_its_reason(cohort: Path, tmp_path: Path) -> None:
+    for method in ("voxelmorph", "riir", "deqreg"):
+        write_checkpoint(method, tmp_path)
+    # one network of another method, one trained at another size
+    shutil.copy(tmp_path / "voxelmorph" / "models" / "model.pt", tmp_path / "riir" / "models" / "model.pt")
+    write_checkpoint("voxelmorph", tmp_path, spatial_size=[16, 16])
+    table = compare(
+        BUNDLE,
+        tmp_path,
+        ["affine", "voxelmorph", "riir", "deqreg"],
+        ["slices.json"],
+        metrics=METRICS,
+        costs=False,
+        dataset_dir=str(cohort),
+        **SETTINGS,
+    )
+    rows = {row["name"]: row for row in table.to_rows()}
+    assert "another architecture" in rows["riir"]["failure"]
+    assert "[16, 16]" in rows["voxelmorph"]["failure"]
+    assert rows["affine"]["failure"] is None and rows["deqreg"]["failure"] is None
+
+
+def test_methods_without_training_take_the_size_of_the_reference(cohort: Path, tmp_path: Path) -> None:
+    write_checkpoint("deqreg", tmp_path, spatial_size=[16, 32])
+    arguments: dict[str, Any] = {"metrics": METRICS, "costs": False, "dataset_dir": str(cohort), **SETTINGS}
+    table = compare(BUNDLE, tmp_path, ["affine", "deqreg"], "slices.json", **arguments)
+    summary = json.loads(next((tmp_path / "affine").rglob("evaluation_summary.json")).read_text())
+    assert summary["spatial_size"] == [16, 32]
+    assert all(row["failure"] is None for row in table.to_rows())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"methods": ["deqreg", "syn"]}, "no overlay for .'syn'."),
+        ({"methods": ["affine"]}, "reference must be one of"),
+        ({"methods": []}, "methods must be"),
+        ({"methods": ["deqreg", "deqreg"]}, "each once"),
+        ({"methods": "deqreg", "overwrite": "maybe"}, "overwrite"),
+        ({"methods": "deqreg", "costs": "maybe"}, "costs"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        compare(BUNDLE, tmp_path, **arguments)
+
+
+def test_absent_overlay_of_the_data_set(tmp_path: Path) -> None:
+    method = BundleMethod("deqreg", BUNDLE, tmp_path, ["absent.json"])
+    with pytest.raises(FileNotFoundError, match="absent.json"):
+        method.files("evaluate")
+
+
+def test_command_line(cohort: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    write_checkpoint("deqreg", tmp_path / "results")
+    command = [sys.executable, "-W", "ignore", "-m", "monai_deq.evaluation", "compare"]
+    command += ["--bundle_dir", str(BUNDLE), "--results_dir", "results", "--overlays", "['slices.json']"]
+    command += ["--methods", "['affine','deqreg']", "--metrics", "['dice']", "--costs", "false"]
+    command += ["--dataset_dir", str(cohort), "--split_sizes", "[2,1,2]", "--solver_steps", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "| Affine |" in result.stdout and "| DEQReg |" in result.stdout
+    assert (tmp_path / "results" / "comparison.png").is_file()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holm's correction by hand, Wilcoxon's test against all assignments of signs."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from statistics import mean, median, stdev
+
+import numpy as np
+import pytest
+
+from monai_deq.evaluation.statistics import holm_correction, mean_std, paired_wilcoxon
+
+NAN, INF = float("nan"), float("inf")
+
+
+def signed_rank_p(differences: list[float]) -> float:
+    """Two-sided p-value: twice the smaller share of the 2^n sign assignments with a rank sum as far out."""
+    sizes = sorted(abs(d) for d in differences)
+    # rank of a tied value: the mean of the places that the ties take
+    rank = [mean(i for i, s in enumerate(sizes, start=1) if s == abs(d)) for d in differences]
+    observed = sum(r for r, d in zip(rank, differences, strict=True) if d > 0)
+    sums = np.array(list(product((0, 1), repeat=len(rank)))) @ np.array(rank, dtype=float)
+    return min(1.0, 2 * min((sums <= observed).mean(), (sums >= observed).mean()))
+
+
+def scores(values: list[float]) -> dict[tuple[str, str], float]:
+    return {(f"f{i}", f"m{i}"): v for i, v in enumerate(values)}
+
+
+def test_mean_std_leaves_out_what_is_no_score() -> None:
+    values = [3.0, 4.5, 1.25, 9.0]
+    assert mean_std([3.0, NAN, 4.5, INF, 1.25, 9.0]) == pytest.approx((mean(values), stdev(values), 4))
+    assert mean_std([7.0, NAN]) == pytest.approx((7.0, NAN, 1), nan_ok=True)
+    assert mean_std([NAN]) == pytest.approx((NAN, NAN, 0), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "expected"),
+    [
+        # sorted 0.005 * 4, 0.01 * 3, 0.03 * 2, then 0.04 * 1 raised to the one before
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        # 0.02 * 3, 0.02 * 2 raised to it, 0.5
+        ([0.02, 0.5, 0.02], [0.06, 0.5, 0.06]),
+        # 0.4 * 2 = 0.8, 0.9; 0.6 * 2 is cut at 1 and carried on
+        ([0.9, 0.4], [0.9, 0.8]),
+        ([0.6, 0.7], [1.0, 1.0]),
+        ([0.04], [0.04]),
+        ([], []),
+        # a test that could not be made is no member of the family
+        ([NAN, 0.03, 0.01], [NAN, 0.03, 0.02]),
+        ([NAN], [NAN]),
+    ],
+)
+def test_holm_by_hand(p_values: list[float], expected: list[float]) -> None:
+    assert holm_correction(p_values) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.2])
+def test_holm_refuses_what_is_no_probability(wrong: float) -> None:
+    with pytest.raises(ValueError, match="expected numbers in"):
+        holm_correction([0.5, wrong])
+
+
+@pytest.mark.parametrize(
+    "differences",
+    [
+        [0.5],
+        [1.0, 2.0, 3.0, 4.0, 5.0],  # all one way: 2 / 2^5
+        [1.0, -2.0, 3.5, 4.0, -0.5, 6.0, 7.25],
+        [1.0, -1.0, 2.0, 2.0, 2.0, -3.0, 5.0, 5.0],  # ties
+        [0.25, -0.5, 1.0, 1.75, 3.0, 3.5, -4.0, 4.25, 5.0, 6.5, 7.0, 8.0, -9.0, 10.0, 11.0],
+    ],
+)
+@pytest.mark.parametrize("zeros", [0, 3])
+def test_wilcoxon_against_all_signs(differences: list[float], zeros: int) -> None:
+    other = [10.0 + i for i in range(len(differences) + zeros)]
+    reference = [o + d for o, d in zip(other, [*differences, *[0.0] * zeros], strict=True)]
+    test = paired_wilcoxon(scores(reference), scores(other))
+    assert test.p_value == pytest.approx(signed_rank_p(differences), rel=1e-12)
+    assert test.median_difference == median([*differences, *[0.0] * zeros])
+    assert (test.pairs, test.left_out) == (len(differences) + zeros, 0)
+
+
+def test_wilcoxon_many_pairs_is_near_the_normal_approximation() -> None:
+    rng = np.random.default_rng(0)
+    differences = rng.normal(0.2, 1.0, 60)
+    test = paired_wilcoxon(scores(differences.tolist()), scores([0.0] * 60))
+    ranks = np.argsort(np.argsort(np.abs(differences))) + 1
+    z = (ranks[differences > 0].sum() - 60 * 61 / 4) / math.sqrt(60 * 61 * 121 / 24)
+    assert test.p_value == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), rel=1e-9)
+
+
+def test_wilcoxon_matches_pairs_by_name_and_leaves_out_missing_scores() -> None:
+    reference = scores([5.0, NAN, 7.0, 1.0, INF, 9.0])
+    other = dict(reversed(scores([4.0, 3.0, 5.0, NAN, INF, 12.0]).items()))
+    test = paired_wilcoxon(reference, other)
+    assert test.p_value == pytest.approx(signed_rank_p([1.0, 2.0, -3.0]))
+    assert (test.median_difference, test.pairs, test.left_out) == (1.0, 3, 3)
+
+
+def test_wilcoxon_without_a_difference_and_without_a_pair() -> None:
+    same = paired_wilcoxon(scores([1.0, 2.0, NAN]), scores([1.0, 2.0, 3.0]))
+    assert (same.p_value, same.median_difference, same.pairs, same.left_out) == (1.0, 0.0, 2, 1)
+    none = paired_wilcoxon(scores([NAN, 2.0]), scores([1.0, NAN]))
+    assert math.isnan(none.p_value) and math.isnan(none.median_difference)
+    assert (none.pairs, none.left_out) == (0, 2)
+
+
+def test_wilcoxon_names_the_pairs_that_differ() -> None:
+    other = scores([1.0, 2.0, 3.0, 4.0, 5.0]) | {("x", "y"): 3.0}
+    for i in range(5):
+        del other[(f"f{i}", f"m{i}")]
+    with pytest.raises(ValueError, match=r"lacks \(f0, m0\), \(f1, m1\), \(f2, m2\) and 2 more; has besides \(x, y\)"):
+        paired_wilcoxon(scores([1.0, 2.0, 3.0, 4.0, 5.0]), other)
