@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["monai_deq", "monai_deq.*"]),
     package_data={"monai_deq": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.12",  # differentiates grid_sample twice
         "monai[ignite,nibabel,tensorboard,tqdm,fire,scipy]>=1.6.1",  # fire runs `python -m monai.bundle`
         "torchdeq>=0.1.0",
         "numpy",

@@ -38,15 +38,20 @@ def _as_elastix(value: Any) -> list[str]:
 
 
 @contextmanager
-def _same_threads_after(itk: Any) -> Iterator[None]:
-    """elastix sets the number of threads for all of ITK, and leaves it so: put it back."""
-    threader = itk.MultiThreaderBase
-    maximum, default = threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()
+def _threads(itk: Any, number: int | None) -> Iterator[None]:
+    """
+    Number of threads of what is made inside, where one is given.
+
+    It is set for all of ITK and put back, since elastix's own ``SetNumberOfThreads`` does not do so, and with a bending
+    energy crashes the process at 2 or more (seen in itk-elastix 0.25.4; its issue 160).
+    """
+    before = itk.MultiThreaderBase.GetGlobalDefaultNumberOfThreads()
+    if number is not None:
+        itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(number)
     try:
         yield
     finally:
-        threader.SetGlobalMaximumNumberOfThreads(maximum)  # first: it bounds the default
-        threader.SetGlobalDefaultNumberOfThreads(default)
+        itk.MultiThreaderBase.SetGlobalDefaultNumberOfThreads(before)
 
 
 class ElastixRegistration(ClassicalRegistration):
@@ -76,7 +81,7 @@ class ElastixRegistration(ClassicalRegistration):
         bending_weight: weight of the bending energy of the transform (voxel units) beside the measure; the measures
             differ in scale, and so does a fit weight. 0 leaves it out. Defaults to 20.
         iterations: iterations on each level. Defaults to 256.
-        samples: voxels sampled in each iteration. Defaults to 2048.
+        samples: positions sampled in each iteration. Defaults to 2048.
         parameters: further parameters of elastix, or other values of those set here, by elastix's names, such as
             ``{"MaximumStepLength": 0.5}``. elastix ignores names that it does not know. Defaults to None.
         threads: number of threads. Defaults to None: as many as ITK takes by default.
@@ -141,6 +146,7 @@ class ElastixRegistration(ClassicalRegistration):
             "Optimizer": "AdaptiveStochasticGradientDescent",
             "MaximumNumberOfIterations": iterations,
             "AutomaticParameterEstimation": True,
+            "NumberOfSamplesForExactGradient": 4096,
             "WriteResultImage": False,
         }
         if bending_weight > 0:
@@ -213,20 +219,18 @@ class ElastixRegistration(ClassicalRegistration):
         )
         parameters = itk.ParameterObject.New()
         parameters.AddParameterMap(self.parameter_map)
-        method = itk.ElastixRegistrationMethod[type(fixed_image), type(moving_image)].New()
-        method.SetFixedImage(fixed_image)
-        method.SetMovingImage(moving_image)
-        method.SetParameterObject(parameters)
-        method.SetLogToConsole(self.verbose)
-        method.SetLogToFile(False)
-        if self.threads is not None:
-            method.SetNumberOfThreads(self.threads)
         # not by transformix: it writes the field to a file in the working directory
         field_type = itk.Image[itk.Vector[itk.F, fixed.ndim], fixed.ndim]
         to_field = itk.TransformToDisplacementFieldFilter[field_type, itk.D].New()
         to_field.SetReferenceImage(fixed_image)
         to_field.UseReferenceImageOn()
-        with _same_threads_after(itk):
+        with _threads(itk, self.threads):
+            method = itk.ElastixRegistrationMethod[type(fixed_image), type(moving_image)].New()
+            method.SetFixedImage(fixed_image)
+            method.SetMovingImage(moving_image)
+            method.SetParameterObject(parameters)
+            method.SetLogToConsole(self.verbose)
+            method.SetLogToFile(False)
             method.Update()
             to_field.SetTransform(method.GetCombinationTransform())
             to_field.Update()

@@ -107,7 +107,9 @@ def compare(
             results[name] = replace(results[name], cost={**cost, "steps": steps})
 
     described = next((s for s in (summaries[reference], *summaries.values()) if s), {})
-    info: dict[str, Any] = {k: described[k] for k in ("data_set", "split", "label_set", "spatial_size") if k in described}
+    info: dict[str, Any] = {
+        k: described[k] for k in ("data_set", "split", "label_set", "spatial_size") if k in described
+    }
     table = ComparisonTable(list(results.values()), metrics, reference, info)
     files = table.write(output_dir, overwrite=overwrite)
     if any(r.failure is None for r in results.values()):

@@ -17,7 +17,6 @@ from scipy import ndimage
 
 from monai_deq.baselines import ElastixRegistration
 from monai_deq.inferers import FixedPointInferer
-from monai_deq.networks.blocks import warp_by_ddf
 
 try:
     import itk
@@ -27,7 +26,7 @@ except ImportError:
     HAS_ELASTIX = False
 needs_elastix = pytest.mark.skipif(not HAS_ELASTIX, reason="needs itk-elastix")
 
-SIZES = {2: (61, 48), 3: (31, 28, 22)}
+SIZES = {2: (61, 48), 3: (27, 24, 20)}
 
 
 def smooth_noise(size: tuple[int, ...], sigma: float, rng: np.random.Generator) -> np.ndarray:
@@ -53,14 +52,14 @@ def as_image(array: np.ndarray) -> torch.Tensor:
 
 
 def make_network(ndim: int, **kwargs: Any) -> ElastixRegistration:
-    return ElastixRegistration(ndim, **{"iterations": 60, "threads": 1, **kwargs}).eval()
+    return ElastixRegistration(ndim, **{"iterations": 40, "samples": 500, "threads": 1, **kwargs}).eval()
 
 
 @needs_elastix
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_recovers_a_known_displacement(ndim: int) -> None:
     moving, fixed, truth = make_pair(ndim)
-    out = FixedPointInferer(max_steps=3, tolerance=0.1)(moving, make_network(ndim, iterations=150), fixed)
+    out = FixedPointInferer(max_steps=3, tolerance=0.1)(moving, make_network(ndim, iterations=100), fixed)
     assert out["ddf"].shape == (1, ndim, *SIZES[ndim]) and out["ddf"].dtype == torch.float32
     before, after = ((image - fixed).square().mean() for image in (moving, out["warped"]))
     assert after < 0.1 * before
@@ -75,13 +74,13 @@ def test_recovers_a_known_displacement(ndim: int) -> None:
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_agrees_with_the_image_that_elastix_resamples(ndim: int) -> None:
     moving, fixed, _ = make_pair(ndim)
-    network = make_network(ndim, iterations=30)
+    network = make_network(ndim, iterations=20)
     warped, ddf = network(moving, fixed)
     parameters = itk.ParameterObject.New()
     resampling = {"WriteResultImage": ["true"], "FinalBSplineInterpolationOrder": ["1"]}
     parameters.AddParameterMap({**network.parameter_map, **resampling})
     images = [itk.image_from_array(x[0, 0].numpy()) for x in (fixed, moving)]
-    result, _ = itk.elastix_registration_method(*images, parameter_object=parameters, number_of_threads=1)
+    result, _ = itk.elastix_registration_method(*images, parameter_object=parameters)
     expected = itk.array_from_image(result)
     grid = np.stack(np.meshgrid(*map(np.arange, SIZES[ndim]), indexing="ij"))
     limit = np.reshape(SIZES[ndim], (-1, *[1] * ndim)) - 1
@@ -129,15 +128,20 @@ def test_batch_is_registered_item_by_item_and_again_the_same() -> None:
 def test_number_of_threads_stays_its_own_affair() -> None:
     moving, fixed, _ = make_pair(2)
     threader = itk.MultiThreaderBase
-    threader.SetGlobalMaximumNumberOfThreads(7)
-    threader.SetGlobalDefaultNumberOfThreads(5)
-    one, _ = make_network(2, threads=1).solve(moving, fixed)
-    assert threader.GetGlobalMaximumNumberOfThreads() == 7 and threader.GetGlobalDefaultNumberOfThreads() == 5
-    for threads in (3, None):
-        torch.testing.assert_close(make_network(2, threads=threads).solve(moving, fixed)[0], one, atol=1e-3, rtol=0)
-    with pytest.raises(RuntimeError):
-        make_network(2, threads=1, metric="NoSuchMetric").solve(moving, fixed)
-    assert threader.GetGlobalMaximumNumberOfThreads() == 7 and threader.GetGlobalDefaultNumberOfThreads() == 5
+    before = threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()
+    try:
+        threader.SetGlobalDefaultNumberOfThreads(5)
+        now = threader.GetGlobalMaximumNumberOfThreads(), 5
+        one, _ = make_network(2, threads=1).solve(moving, fixed)
+        for kwargs in ({"threads": 3}, {"threads": None}):
+            many, _ = make_network(2, **kwargs).solve(moving, fixed)
+            torch.testing.assert_close(many, one, atol=1e-3, rtol=0)
+            assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == now
+        with pytest.raises(RuntimeError):
+            make_network(2, threads=2, metric="NoSuchMetric").solve(moving, fixed)
+        assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == now
+    finally:
+        threader.SetGlobalDefaultNumberOfThreads(before[1])
 
 
 @needs_elastix
@@ -174,7 +178,7 @@ def test_parameters_reach_elastix() -> None:
     values = network.parameter_map
     assert values["NumberOfResolutions"] == ["2"] and values["FinalGridSpacingInVoxels"] == ["6.0", "6.0"]
     assert values["GridSpacingSchedule"] == ["2", "1"] and values["MaximumStepLength"] == ["0.5", "0.25"]
-    assert values["Flag"] == ["true"] and values["MaximumNumberOfIterations"] == ["60"]
+    assert values["Flag"] == ["true"] and values["MaximumNumberOfIterations"] == ["40"]
 
     def size_of_field(**kwargs: Any) -> float:
         return float(make_network(2, **kwargs).solve(moving, fixed)[0].square().mean().sqrt())
@@ -201,11 +205,13 @@ def test_small_images(size: tuple[int, ...]) -> None:
 @needs_elastix
 def test_failure_names_the_item() -> None:
     moving, fixed, _ = make_pair(2)
-    flat = torch.full_like(moving, 0.5)  # nothing to move: every sample stays inside
-    network = make_network(2, bending_weight=0, parameters={"RequiredRatioOfValidSamples": 1.0})
-    network.solve(flat, flat)
+    # the best translation takes a third of the samples out of the moving image
+    far = torch.cat([fixed[:, :, 20:], fixed[:, :, :20]], dim=2)
+    parameters = {"Transform": "TranslationTransform", "RequiredRatioOfValidSamples": 0.9}
+    network = make_network(2, bending_weight=0, iterations=200, parameters=parameters)
+    network.solve(moving, fixed)
     with pytest.raises(RuntimeError, match=r"elastix failed on item 1 of the batch"):
-        network.solve(torch.cat([flat, moving, moving]), torch.cat([flat, fixed, fixed]))
+        network.solve(torch.cat([moving] * 3), torch.cat([fixed, far, fixed]))
 
 
 @needs_elastix
@@ -255,11 +261,3 @@ def test_absent_package(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "itk", module)
     with pytest.raises(ImportError, match=r'pip install "monai_deq\[elastix\]"'):
         ElastixRegistration(2)
-
-
-@needs_elastix
-def test_field_is_not_more_than_the_warp_needs() -> None:
-    """warp_by_ddf and the field agree with SciPy on the convention."""
-    moving, fixed, _ = make_pair(3)
-    warped, ddf = make_network(3, iterations=10)(moving, fixed)
-    torch.testing.assert_close(warped, warp_by_ddf(moving, ddf))

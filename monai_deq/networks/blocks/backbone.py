@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def start_small(conv: nn.Module, std: float) -> None:
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
 
-def start_without(conv: nn.Module, channels: slice) -> None:
+def start_without(conv: nn.Module, channels: Sequence[int]) -> None:
     """
     Start the weights of some input channels at zero. A displacement is many times larger than an intensity: started at
     zero, its weights cannot feed it back into itself before they are learned; otherwise the iteration explodes early
@@ -62,9 +64,15 @@ def start_without(conv: nn.Module, channels: slice) -> None:
     Args:
         conv: first convolution of a backbone, changed in place.
         channels: the input channels.
+
+    Raises:
+        ValueError: When there is no such channel.
     """
+    count: int = conv.in_channels  # type: ignore[assignment]
+    if any(not 0 <= c < count for c in channels):
+        raise ValueError(f"zero_inputs must be channels from 0 to {count - 1}, got {list(channels)}.")
     with torch.no_grad():
-        conv.weight[:, channels] = 0  # type: ignore[index,operator]
+        conv.weight[:, list(channels)] = 0  # type: ignore[index,operator]
 
 
 def run_backbone(backbone: nn.Module, x: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> torch.Tensor:

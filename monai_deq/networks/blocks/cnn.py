@@ -10,7 +10,7 @@ import torch.nn as nn
 from monai.networks.blocks import Convolution
 from monai.networks.layers import Conv
 
-from monai_deq.networks.blocks.backbone import start_he_normal, start_small
+from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
 
 __all__ = ["RegistrationCNN"]
 
@@ -28,6 +28,8 @@ class RegistrationCNN(nn.Module):
         out_channels: number of output channels. Defaults to ``spatial_dims`` (a displacement).
         channels: channels of the convolutions before the last one.
         flow_std: standard deviation of the initial weights of the last convolution. Defaults to 1e-5.
+        zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
+            Defaults to none.
 
     Raises:
         ValueError: When ``spatial_dims`` is neither 2 nor 3, or ``channels`` is empty.
@@ -40,6 +42,7 @@ class RegistrationCNN(nn.Module):
         out_channels: int | None = None,
         channels: Sequence[int] = (32, 32, 32, 32),
         flow_std: float = 1e-5,
+        zero_inputs: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -61,6 +64,7 @@ class RegistrationCNN(nn.Module):
         )
         start_he_normal(self)
         start_small(self.flow, flow_std)
+        start_without(self.first_conv, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:

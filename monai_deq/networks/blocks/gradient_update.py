@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone, start_without
+from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone
 from monai_deq.networks.blocks.cnn import RegistrationCNN
 from monai_deq.networks.blocks.similarity_gradient import similarity_gradient
 
@@ -53,8 +53,7 @@ class GradientUpdate(nn.Module):
         self.step_size = nn.Parameter(torch.tensor(float(step_size)))
         self.autocast_dtype = backbone_autocast_dtype(autocast_dtype)
         if backbone is None:
-            backbone = RegistrationCNN(spatial_dims, 2 + spatial_dims)
-            start_without(backbone.first_conv, slice(0, spatial_dims))
+            backbone = RegistrationCNN(spatial_dims, 2 + spatial_dims, zero_inputs=range(spatial_dims))
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ class RecurrentUpdate(nn.Module):
         self.flow = Conv["CONV", spatial_dims](hidden_size, spatial_dims, kernel_size=3, padding=1)
         start_he_normal(self.unet)  # its last layer too: it gives features here
         start_small(self.flow, flow_std)
-        start_without(self.unet.first_conv, slice(0, spatial_dims))
+        start_without(self.unet.first_conv, range(spatial_dims))
 
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, hidden: torch.Tensor

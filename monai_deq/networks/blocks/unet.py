@@ -10,7 +10,7 @@ import torch.nn as nn
 from monai.networks.blocks import Convolution, UpSample
 from monai.networks.layers import Conv, Pool
 
-from monai_deq.networks.blocks.backbone import start_he_normal, start_small
+from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
 
 __all__ = ["RegistrationUNet"]
 
@@ -35,6 +35,8 @@ class RegistrationUNet(nn.Module):
         final_channels: channels of the convolutions at full resolution before the last one.
         flow_std: standard deviation of the initial weights of the last convolution (its bias is zero), so that the
             first displacement is next to zero. Defaults to 1e-5.
+        zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
+            Defaults to none.
 
     Raises:
         ValueError: When the channels do not describe a U-Net.
@@ -49,6 +51,7 @@ class RegistrationUNet(nn.Module):
         decoder_channels: Sequence[int] = (32, 32, 32, 32),
         final_channels: Sequence[int] = (16, 16),
         flow_std: float = 1e-5,
+        zero_inputs: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -79,6 +82,7 @@ class RegistrationUNet(nn.Module):
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
         start_he_normal(self)
         start_small(self.flow, flow_std)
+        start_without(self.first_conv, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:

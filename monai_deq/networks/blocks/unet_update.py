@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone, start_without
+from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone
 from monai_deq.networks.blocks.unet import RegistrationUNet
 from monai_deq.networks.blocks.warp import warp_by_ddf
 
@@ -43,8 +43,7 @@ class UNetUpdate(nn.Module):
         self.spatial_dims = spatial_dims
         self.autocast_dtype = backbone_autocast_dtype(autocast_dtype)
         if backbone is None:
-            backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims)
-            start_without(backbone.first_conv, slice(2, None))
+            backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims, zero_inputs=range(2, 2 + spatial_dims))
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,9 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
         grid = torch.stack(
             [coords[:, i] * (2.0 / max(spatial[i] - 1, 1)) - 1.0 for i in reversed(range(len(spatial)))], dim=-1
         )
+        if len(spatial) == 2 and grid.requires_grad and grid.device.type == "cpu":
+            # at NaN PyTorch's backward kernel for 2-D on the CPU reads out of bounds, and the process dies
+            grid = torch.nan_to_num(grid, nan=-1.0, posinf=float("inf"), neginf=-float("inf"))
         out = F.grid_sample(image.to(dtype), grid, mode=mode, padding_mode="border", align_corners=True)
     return out.to(image.dtype)
 

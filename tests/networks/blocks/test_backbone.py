@@ -77,10 +77,12 @@ def test_starts(ndim: int) -> None:
         assert layer.weight.std().item() == pytest.approx((2 / (1.04 * inputs * 3**ndim)) ** 0.5, rel=0.05)
         assert not layer.bias.any()
     before = net[0].weight.clone()
-    start_without(net[0], slice(2, 4))
+    start_without(net[0], range(2, 4))
     assert not net[0].weight[:, 2:4].any()
     for kept in (slice(0, 2), slice(4, None)):
         assert torch.equal(net[0].weight[:, kept], before[:, kept])
+    with pytest.raises(ValueError, match="zero_inputs must be channels from 0 to 5"):
+        start_without(net[0], [6])
     net[0].bias.data.fill_(1.0)
     start_small(net[0], 1e-3)
     assert net[0].weight.std().item() == pytest.approx(1e-3, rel=0.1) and not net[0].bias.any()

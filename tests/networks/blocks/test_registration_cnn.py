@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import correlate
 
-from monai_deq.networks.blocks import RegistrationCNN
+from monai_deq.networks.blocks import RegistrationCNN, RegistrationUNet
 
 
 def test_number_of_parameters() -> None:
@@ -61,6 +61,19 @@ def test_first_displacement_is_next_to_zero(ndim: int) -> None:
     assert y.shape == (2, ndim, *(7, 5, 6)[:ndim])
     assert 0 < y.abs().max() < 1e-3
     assert net.first_conv.weight.shape == (32, 2 + ndim, *[3] * ndim)
+
+
+@pytest.mark.parametrize("backbone", [RegistrationCNN, RegistrationUNet])
+def test_inputs_that_are_not_looked_at_at_the_start(backbone: type[RegistrationCNN]) -> None:
+    net = backbone(2, 4, flow_std=0.1, zero_inputs=range(2, 4))
+    x = torch.rand(1, 4, 16, 32)
+    other = x.clone()
+    other[:, 2:] += 5
+    assert torch.equal(net(x), net(other))
+    other[:, 1] += 1
+    assert not torch.allclose(net(x), net(other))
+    net(x).sum().backward()
+    assert net.first_conv.weight.grad[:, 2:].any()  # they are learned
 
 
 def test_errors() -> None:

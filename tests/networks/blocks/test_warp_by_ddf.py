@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +143,17 @@ def test_gradient(size: tuple[int, ...]) -> None:
     ddf = torch.randint(-2, 3, (2, len(size), *size), generator=generator) + 0.2
     ddf = ddf + 0.6 * torch.rand(ddf.shape, dtype=torch.float64, generator=generator)
     assert torch.autograd.gradcheck(warp_by_ddf, (image.requires_grad_(), ddf.requires_grad_()))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_backward_at_nan_does_not_end_the_process(ndim: int) -> None:
+    # in PyTorch the 2-D backward kernel of the CPU reads out of bounds there: in a process of its own
+    code = (
+        "import torch; from monai_deq.networks.blocks import warp_by_ddf\n"
+        f"image, ddf = torch.rand(1, 1, *[64] * {ndim}), torch.full((1, {ndim}, *[64] * {ndim}), float('nan'))\n"
+        "ddf.requires_grad_()\n"
+        "(g,) = torch.autograd.grad(warp_by_ddf(image, ddf).sum(), ddf, create_graph=True)\n"
+        "(g.square().sum() + ddf.sum()).backward(); print('alive')"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "alive" in result.stdout, result.stderr[-1000:]
