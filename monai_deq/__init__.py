@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from . import data, engines, handlers, inferers, losses, metrics, networks, solvers, transforms, utils
+from . import baselines, data, engines, handlers, inferers, losses, metrics, networks, solvers, transforms, utils
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "baselines",
     "data",
     "engines",
     "handlers",

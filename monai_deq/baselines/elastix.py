@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ class ElastixRegistration(ClassicalRegistration):
 
         Raises:
             ValueError: When the images do not fit each other or this module, are too small or have intensities that
-                are not finite, or a field to start from is given.
+                are not finite or all the same, or a field to start from is given.
             RuntimeError: When elastix fails on an item.
         """
         check_pair(moving, fixed)
@@ -194,9 +195,12 @@ class ElastixRegistration(ClassicalRegistration):
                 f"voxels, got {tuple(fixed.shape)}."
             )
         for name, images in (("moving", moving), ("fixed", fixed)):
-            bad = [i for i in range(len(images)) if not torch.isfinite(images[i]).all()]
-            if bad:
-                raise ValueError(f"{name} must have finite intensities, items {bad} of the batch have not.")
+            for i, image in enumerate(images.detach().float()):
+                low, high = (float(x) for x in image.aminmax())
+                if not isfinite(high - low):  # NaN spreads
+                    raise ValueError(f"item {i} of {name} must have finite intensities, got NaN or infinity.")
+                if low == high:  # mutual information of a constant image crashes the process (elastix issue 1474)
+                    raise ValueError(f"item {i} of {name} must have intensities that differ, they are all {low}.")
         ddf = initial_state(fixed, None)
         for i in range(len(ddf)):
             try:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .box_plots import box_plots
-from .compare import METHODS, compare
+from .compare import METHODS, METRICS, compare
 from .comparison_table import ComparisonTable
 from .memory import TrainingMemory, live_tensors, saved_for_backward, training_memory
 from .method_costs import measure_costs
@@ -15,6 +15,7 @@ from .timing import Timing, time_side_by_side
 
 __all__ = [
     "METHODS",
+    "METRICS",
     "METRIC_COLUMNS",
     "BundleMethod",
     "ComparisonTable",

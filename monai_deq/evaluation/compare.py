@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.utils import optional_import
 
 from monai_deq.evaluation.box_plots import box_plots
 from monai_deq.evaluation.comparison_table import ComparisonTable
 from monai_deq.evaluation.method_costs import measure_costs
 from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method
-from monai_deq.evaluation.method_results import MethodResult
+from monai_deq.evaluation.method_results import MethodResult, metric_columns
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
-__all__ = ["METHODS", "compare"]
+__all__ = ["METHODS", "METRICS", "compare"]
 
 #: the systems of the paper, in the order of its tables
 METHODS = ("affine", "elastix", "voxelmorph", "unrolling", "gradirn", "riir", "deqreg12", "deqreg")
+#: metrics of the table
 METRICS = ("dice", "hd", "hd95", "folded_percent", "std_log_jacobian", "sdlogj_learn2reg", "ndv_percent")
 
 
@@ -44,7 +51,8 @@ def compare(
 
     Each method is evaluated by the bundle's ``evaluate.json`` with its overlay. What has been evaluated or measured
     before with the same weights and settings is read again, not repeated. A method that fails is a row of the table
-    with the reason. All methods work on the grid that the reference was trained on, unless ``spatial_size`` is given.
+    with the reason. Methods without training work on the grid that the reference was trained on; one that was trained
+    on another grid than the reference is a failure, unless ``spatial_size`` is given.
 
     Args:
         bundle_dir: folder of the bundle.
@@ -60,7 +68,7 @@ def compare(
         output_dir: folder of the table. Defaults to ``results_dir``.
         overwrite: replace an existing table; the evaluations kept under ``results_dir`` are never replaced. Defaults
             to ``False``.
-        overrides: entries of the bundle's configuration, such as ``dataset_dir``.
+        overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
 
     Returns:
         The table.
@@ -76,6 +84,9 @@ def compare(
         raise ValueError(f"methods must be names, each once, got {methods}.")
     if reference not in methods:
         raise ValueError(f"reference must be one of the methods {methods}, got {reference!r}.")
+    metric_columns(metrics)
+    if int(cost_rounds) != cost_rounds or cost_rounds < 1:
+        raise ValueError(f"cost_rounds must be a whole number of at least 1, got {cost_rounds}.")
     available = sorted(p.stem for p in (Path(bundle_dir) / "methods").glob("*.json"))
     if unknown := [name for name in methods if name not in available]:
         raise ValueError(f"methods: no overlay for {unknown} in {Path(bundle_dir) / 'methods'}, there are {available}.")
@@ -98,13 +109,17 @@ def compare(
         results[name], summaries[name] = evaluate_method(method, ranked=name not in unranked, **own)
     results = _on_one_grid(results, summaries, reference)
 
+    for name, result in results.items():
+        if result.failure is None and not _untrained(entries[name]):
+            settings = entries[name].trained_with()
+            entry = {k: settings.get(k) for k in ("training_pairs", "smoothness_weight")}
+            steps = summaries[name]["summary"].get("steps", {}).get("mean")
+            results[name] = replace(result, cost={**entry, "steps": steps})
     if costs:
         usable = {name: entries[name] for name, result in results.items() if result.failure is None}
         extra = {name: shared if _untrained(method) else {} for name, method in usable.items()}
         costs_of = _kept_costs(results_dir, usable, extra, cost_rounds)
-        for name, cost in costs_of.items():
-            steps = summaries[name]["summary"].get("steps", {}).get("mean")
-            results[name] = replace(results[name], cost={**cost, "steps": steps})
+        results = {n: replace(r, cost={**costs_of.get(n, {}), **(r.cost or {})}) for n, r in results.items()}
 
     described = next((s for s in (summaries[reference], *summaries.values()) if s), {})
     info: dict[str, Any] = {
@@ -112,7 +127,9 @@ def compare(
     }
     table = ComparisonTable(list(results.values()), metrics, reference, info)
     files = table.write(output_dir, overwrite=overwrite)
-    if any(r.failure is None for r in results.values()):
+    if not optional_import("matplotlib")[1]:
+        logger.warning('no box plots: they need matplotlib, pip install "monai_deq[figures]"')
+    elif any(r.failure is None for r in results.values()):
         files.append(box_plots(list(results.values()), metrics, output_dir / "comparison.png", overwrite=overwrite))
     print(table.to_markdown())
     logger.info(f"wrote {', '.join(map(str, files))}")
@@ -122,6 +139,29 @@ def compare(
 def _listed(names: str | Sequence[str]) -> list[str]:
     """The command line gives one name as text."""
     return [names] if isinstance(names, str) else list(names)
+
+
+def _refuse_unknown(methods: Iterable[BundleMethod], overrides: Mapping[str, Any]) -> None:
+    """A mistyped setting would be taken as an entry of the configuration that nothing reads."""
+    known: set[str] = set()
+    for method in methods:
+        for config in ("evaluate", "train"):
+            known |= set(ConfigParser.load_config_files(method.files(config)))
+    unknown = [key for key in overrides if key.split("#")[0].split("::")[0] not in known]
+    if unknown:
+        raise ValueError(f"{unknown} is neither an argument of compare nor a setting of the bundle or its methods.")
+
+
+def _trained_size(entries: Mapping[str, BundleMethod], reference: str) -> dict[str, Any]:
+    """Grid that the reference was trained on, or else the first method that says so."""
+    for name in (reference, *entries):
+        try:
+            settings = entries[name].trained_with()
+        except Exception:  # its evaluation will say what is wrong
+            continue
+        if "spatial_size" in settings:
+            return {"spatial_size": settings["spatial_size"]}
+    return {}
 
 
 def _untrained(method: BundleMethod) -> bool:
@@ -135,8 +175,7 @@ def _on_one_grid(
     results: dict[str, MethodResult], summaries: dict[str, dict[str, Any]], reference: str
 ) -> dict[str, MethodResult]:
     """Folded voxels and distances on different grids do not compare."""
-    if not summaries[reference]:
-        return results
+    reference = next((n for n in (reference, *reversed(summaries)) if summaries[n]), reference)
     expected = summaries[reference].get("spatial_size")
     out = dict(results)
     for name, summary in summaries.items():
@@ -152,15 +191,21 @@ def _on_one_grid(
 def _kept_costs(
     results_dir: Path, methods: dict[str, BundleMethod], extra: dict[str, dict[str, Any]], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Costs measured side by side in one run, kept for this very set of methods."""
+    """Costs measured side by side in one run, kept for this very set of methods, on this kind of machine."""
     if not methods:
         return {}
-    prints = "-".join(m.fingerprint("evaluate", **extra[n])[:6] for n, m in methods.items())
-    path = results_dir / "costs" / f"{prints}.json"
+    key: list[Any] = [rounds, torch.__version__, torch.get_num_threads(), platform.processor(), platform.machine()]
+    for name, method in methods.items():
+        device = torch.device(method.parser("evaluate").get_parsed_content("device"))
+        key += [name, method.fingerprint("evaluate", **extra[name]), method.fingerprint("train"), str(device)]
+        key += [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    path = results_dir / "costs" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
     if path.is_file():
         logging.getLogger("monai_deq").info(f"costs already measured, read from {path}")
         return json.loads(path.read_text())
     measured = measure_costs(methods, extra, rounds)
-    with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(measured, indent=2) + "\n")
+    # what failed for a passing reason, such as memory, is tried again
+    if not any(str(v).startswith("failed") for cost in measured.values() for v in cost.values()):
+        with replace_file(path) as temporary:
+            temporary.write_text(json.dumps(measured, indent=2) + "\n")
     return measured

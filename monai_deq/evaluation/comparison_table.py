@@ -62,9 +62,9 @@ def _cost_text(key: str, value: float | str | None) -> str:
         return _text(value) or _DASH
     if value is None or not math.isfinite(value):
         return _DASH
-    if key == "parameters":
+    if key in ("parameters", "training_pairs"):
         return f"{value:,.0f}"
-    if key == "steps":
+    if key in ("steps", "smoothness_weight"):
         return f"{value:.1f}".removesuffix(".0")
     # three digits; from 100 on all before the point
     return f"{value:,.0f}" if value >= 99.95 or value == 0 else f"{value:#.3g}"
@@ -278,6 +278,12 @@ class ComparisonTable:
         keys = [key for key in COST_HEADINGS if any(cost.get(key) is not None for _, cost in costs)]
         rows = [[_text(r.title), *(_cost_text(key, cost.get(key)) for key in keys)] for r, cost in costs]
         lines = ["### Cost", "", *_markdown_table(["Method", *(COST_HEADINGS[key] for key in keys)], rows)]
+        lines += [
+            "",
+            "Memory and time are those of one pair, batch one. A training step is forward, loss and backward, its time "
+            "with the optimizer's; saved for backward is the peak of what autograd keeps, without the weights. Times "
+            "are medians of rounds in which all methods took turns in one run.",
+        ]
         if len({cost["memory_kind"] for _, cost in costs if cost.get("memory_kind")}) > 1:
             lines += ["", "Training memory was measured in different ways: compare only rows measured the same way."]
         return lines

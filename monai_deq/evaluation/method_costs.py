@@ -19,6 +19,8 @@ from monai_deq.networks import load_weights
 
 __all__ = ["measure_costs"]
 
+_TRAINING_SETTINGS = ("max_steps", "num_states", "gamma", "phantom_steps", "phantom_damping", "tolerance")
+
 
 def measure_costs(
     methods: Mapping[str, BundleMethod], overrides: Mapping[str, Mapping[str, Any]] | None = None, rounds: int = 5
@@ -46,7 +48,7 @@ def measure_costs(
         try:
             logger.info(f"{name}: training memory")
             evaluation = method.parser("evaluate", **(overrides or {}).get(name, {}))
-            device = evaluation.get_parsed_content("device")
+            device = torch.device(evaluation.get_parsed_content("device"))
             # one pair is enough: not the whole split is loaded
             subjects = evaluation.get_parsed_content("subjects")
             evaluation["subjects"] = subjects[:2]
@@ -55,17 +57,22 @@ def measure_costs(
             moving, target, (fixed,), _ = PreparePairBatch()(batch, device)
             network = evaluation.get_parsed_content("network").eval()
             inferer = evaluation.get_parsed_content("inferer")
-            infer[name] = _inference(inferer, network, moving, fixed)
+            amp = bool(evaluation.get_parsed_content("amp"))
+            if method.checkpoint is not None:
+                load_weights(network, method.checkpoint)
+            infer[name] = _inference(inferer, network, moving, fixed, amp)
             if method.checkpoint is None:
                 continue
-            load_weights(network, method.checkpoint)
-            # the training's own number of steps; all else is the overlay's
-            settings = {k: v for k, v in method.trained_with().items() if k == "max_steps"}
-            training = method.parser("train", **settings)
+            trained_with = method.trained_with()
+            training = method.parser("train", trained_with=trained_with)
+            # what the training itself was given; the rest is the overlay's
+            training.update({k: v for k, v in trained_with.items() if k in _TRAINING_SETTINGS})
             trained = load_weights(training.get_parsed_content("network"), method.checkpoint).train()
             loss, optimizer = training.get_parsed_content("loss"), training.get_parsed_content("optimizer")
             costs[name]["parameters"] = sum(p.numel() for p in trained.parameters())
-            step = _gradient_step(trained, loss, moving, fixed, target)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0  # the rounds are of one and the same network
+            step = _gradient_step(trained, loss, moving, fixed, target, amp)
             step()  # makes what is made once and kept, such as sampling grids
             memory = training_memory(step, [*trained.parameters(), *trained.buffers()], device)
             costs[name]["saved_memory_mb"] = memory.saved_bytes / 1e6
@@ -84,16 +91,29 @@ def measure_costs(
     return costs
 
 
-def _inference(inferer: Any, network: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[], Any]:
-    return lambda: inferer(moving, network, fixed)
+def _inference(
+    inferer: Any, network: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, amp: bool
+) -> Callable[[], Any]:
+    def infer() -> None:
+        with torch.autocast(moving.device.type, enabled=amp):
+            inferer(moving, network, fixed)
+
+    return infer
 
 
 def _gradient_step(
-    network: nn.Module, loss: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, target: dict[str, torch.Tensor]
+    network: nn.Module,
+    loss: nn.Module,
+    moving: torch.Tensor,
+    fixed: torch.Tensor,
+    target: dict[str, torch.Tensor],
+    amp: bool,
 ) -> Callable[[], Any]:
     def step() -> None:
         network.zero_grad(set_to_none=True)
-        loss(network(moving, fixed), target).backward()
+        with torch.autocast(moving.device.type, enabled=amp):
+            value = loss(network(moving, fixed), target)
+        value.backward()
 
     return step
 

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,35 @@ from monai_deq.networks import trained_with
 
 __all__ = ["BundleMethod", "evaluate_method", "root_cause"]
 
-# where things lie does not change what comes out
-_PLACES = ("bundle_root", "ckpt_dir", "ckpt_path", "output_dir", "overwrite", "num_workers")
+# where things lie, and how fast they are loaded, does not change what comes out
+_PLACES = ("bundle_root", "ckpt_dir", "ckpt_path", "output_dir", "overwrite", "num_workers", "cache_dir", "cache_rate")
+_WRAPPERS = ("Failed to evaluate", "Failed to instantiate")
 
 
 def root_cause(error: BaseException) -> str:
     """
-    The first line of what went wrong: MONAI's engines and configurations wrap an error in others.
+    What went wrong, on one line: MONAI's configurations wrap an error in others that say where it came up.
 
     Args:
         error: the error that came.
     """
-    while error.__cause__ is not None or (error.__context__ is not None and not error.__suppress_context__):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    while isinstance(error, RuntimeError) and str(error).startswith(_WRAPPERS) and error.__cause__ is not None:
+        error = error.__cause__
     # str() of a KeyError is the repr of its text
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return f"{type(error).__name__}: {text.strip().splitlines()[0]}" if text.strip() else type(error).__name__
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@cache
+def _source_digest() -> bytes:
+    """Digest of the code that makes the scores."""
+    digest = hashlib.sha256()
+    package = Path(monai_deq.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.parent.name != "evaluation":
+            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,6 @@ class BundleMethod:
         overlays: configuration files of the data set between the bundle's and the method's, e.g. ``slices.json``;
             a relative one lies in the bundle's folder or else in the current one.
         overrides: entries of the configuration in place of those in the files.
-
-    Raises:
-        FileNotFoundError: When a file is not there.
     """
 
     name: str
@@ -66,6 +77,9 @@ class BundleMethod:
 
         Args:
             config: name of the bundle's configuration, e.g. ``"evaluate"``.
+
+        Raises:
+            FileNotFoundError: When one is not there.
         """
         overlays = [self.bundle_dir / p if (self.bundle_dir / p).is_file() else Path(p) for p in self.overlays]
         files = [self.bundle_dir / f"{config}.json", *overlays, self.bundle_dir / "methods" / f"{self.name}.json"]
@@ -104,14 +118,14 @@ class BundleMethod:
 
     def fingerprint(self, config: str, **overrides: Any) -> str:
         """
-        Twelve digits that change with the weights, the settings of their training, the configuration and the version
-        of this package, and not with where the files lie.
+        Twelve digits that change with the weights, the settings of their training, the configuration and the code of
+        this package, and not with where weights and results lie.
 
         Args:
             config: name of the bundle's configuration.
             overrides: further entries of it.
         """
-        digest = hashlib.sha256(monai_deq.__version__.encode())
+        digest = hashlib.sha256(_source_digest())
         entries: dict[str, Any] = self.parser(config, **overrides).get()  # type: ignore[assignment]
         content = {k: v for k, v in entries.items() if k not in _PLACES}
         digest.update(json.dumps(content, sort_keys=True, default=str).encode())
@@ -142,6 +156,9 @@ def evaluate_method(method: BundleMethod, ranked: bool = True, **overrides: Any)
         checkpoint = method.checkpoint
         if checkpoint is not None and not checkpoint.is_file():
             raise FileNotFoundError(f"no checkpoint at {checkpoint}: train first, with --bundle_root {method.root}")
+        trained_as = method.trained_with().get("method", title)
+        if trained_as != title:
+            raise ValueError(f"{checkpoint} was trained as {trained_as!r}, without the overlay {method.name!r}")
         output_dir = method.root / "comparison" / method.fingerprint("evaluate", **overrides)
         summary_path, pairs_path = (output_dir / f"evaluation_{n}" for n in ("summary.json", "pairs.csv"))
         if summary_path.is_file() and pairs_path.is_file():

@@ -126,13 +126,15 @@ METRIC_COLUMNS: dict[str, MetricColumn] = {
 """Metrics of the evaluation, by their name in its results."""
 
 COST_HEADINGS: dict[str, str] = {
+    "training_pairs": "Training pairs",
+    "smoothness_weight": "λ",
     "parameters": "Parameters",
     "saved_memory_mb": "Saved for backward (MB)",
     "training_memory_mb": "Training memory (MB)",
     "memory_kind": "Training memory is",
     "training_seconds": "Training (s/pair)",
     "inference_seconds": "Inference (s/pair)",
-    "steps": "Steps",
+    "steps": "Steps (finest level)",
 }
 """Entries of a method's ``cost`` and their headings."""
 
@@ -175,10 +177,11 @@ class MethodResult:
         title: name for the reader, e.g. ``"DEQReg"``.
         scores: score of each pair by metric key, as :py:func:`read_pair_results` gives them; NaN where a pair has no
             score. A metric that the method lacks is shown as a dash. Defaults to none, for a method that failed.
-        cost: any of ``parameters`` (count), ``saved_memory_mb`` (peak of what autograd keeps for the backward pass),
-            ``training_memory_mb``, ``memory_kind`` (how the training memory was measured, e.g.
-            ``"peak live tensors, CPU"``; needed beside it), ``training_seconds`` and ``inference_seconds`` (seconds a
-            pair) and ``steps``; numbers, or a text that is shown as it is, or None. Defaults to ``None``.
+        cost: any of ``training_pairs`` (seen in training), ``smoothness_weight``, ``parameters`` (count),
+            ``saved_memory_mb`` (peak of what autograd keeps for the backward pass), ``training_memory_mb``,
+            ``memory_kind`` (what the latter is, e.g. ``"peak of allocated CPU memory"``; needed beside it),
+            ``training_seconds`` and ``inference_seconds`` (seconds a pair) and ``steps``; numbers, or a text that is
+            shown as it is, or None. Defaults to ``None``.
         failure: why there are no scores. Defaults to ``None``: there are.
         ranked: whether the method may be marked as best or second best. Say no for a starting point: no displacement
             has no folds either. Defaults to ``True``.

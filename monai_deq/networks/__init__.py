@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from . import blocks, nets
+from .memory_format import fast_memory_format
 from .utils import load_checkpoint, load_weights, trained_with
 
-__all__ = ["blocks", "load_checkpoint", "load_weights", "nets", "trained_with"]
+__all__ = ["blocks", "fast_memory_format", "load_checkpoint", "load_weights", "nets", "trained_with"]

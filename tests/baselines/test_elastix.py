@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -56,13 +55,21 @@ def make_network(ndim: int, **kwargs: Any) -> ElastixRegistration:
 
 
 @needs_elastix
-@pytest.mark.parametrize("ndim", [2, 3])
-def test_recovers_a_known_displacement(ndim: int) -> None:
+@pytest.mark.parametrize(
+    "ndim, settings",
+    [
+        (2, {}),
+        (2, {"metric": "AdvancedNormalizedCorrelation", "bending_weight": 0.1}),
+        (3, {"metric": "AdvancedNormalizedCorrelation", "bending_weight": 0.1}),
+    ],
+)
+def test_recovers_a_known_displacement(ndim: int, settings: dict[str, Any]) -> None:
     moving, fixed, truth = make_pair(ndim)
-    out = FixedPointInferer(max_steps=3, tolerance=0.1)(moving, make_network(ndim, iterations=100), fixed)
+    network = make_network(ndim, iterations=80, **settings)
+    out = FixedPointInferer(max_steps=3, tolerance=0.1)(moving, network, fixed)
     assert out["ddf"].shape == (1, ndim, *SIZES[ndim]) and out["ddf"].dtype == torch.float32
     before, after = ((image - fixed).square().mean() for image in (moving, out["warped"]))
-    assert after < 0.1 * before
+    assert after < 0.05 * before
     inside = fixed[0, 0].numpy() > 0.3
     for i in range(ndim):  # each axis of its own: no two are swapped
         error = out["ddf"][0, i].numpy() - truth[i]
@@ -145,25 +152,21 @@ def test_number_of_threads_stays_its_own_affair() -> None:
 
 
 @needs_elastix
-@pytest.mark.parametrize("ndim", [2, 3])
 def test_leaves_no_file_and_says_nothing(
-    ndim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    moving, fixed, _ = make_pair(ndim)
+    moving, fixed, _ = make_pair(2)
     for name in ("TMPDIR", "TMP", "TEMP", "HOME"):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    shared_before = set(os.listdir("/tmp")) if os.path.isdir("/tmp") else set()
     before = sorted(tmp_path.rglob("*"))
-    network = make_network(ndim, iterations=5)
+    network = make_network(2, iterations=5)
     network(moving, fixed)
     with pytest.raises(RuntimeError):
-        make_network(ndim, iterations=5, metric="NoSuchMetric")(moving, fixed)
+        make_network(2, metric="NoSuchMetric")(moving, fixed)
     assert sorted(tmp_path.rglob("*")) == before
-    new = set(os.listdir("/tmp")) - shared_before if shared_before else set()
-    assert not [n for n in new if "lastix" in n or "transform" in n.lower()]
     assert capfd.readouterr() == ("", "")
     network.verbose = True
     network(moving, fixed)
@@ -180,15 +183,15 @@ def test_parameters_reach_elastix() -> None:
     assert values["GridSpacingSchedule"] == ["2", "1"] and values["MaximumStepLength"] == ["0.5", "0.25"]
     assert values["Flag"] == ["true"] and values["MaximumNumberOfIterations"] == ["40"]
 
-    def size_of_field(**kwargs: Any) -> float:
-        return float(make_network(2, **kwargs).solve(moving, fixed)[0].square().mean().sqrt())
+    def field(**kwargs: Any) -> torch.Tensor:
+        return make_network(2, **kwargs).solve(moving, fixed)[0]
 
-    # a stiff transform moves less, and hardly any iterations with short steps move hardly anything
-    usual = size_of_field()
-    assert size_of_field(bending_weight=1e4) < 0.6 * usual
-    assert size_of_field(iterations=2, parameters={"MaximumStepLength": 0.01}) < 0.1 * usual
-    other_seed = make_network(2, parameters={"RandomSeed": 7}).solve(moving, fixed)[0]
-    assert not torch.equal(other_seed, make_network(2).solve(moving, fixed)[0])
+    usual = field()
+    # a stiff transform bends less, and few iterations with short steps move hardly anything
+    assert field(bending_weight=1e4).diff(n=2).square().mean() < 0.1 * usual.diff(n=2).square().mean()
+    short = field(iterations=2, parameters={"MaximumStepLength": 0.01})
+    assert short.square().mean() < 0.01 * usual.square().mean()
+    assert not torch.equal(field(parameters={"RandomSeed": 7}), usual)
 
 
 @needs_elastix
@@ -198,20 +201,20 @@ def test_small_images(size: tuple[int, ...]) -> None:
     image = as_image(0.5 + 0.1 * smooth_noise(size, 1.5, rng))
     warped, ddf = make_network(len(size), iterations=20)(image, image)
     assert ddf.shape == (1, len(size), *size)
-    assert ddf.abs().max() < 0.5  # nothing to move
-    torch.testing.assert_close(warped, image, atol=0.1, rtol=0)
+    assert ddf.square().mean().sqrt() < 0.5  # nothing to move
+    assert (warped - image).square().mean() < 0.2 * image.var()
 
 
 @needs_elastix
 def test_failure_names_the_item() -> None:
-    moving, fixed, _ = make_pair(2)
-    # the best translation takes a third of the samples out of the moving image
-    far = torch.cat([fixed[:, :, 20:], fixed[:, :, :20]], dim=2)
-    parameters = {"Transform": "TranslationTransform", "RequiredRatioOfValidSamples": 0.9}
+    moving, _, _ = make_pair(2)
+    # a translation by 8 of 61 voxels takes more than 5 % of the samples out of the moving image
+    far = torch.cat([moving[:, :, 8:], moving[:, :, :8]], dim=2)
+    parameters = {"Transform": "TranslationTransform", "RequiredRatioOfValidSamples": 0.95}
     network = make_network(2, bending_weight=0, iterations=200, parameters=parameters)
-    network.solve(moving, fixed)
+    network.solve(moving, moving)
     with pytest.raises(RuntimeError, match=r"elastix failed on item 1 of the batch"):
-        network.solve(torch.cat([moving] * 3), torch.cat([fixed, far, fixed]))
+        network.solve(torch.cat([moving] * 3), torch.cat([moving, far, far]))
 
 
 @needs_elastix
@@ -232,8 +235,11 @@ def test_bad_input() -> None:
         network(moving[:, :, :3], fixed[:, :, :3])
     broken = torch.cat([fixed, fixed])
     broken[1, 0, 3, 4] = float("nan")
-    with pytest.raises(ValueError, match=r"fixed must have finite intensities, items \[1\]"):
+    with pytest.raises(ValueError, match=r"item 1 of fixed .*finite"):
         network(torch.cat([moving, moving]), broken)
+    flat = torch.cat([moving, torch.full_like(moving, 0.5)])  # would crash the process
+    with pytest.raises(ValueError, match=r"item 1 of moving .*all 0.5"):
+        network(flat, torch.cat([fixed, fixed]))
 
 
 @needs_elastix

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def _finer(state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     # without align_corners the finer voxels lie symmetrically in the coarse ones: displacements double, exactly
     fine = F.interpolate(state, scale_factor=2, mode=_LINEAR[ndim], align_corners=False)
     fine = fine[(..., *(slice(n) for n in size))]  # type: ignore[index]
-    return torch.cat([2 * fine[:, :ndim], fine[:, ndim:]], dim=1)
+    # an axis of one voxel was not halved
+    factors = fine.new_tensor([1 if n == m else 2 for n, m in zip(size, state.shape[2:], strict=True)])
+    return torch.cat([factors.view(1, -1, *[1] * ndim) * fine[:, :ndim], fine[:, ndim:]], dim=1)
 
 
 class UnrolledRegistrationNet(nn.Module):
@@ -78,9 +81,14 @@ class UnrolledRegistrationNet(nn.Module):
         all_states: bool = False,
     ) -> None:
         super().__init__()
-        self.steps = (steps,) if isinstance(steps, int) else tuple(int(n) for n in steps)
+        try:
+            self.steps = tuple(index(n) for n in (steps if isinstance(steps, Sequence) else [steps]))
+        except TypeError:
+            self.steps = ()
         if not self.steps or min(self.steps) < 1:
-            raise ValueError(f"steps must be at least 1 on each of one or more levels, got {steps}.")
+            raise ValueError(
+                f"steps must be a whole number of at least 1, or one for each of the levels, got {steps!r}."
+            )
         if update is None:
             update = UNetUpdate(spatial_dims)
         alone = isinstance(update, nn.Module) and not isinstance(update, nn.ModuleList)
