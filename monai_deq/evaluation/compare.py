@@ -99,10 +99,9 @@ def compare(
             "Replace it with --overwrite true, or name another --output_dir.",
         )
     entries = {name: BundleMethod(name, Path(bundle_dir), results_dir / name, overlays, overrides) for name in methods}
-    # methods without training take the grid of the reference
-    shared = (
-        {} if "spatial_size" in overrides else {"spatial_size": entries[reference].trained_with().get("spatial_size")}
-    )
+    _refuse_unknown(entries.values(), overrides)
+    # methods without training take the grid of the others
+    shared: dict[str, Any] = {} if "spatial_size" in overrides else _trained_size(entries, reference)
     results, summaries = {}, {}
     for name, method in entries.items():
         own = shared if _untrained(method) else {}

@@ -76,6 +76,34 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     assert all(pair["steps"] <= STEPS[method] for pair in summary["pairs"])
 
 
+def test_evaluation_follows_the_training(tmp_path: Path) -> None:
+    def network(name: str, method: str, **overrides: object) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config(configs(name, 2, method))
+        parser.update({"bundle_root": str(tmp_path), **overrides})
+        return parser
+
+    (tmp_path / "models").mkdir()
+    for method, overrides in (("gradirn", {"max_steps": 2, "num_levels": 2}), ("voxelmorph", {"integration_steps": 5})):
+        training = network("train", method, **overrides)
+        assert "method_settings" in training["train#handlers"][-1]["settings"]
+        values = {k: training.get_parsed_content(k) for k in ("max_steps", "val_steps", "method_settings")}
+        (tmp_path / "models" / "model.json").write_text(json.dumps(values))
+        trained = training.get_parsed_content("network_def")
+        for name in ("evaluate", "inference"):
+            evaluated = network(name, method).get_parsed_content("network_def")
+            assert evaluated.steps == trained.steps
+            assert str(evaluated) == str(trained)
+
+
+def test_device_as_text() -> None:
+    for name in ("train", "evaluate", "inference"):
+        parser = ConfigParser()
+        parser.read_config(configs(name, 3, "riir"))
+        parser.update({"device": "cpu"})
+        assert parser.get_parsed_content("memory_format") == torch.channels_last_3d
+
+
 @pytest.mark.parametrize("method", ["riir", "gradirn", *CLASSICAL])
 def test_overlay_registers_files(method: str, cohort: Path, tmp_path: Path) -> None:
     subjects = sorted(p for p in cohort.iterdir() if p.is_dir())[:2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from monai_deq.data import write_sample_cohort
-from monai_deq.evaluation import METHODS, BundleMethod, compare, method_evaluation
+from monai_deq.evaluation import METHODS, BundleMethod, compare, measure_costs, method_evaluation
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 SETTINGS: dict[str, Any] = {"split_sizes": [2, 1, 2], "solver_steps": 1, "max_steps": 2, "num_states": 0}
@@ -31,13 +33,13 @@ def overlays(spatial_dims: int) -> list[str]:
     return ["slices.json"] if spatial_dims == 2 else []
 
 
-def write_checkpoint(method: str, results: Path, spatial_dims: int = 2, seed: int = 0, **settings: Any) -> Path:
+def write_checkpoint(name: str, results: Path, spatial_dims: int = 2, seed: int = 0, **settings: Any) -> Path:
     """A checkpoint as training leaves it, of a network with its initial weights."""
     parser = ConfigParser()
-    parser.read_config([str(BUNDLE / f) for f in ("train.json", *overlays(spatial_dims), f"methods/{method}.json")])
+    parser.read_config([str(BUNDLE / f) for f in ("train.json", *overlays(spatial_dims), f"methods/{name}.json")])
     parser.update({k: v for k, v in SETTINGS.items() if k != "split_sizes"})
     torch.manual_seed(seed)
-    path = results / method / "models" / "model.pt"
+    path = results / name / "models" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(parser.get_parsed_content("network_def").state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps({"spatial_size": None, "val_steps": 1, "max_steps": 2, **settings}))
@@ -157,10 +159,12 @@ def test_a_failure_is_a_row_with_its_reason(cohort: Path, tmp_path: Path) -> Non
     # one network of another method, one trained at another size
     shutil.copy(tmp_path / "voxelmorph" / "models" / "model.pt", tmp_path / "riir" / "models" / "model.pt")
     write_checkpoint("voxelmorph", tmp_path, spatial_size=[16, 16])
+    write_checkpoint("gradirn", tmp_path, method="Unrolling")
+    write_checkpoint("deqreg12", tmp_path).write_bytes(b"no checkpoint")
     table = compare(
         BUNDLE,
         tmp_path,
-        ["affine", "voxelmorph", "riir", "deqreg"],
+        ["affine", "voxelmorph", "riir", "gradirn", "deqreg12", "deqreg"],
         ["slices.json"],
         metrics=METRICS,
         costs=False,
@@ -170,6 +174,8 @@ def test_a_failure_is_a_row_with_its_reason(cohort: Path, tmp_path: Path) -> Non
     rows = {row["name"]: row for row in table.to_rows()}
     assert "another architecture" in rows["riir"]["failure"]
     assert "[16, 16]" in rows["voxelmorph"]["failure"]
+    assert "trained as 'Unrolling'" in rows["gradirn"]["failure"]
+    assert "deqreg12" in rows["deqreg12"]["failure"] and "not a readable checkpoint" in rows["deqreg12"]["failure"]
     assert rows["affine"]["failure"] is None and rows["deqreg"]["failure"] is None
 
 
@@ -191,6 +197,9 @@ def test_methods_without_training_take_the_size_of_the_reference(cohort: Path, t
         ({"methods": ["deqreg", "deqreg"]}, "each once"),
         ({"methods": "deqreg", "overwrite": "maybe"}, "overwrite"),
         ({"methods": "deqreg", "costs": "maybe"}, "costs"),
+        ({"methods": "deqreg", "cost_rounds": 0}, "cost_rounds must be"),
+        ({"methods": "deqreg", "metrics": "dise"}, "dise"),
+        ({"methods": "deqreg", "solver_step": 3}, "'solver_step'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -204,10 +213,31 @@ def test_absent_overlay_of_the_data_set(tmp_path: Path) -> None:
         method.files("evaluate")
 
 
-def test_command_line(cohort: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_costs_are_those_of_the_training(tmp_path: Path, cohort: Path) -> None:
+    # of the overlay's three states only one was supervised
+    saved = []
+    for num_states in (1, 3):
+        write_checkpoint("deqreg", tmp_path / str(num_states), max_steps=4, num_states=num_states)
+        method = BundleMethod(
+            "deqreg",
+            BUNDLE,
+            tmp_path / str(num_states) / "deqreg",
+            ["slices.json"],
+            {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2]},
+        )
+        saved.append(measure_costs({"deqreg": method}, rounds=1)["deqreg"]["saved_memory_mb"])
+    # two phantom steps for each supervised state and the final one
+    assert saved[1] / saved[0] == pytest.approx(4 / 2, rel=0.1)
 
+
+def test_help() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "monai_deq.evaluation", "compare", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    text = result.stdout + result.stderr
+    assert "RESULTS_DIR" in text and "--cost_rounds" in text and "Traceback" not in text
+
+
+def test_command_line(cohort: Path, tmp_path: Path) -> None:
     write_checkpoint("deqreg", tmp_path / "results")
     command = [sys.executable, "-W", "ignore", "-m", "monai_deq.evaluation", "compare"]
     command += ["--bundle_dir", str(BUNDLE), "--results_dir", "results", "--overlays", "['slices.json']"]

@@ -183,7 +183,7 @@ def test_cost() -> None:
         "Training memory is",
         "Training (s/pair)",
         "Inference (s/pair)",
-        "Steps",
+        "Steps (finest level)",
     ]
     assert rows["a"] == ["328,627", "1,234", "bytes saved for backward, CPU", "1.09", "0.200", "48"]
     assert rows["c"] == ["–", "100", "peak, GPU", "–", "–", "–"]

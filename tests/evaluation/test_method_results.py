@@ -112,7 +112,7 @@ def test_common_pairs_refuses_names() -> None:
         ({"scores": {}}, "has no scores"),
         ({"scores": {"dice": {}}}, "has no scores"),
         ({"failure": " "}, "expected the reason"),
-        ({"cost": {"memory": 3}}, "cost knows parameters, .*training_memory_mb.*got 'memory'"),
+        ({"cost": {"memory": 3}}, "cost knows training_pairs, .*training_memory_mb.*got 'memory'"),
         ({"cost": {"training_memory_mb": 3.0}}, "how the training memory was measured"),
     ],
 )

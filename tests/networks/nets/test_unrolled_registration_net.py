@@ -51,10 +51,12 @@ def coarser_by_hand(image: np.ndarray) -> np.ndarray:
 
 
 def finer_by_hand(state: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """``u_fine(j) = 2 u_coarse((j - 1/2) / 2)``, and the hidden state interpolated alike but not doubled."""
+    """``u_fine(j) = 2 u_coarse((j - 1/2) / 2)``, and the hidden state interpolated alike but not doubled; an axis
+    of one voxel has no finer one."""
     where = (np.indices(size) - 0.5) / 2
     out = np.asarray([[map_coordinates(c, where, order=1, mode="nearest") for c in item] for item in state])
-    out[:, : len(size)] *= 2
+    for axis, (n, coarse) in enumerate(zip(size, state.shape[2:], strict=True)):
+        out[:, axis] *= 1 if n == coarse else 2
     return out
 
 
@@ -406,9 +408,12 @@ class Hidden(torch.nn.Module):
     ("arguments", "words"),
     [
         ({"spatial_dims": 1}, "spatial_dims must be 2 or 3, got 1"),
-        ({"steps": 0}, "steps must be at least 1 on each of one or more levels, got 0"),
-        ({"steps": ()}, r"one or more levels, got \(\)"),
-        ({"steps": [3, 0, 2]}, r"at least 1 .*got \[3, 0, 2\]"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, .* got 0"),
+        ({"steps": ()}, r"at least 1, .* got \(\)"),
+        ({"steps": [3, 0, 2]}, r"at least 1, .*got \[3, 0, 2\]"),
+        ({"steps": [1.5, 2]}, r"whole number .*got \[1.5, 2\]"),
+        ({"steps": 2.5}, "whole number .*got 2.5"),
+        ({"steps": "33"}, "whole number .*got '33'"),
         ({"update": [Hidden(0)] * 2, "steps": [1, 1, 1]}, "one for each of the 3 levels, got 2"),
         ({"update": [], "steps": [1]}, "one for each of the 1 levels, got 0"),
         ({"update": [Hidden(2), Hidden(4)], "steps": [1, 1]}, r"same number of channels, got \[2, 4\]"),
