@@ -48,6 +48,8 @@ class LoadRegistrationImaged(MapTransform):
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.loader = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
+        # LoadImage would fall back on the other readers it finds, and ITK makes an image of half a file
+        self.loader.readers = self.loader.readers[-1:]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
