@@ -69,8 +69,8 @@ class ElastixRegistration(ClassicalRegistration):
     are smoothed but keep their size, so that also small images have all levels; the control points lie 4, 2 and 1
     times ``grid_spacing`` apart.
 
-    The samples are drawn with a fixed seed: the result is the same in each run, up to rounding with another number of
-    threads. Nothing is written to disk or, unless ``verbose``, to the console. The records say ``"elastix"``, with 0
+    The samples are drawn with a fixed seed: with one thread the result is the same in each run; with several the order
+    of sums is not, and the optimiser carries the rounding on. Nothing is written to disk or, unless ``verbose``, to the console. The records say ``"elastix"``, with 0
     steps and a residual of NaN: iterations of an optimiser are not steps of a fixed-point solver.
 
     Args:
