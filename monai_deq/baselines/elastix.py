@@ -70,8 +70,9 @@ class ElastixRegistration(ClassicalRegistration):
     times ``grid_spacing`` apart.
 
     The samples are drawn with a fixed seed: with one thread the result is the same in each run; with several the order
-    of sums is not, and the optimiser carries the rounding on. Nothing is written to disk or, unless ``verbose``, to the console. The records say ``"elastix"``, with 0
-    steps and a residual of NaN: iterations of an optimiser are not steps of a fixed-point solver.
+    of sums is not, and the optimiser carries the rounding on. Nothing is written to disk or, unless
+    ``verbose``, to the console. The records say ``"elastix"``, with 0 steps and a residual of NaN: iterations of an
+    optimiser are not steps of a fixed-point solver.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
