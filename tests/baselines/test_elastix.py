@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def as_image(array: np.ndarray) -> torch.Tensor:
 
 def make_network(ndim: int, **kwargs: Any) -> ElastixRegistration:
     return ElastixRegistration(ndim, **{"iterations": 40, "samples": 500, "threads": 1, **kwargs}).eval()
+
+
+@pytest.fixture(autouse=True)
+def numbers_of_threads() -> Iterator[None]:
+    """Put back what holds for all of ITK in this process: elastix's own ``number_of_threads`` leaves it changed."""
+    if not HAS_ELASTIX:
+        yield
+        return
+    threader = itk.MultiThreaderBase
+    highest, default = threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()
+    yield
+    threader.SetGlobalMaximumNumberOfThreads(highest)
+    threader.SetGlobalDefaultNumberOfThreads(default)
 
 
 @needs_elastix
@@ -135,21 +149,17 @@ def test_batch_is_registered_item_by_item_and_again_the_same() -> None:
 def test_number_of_threads_stays_its_own_affair() -> None:
     moving, fixed, _ = make_pair(2)
     threader = itk.MultiThreaderBase
-    before = threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()
-    try:
-        threader.SetGlobalDefaultNumberOfThreads(5)
-        now = threader.GetGlobalMaximumNumberOfThreads(), 5
-        one, _ = make_network(2, threads=1).solve(moving, fixed)
-        for kwargs in ({"threads": 3}, {"threads": None}):
-            many, _ = make_network(2, **kwargs).solve(moving, fixed)
-            # rounding differs with the threads, and the optimiser carries it on
-            assert many.shape == one.shape and torch.isfinite(many).all()
-            assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == now
-        with pytest.raises(RuntimeError):
-            make_network(2, threads=2, metric="NoSuchMetric").solve(moving, fixed)
-        assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == now
-    finally:
-        threader.SetGlobalDefaultNumberOfThreads(before[1])
+    threader.SetGlobalMaximumNumberOfThreads(8)
+    threader.SetGlobalDefaultNumberOfThreads(5)
+    one, _ = make_network(2, threads=1).solve(moving, fixed)
+    for kwargs in ({"threads": 3}, {"threads": None}):
+        many, _ = make_network(2, **kwargs).solve(moving, fixed)
+        # rounding differs with the threads, and the optimiser carries it on
+        assert many.shape == one.shape and torch.isfinite(many).all()
+        assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == (8, 5)
+    with pytest.raises(RuntimeError):
+        make_network(2, threads=2, metric="NoSuchMetric").solve(moving, fixed)
+    assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == (8, 5)
 
 
 @needs_elastix
