@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
+from .classical import ClassicalRegistration
 from .elastix import ElastixRegistration
 from .initial import InitialAlignment
 
-__all__ = ["ElastixRegistration", "InitialAlignment"]
+__all__ = ["ClassicalRegistration", "ElastixRegistration", "InitialAlignment"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from monai.utils import OptionalImportError, optional_import
 
-from monai_deq.baselines.initial import ClassicalRegistration
+from monai_deq.baselines.classical import ClassicalRegistration
 from monai_deq.networks.nets.iteration import check_pair, initial_state
 from monai_deq.solvers import SolverRecord
 
