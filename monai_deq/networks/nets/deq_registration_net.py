@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,50 @@ class DEQRegistrationNet(nn.Module):
             b_stop_mode="rel",
         )
 
+    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        The map of a batch of pairs whose fixed point is sought.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+
+        Returns:
+            Function of a state ``(B, ndim + hidden_channels, *spatial)``.
+        """
+        check_pair(moving, fixed)
+        return state_map(self.update, moving, fixed)
+
+    def solve_state(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """
+        Solve for the equilibrium without gradients, as :py:meth:`solve`, and return the whole state.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to zero.
+            kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
+
+        Returns:
+            The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
+        """
+        g = self.fixed_point_map(moving, fixed)
+        settings: dict[str, Any] = {
+            "solver": self.solver,
+            "max_steps": self.max_steps,
+            "tolerance": self.tolerance,
+            "relative_tolerance": self.relative_tolerance,
+            "solver_options": self.solver_options if kwargs.get("solver", self.solver) == self.solver else None,
+            "ddf_channels": fixed.ndim - 2 if self.hidden_channels else None,
+        }
+        return solve_fixed_point(g, initial_state(fixed, initial_ddf, self.hidden_channels), **{**settings, **kwargs})
+
     def solve(
         self,
         moving: torch.Tensor,
@@ -136,19 +181,9 @@ class DEQRegistrationNet(nn.Module):
         Returns:
             The displacement ``(B, ndim, *spatial)`` and the record of the solve.
         """
-        check_pair(moving, fixed)
-        state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
-        settings: dict[str, Any] = {
-            "solver": self.solver,
-            "max_steps": self.max_steps,
-            "tolerance": self.tolerance,
-            "relative_tolerance": self.relative_tolerance,
-            "solver_options": self.solver_options if kwargs.get("solver", self.solver) == self.solver else None,
-        }
-        settings["ddf_channels"] = ndim if self.hidden_channels else None
-        state, record = solve_fixed_point(state_map(self.update, moving, fixed), state, **{**settings, **kwargs})
+        state, record = self.solve_state(moving, fixed, initial_ddf, **kwargs)
         # without the hidden state, which a view would keep in memory
-        return state[:, :ndim].clone() if self.hidden_channels else state, record
+        return state[:, : fixed.ndim - 2].clone() if self.hidden_channels else state, record
 
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None

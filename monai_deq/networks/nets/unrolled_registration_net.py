@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
@@ -137,6 +137,57 @@ class UnrolledRegistrationNet(nn.Module):
             ddf = _finer(ddf, fixed.shape[2:])
         return ddf
 
+    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """
+        The map of the finest level for a batch of pairs. Nothing in the training of an unrolled network makes its
+        iteration come to rest; this serves to see whether it does.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+
+        Returns:
+            Function of a state ``(B, ndim + hidden_channels, *spatial)``.
+        """
+        check_pair(moving, fixed)
+        return state_map(self._update(len(self.steps) - 1), moving, fixed)
+
+    def solve_state(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        max_steps: int | None = None,
+        tolerance: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """
+        Run the schedule without gradients, as :py:meth:`solve`, and return the whole state.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: see :py:meth:`solve`.
+            max_steps: see :py:meth:`solve`.
+            tolerance: see :py:meth:`solve`.
+            kwargs: see :py:meth:`solve`.
+
+        Returns:
+            The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record
+            of the finest level.
+        """
+        g = self.fixed_point_map(moving, fixed)
+        with torch.no_grad():
+            state, _ = self._start(self._pyramid(moving), self._pyramid(fixed), initial_ddf)
+        return solve_fixed_point(
+            g,
+            state,
+            max_steps=self.steps[-1] if max_steps is None else max_steps,
+            tolerance=tolerance,
+            ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
+            **kwargs,
+        )
+
     def solve(
         self,
         moving: torch.Tensor,
@@ -162,21 +213,9 @@ class UnrolledRegistrationNet(nn.Module):
         Returns:
             The displacement ``(B, ndim, *spatial)`` and the record of the finest level.
         """
-        check_pair(moving, fixed)
-        ndim = fixed.ndim - 2
-        with torch.no_grad():
-            movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
-            state, _ = self._start(movings, fixeds, initial_ddf)
-            state, record = solve_fixed_point(
-                state_map(self._update(len(self.steps) - 1), moving, fixed),
-                state,
-                max_steps=self.steps[-1] if max_steps is None else max_steps,
-                tolerance=tolerance,
-                ddf_channels=ndim if self.hidden_channels else None,
-                **kwargs,
-            )
+        state, record = self.solve_state(moving, fixed, initial_ddf, max_steps, tolerance, **kwargs)
         # without the hidden state, which a view would keep in memory
-        return state[:, :ndim].clone() if self.hidden_channels else state, record
+        return state[:, : fixed.ndim - 2].clone() if self.hidden_channels else state, record
 
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certificates: spectral radii of known matrices, verdicts on known traces, distances between known solutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from monai_deq.networks.blocks import RecurrentUpdate
+from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
+from monai_deq.solvers import certify, random_smooth_ddf, residual_at, spectral_radius, verdict
+
+SIZES = {2: (7, 6), 3: (5, 4, 6)}
+
+
+def rotation(radius: float, angle: float) -> np.ndarray:
+    return radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def linear_map(matrices: list[np.ndarray], offset: float = 0.0) -> Callable[[torch.Tensor], torch.Tensor]:
+    a = torch.from_numpy(np.stack(matrices))
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bij,bjn->bin", a.to(x.dtype), x) + offset
+
+    return g
+
+
+def test_spectral_radius_of_complex_pairs_and_of_each_item() -> None:
+    # a Rayleigh quotient gives radius * cos(angle), 0 for the first
+    matrices = [rotation(0.9, math.pi / 2), rotation(1.3, 2.0), rotation(0.25, 0.0)]
+    radius = spectral_radius(linear_map(matrices), torch.zeros(3, 2, 5))
+    torch.testing.assert_close(radius, torch.tensor([0.9, 1.3, 0.25], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_spectral_radius_of_random_matrices(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    matrices = [rng.standard_normal((12, 12)) / 4 for _ in range(2)]
+    expected = [np.abs(np.linalg.eigvals(m)).max() for m in matrices]
+    # the norm swings as a complex pair turns: many iterations even it out
+    radius = spectral_radius(linear_map(matrices), torch.zeros(2, 12, 1, dtype=torch.float64), 4000, seed)
+    np.testing.assert_allclose(radius, expected, rtol=2e-3)
+
+
+def test_spectral_radius_of_a_matrix_far_from_normal() -> None:
+    matrix = np.array([[0.5, 50.0], [0.0, 0.4]])
+    assert np.linalg.norm(matrix, 2) > 50
+    radius = spectral_radius(linear_map([matrix]), torch.zeros(1, 2, 3), 200)
+    assert float(radius) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_spectral_radius_at_a_state_of_a_nonlinear_map() -> None:
+    x = torch.tensor([[[0.3]], [[1.1]]], dtype=torch.float64)
+    np.testing.assert_allclose(spectral_radius(torch.cos, x), np.abs(np.sin(x[:, 0, 0])), rtol=1e-9)
+    assert spectral_radius(lambda x: 0.0 * x, x).tolist() == [0, 0]
+    assert spectral_radius(lambda x: x * torch.tensor([math.nan, 2.0]).view(2, 1, 1), x)[0].isnan()
+    with pytest.raises(ValueError, match="iterations must be at least 2"):
+        spectral_radius(torch.cos, x, 1)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_residual_at(ndim: int) -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((2, ndim + 1, *SIZES[ndim])))
+    residual, relative = residual_at(lambda x: 0.5 * x + 1, x, ndim)
+    f = (1 - 0.5 * x[:, :ndim]).numpy()
+    g = (1 + 0.5 * x[:, :ndim]).numpy()
+    np.testing.assert_allclose(residual, np.sqrt((f**2).sum(1).mean(axis=tuple(range(1, ndim + 1)))))
+    np.testing.assert_allclose(relative, [np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(f, g, strict=True)])
+    residual, relative = residual_at(lambda x: x, torch.zeros(1, ndim, *SIZES[ndim]))
+    assert (residual.tolist(), relative.tolist()) == ([0.0], [0.0])
+
+
+def test_verdicts() -> None:
+    steps = np.arange(40)
+    falling, cycle = 0.9**steps, 0.1 + 0.02 * np.sin(steps)
+    assert verdict(falling, 1e-3, 1e-3) == "converged"
+    assert verdict(falling, 0.02, 1e-3) == "step limit"
+    assert verdict(0.99**steps, 0.66, 1e-3) == "step limit"
+    assert verdict(cycle, 0.1, 1e-3) == "cycling"
+    assert verdict(np.full(40, 0.3), 0.3, 1e-3) == "cycling"
+    assert verdict(1.1**steps, 50.0, 1e-3) == "diverging"
+    assert verdict([0.1, math.inf], 0.1, 1e-3) == "diverging"
+    assert verdict([0.1, 0.1], math.nan, 1e-3) == "diverging"
+    assert verdict(cycle[:6], 0.1, 1e-3) == "step limit"
+    assert verdict([], 0.1, 1e-3) == "step limit"
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_random_smooth_ddf(ndim: int) -> None:
+    shape = (2, ndim, *[40, 36, 44][:ndim])
+    field = random_smooth_ddf(shape, rms=3.0, smoothness=4.0, seed=1)
+    assert field.shape == shape and field.dtype == torch.float32
+    np.testing.assert_allclose((field.double() ** 2).sum(1).flatten(1).mean(1).sqrt(), [3.0, 3.0], rtol=1e-6)
+    assert torch.equal(field, random_smooth_ddf(shape, rms=3.0, smoothness=4.0, seed=1))
+    assert not torch.equal(field, random_smooth_ddf(shape, rms=3.0, smoothness=4.0, seed=2))
+    # noise under a Gaussian of sigma s has correlation exp(-d^2 / 4 s^2) at distance d, away from the borders
+    inner = field[(..., *[slice(8, -8)] * ndim)].double().numpy()
+    d = 4
+    a, b = inner[:, :, d:], inner[:, :, :-d]
+    assert (a * b).mean() / (inner**2).mean() == pytest.approx(math.exp(-(d**2) / 64), abs=0.12)
+    for kwargs in ({"rms": -1.0}, {"rms": math.nan}, {"smoothness": 0.0}):
+        with pytest.raises(ValueError, match="rms must not be negative and smoothness above 0"):
+            random_smooth_ddf(shape, **kwargs)
+
+
+class PullToFixed(torch.nn.Module):
+    """Moves the field by a share of the way to the value of the fixed image, and where ``turn`` is set turns it."""
+
+    def __init__(self, rate: float, turn: bool = False) -> None:
+        super().__init__()
+        self.rate, self.turn = rate, turn
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        if self.turn:
+            return torch.cat([-ddf[:, 1:2] + 1, ddf[:, :1]], dim=1) - ddf
+        return self.rate * (fixed - ddf)
+
+
+def test_certify_a_contraction() -> None:
+    fixed = torch.rand((2, 1, 7, 6), generator=torch.Generator().manual_seed(0))
+    network = DEQRegistrationNet(PullToFixed(0.5), max_steps=40, tolerance=1e-4, num_states=0).eval()
+    state, record = network.solve_state(fixed, fixed)
+    a, b = certify(
+        network, fixed, fixed, state, record, 1e-4, spectral_iterations=6, random_starts=2, start_smoothness=1.0
+    )
+    residual = 0.5 * (fixed - state).square().sum(1).mean((1, 2)).sqrt()
+    for i, c in enumerate((a, b)):
+        assert c.verdict == "converged" and c.steps == record.steps[i] < 40
+        assert c.residual == pytest.approx(float(residual[i]), rel=1e-2) and 0 < c.residual < record.final_residual[i]
+        assert c.spectral_radius == pytest.approx(0.5, rel=1e-5)
+        # each solution is within residual / (1 - radius) of the only one
+        assert c.start_distance is not None and 0 < c.start_distance < 4e-4
+        assert c.as_dict()["verdict"] == "converged" and c.as_dict()["spectral_radius"] == c.spectral_radius
+
+
+def test_certify_tells_a_cycle_and_a_start_that_is_kept() -> None:
+    fixed = torch.zeros((1, 1, 7, 6))
+    turning = DEQRegistrationNet(PullToFixed(0.0, turn=True), max_steps=17, num_states=0).eval()
+    state, record = turning.solve_state(fixed, fixed)
+    (c,) = certify(turning, fixed, fixed, state, record, 1e-3, spectral_iterations=8)
+    assert c.verdict == "cycling" and c.spectral_radius == pytest.approx(1.0, abs=1e-6)
+    assert c.residual == pytest.approx(1.0) and c.start_distance is None
+    # a map that leaves every state where it is comes to rest at once, wherever it starts
+    still = DEQRegistrationNet(PullToFixed(0.0), num_states=0).eval()
+    state, record = still.solve_state(fixed, fixed)
+    (c,) = certify(still, fixed, fixed, state, record, 1e-3, random_starts=1, start_rms=2.0, start_smoothness=1.0)
+    assert c.verdict == "converged" and c.start_distance == pytest.approx(2.0, rel=1e-5) and c.spectral_radius is None
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_certify_takes_the_hidden_state_and_the_finest_level(ndim: int) -> None:
+    torch.manual_seed(0)
+    fixed, moving = torch.rand(2, 1, 1, *(16, 20, 12)[:ndim])
+    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
+    for network in (DEQRegistrationNet(update, max_steps=9), UnrolledRegistrationNet(update, steps=[1, 9])):
+        network.eval()
+        state, record = network.solve_state(moving, fixed)
+        ddf, _ = network.solve(moving, fixed)
+        assert state.shape[1] == ndim + update.hidden_channels
+        torch.testing.assert_close(state[:, :ndim], ddf)
+        (c,) = certify(network, moving, fixed, state, record, 0.0, spectral_iterations=4, random_starts=1)
+        after, _ = network.solve_state(moving, fixed, max_steps=10)
+        expected = (after - state)[:, :ndim].square().sum(1).mean().sqrt()
+        assert c.residual == pytest.approx(float(expected), rel=1e-3)
+        assert c.spectral_radius is not None and c.spectral_radius > 0
+        assert c.start_distance is not None and c.start_distance > 0
+
+
+def test_certify_refuses() -> None:
+    fixed = torch.zeros((1, 1, 7, 6))
+    network = DEQRegistrationNet(PullToFixed(0.5), num_states=0).eval()
+    solution = network.solve_state(fixed, fixed)
+    with pytest.raises(ValueError, match="tolerance must not be negative"):
+        certify(network, fixed, fixed, *solution, -1.0)
+    for name in ("spectral_iterations", "random_starts"):
+        with pytest.raises(ValueError, match="must not be negative, got"):
+            certify(network, fixed, fixed, *solution, 1e-3, **{name: -1})
