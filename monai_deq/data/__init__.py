@@ -16,8 +16,10 @@ from .oasis import (
     split_subjects,
 )
 from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
+from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
 from .sample import is_sample, resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
+from .state_pool import StatePool
 
 __all__ = [
     "LEARN2REG_OASIS",
@@ -27,7 +29,11 @@ __all__ = [
     "Grid",
     "OasisDataset",
     "PairDataset",
+    "PooledPair",
+    "PooledPairDataset",
+    "PooledPairSampler",
     "RandomPairSampler",
+    "StatePool",
     "cached_subjects",
     "check_same_grid",
     "find_oasis",

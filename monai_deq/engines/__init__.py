@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .registration import PreparePairBatch, RegistrationEvaluator
+from .registration import PreparePairBatch, PreparePooledPairBatch, RegistrationEvaluator
 
-__all__ = ["PreparePairBatch", "RegistrationEvaluator"]
+__all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"]

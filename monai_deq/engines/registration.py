@@ -9,7 +9,9 @@ import torch
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents, PrepareBatch
 
-__all__ = ["PreparePairBatch", "RegistrationEvaluator"]
+from monai_deq.data import StatePool
+
+__all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"]
 
 
 class PreparePairBatch(PrepareBatch):
@@ -42,6 +44,37 @@ class PreparePairBatch(PrepareBatch):
 
         moving, fixed = plain(self.moving_key), plain(self.fixed_key)
         return moving, {"moving": moving, "fixed": fixed}, (fixed,), {}
+
+
+class PreparePooledPairBatch(PreparePairBatch):
+    """
+    :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
+    ``network(moving, fixed, initial_ddf)``, for a training of :py:class:`monai_deq.networks.nets.DEQRegistrationNet`.
+
+    Args:
+        pool: where the displacements are kept; :py:class:`monai_deq.handlers.StatePoolUpdater` writes them back.
+        moving_key: key of the moving images. Defaults to ``"moving"``.
+        fixed_key: key of the fixed images. Defaults to ``"fixed"``.
+    """
+
+    def __init__(self, pool: StatePool, moving_key: str = "moving", fixed_key: str = "fixed") -> None:
+        super().__init__(moving_key, fixed_key)
+        self.pool = pool
+
+    def __call__(  # type: ignore[override]
+        self,
+        batchdata: dict[str, torch.Tensor],
+        device: str | torch.device | None = None,
+        non_blocking: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """Return ``(moving, target, (fixed, initial_ddf), {})``."""
+        moving, target, (fixed,), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
+        absent = [key for key in ("slot", "ticket") if key not in batchdata]
+        if absent:
+            raise KeyError(f"a pooled batch needs {absent}: use PooledPairDataset with a PooledPairSampler.")
+        ddf = self.pool.get(batchdata["slot"].tolist(), batchdata["ticket"].tolist(), fixed)
+        return moving, target, (fixed, ddf), settings
 
 
 class RegistrationEvaluator(SupervisedEvaluator):

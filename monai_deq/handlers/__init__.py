@@ -13,6 +13,7 @@ from .non_diffeomorphic_volume import NonDiffeomorphicVolume
 from .output_guard import OutputGuard
 from .pair_results import PairResultsSaver
 from .set_epoch import SamplerEpochSetter
+from .state_pool_updater import StatePoolUpdater
 from .std_log_jacobian import StdLogJacobian
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "OutputGuard",
     "PairResultsSaver",
     "SamplerEpochSetter",
+    "StatePoolUpdater",
     "StdLogJacobian",
     "TrainingCheckpoint",
     "WeightsLoader",

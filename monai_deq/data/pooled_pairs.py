@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs that are met again and again, for a training with persistent states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from monai_deq.data.pairs import PairDataset
+
+__all__ = ["PooledPair", "PooledPairDataset", "PooledPairSampler"]
+
+
+class PooledPair(NamedTuple):
+    """
+    A pair and where its state is kept, see :py:class:`monai_deq.data.StatePool`.
+
+    Args:
+        fixed: index of the fixed subject.
+        moving: index of the moving subject.
+        slot: slot of the pool.
+        ticket: number that tells this visit of the slot from others.
+    """
+
+    fixed: int
+    moving: int
+    slot: int
+    ticket: int
+
+
+class PooledPairDataset(PairDataset):
+    """
+    :py:class:`PairDataset` for the indices of a :py:class:`PooledPairSampler`: an item has ``"slot"`` and ``"ticket"``
+    besides.
+    """
+
+    def __getitem__(self, index: PooledPair) -> Any:  # type: ignore[override]
+        """The pair at an index."""
+        item = super().__getitem__((index[0], index[1]))
+        item["slot"], item["ticket"] = int(index[2]), int(index[3])
+        return item
+
+
+class PooledPairSampler(Sampler):
+    """
+    Ordered pairs of two different subjects that stay in a number of slots. Each draw takes a slot by chance; with the
+    probability ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair so
+    stays for ``1 / renewal`` draws in the mean, whatever the number of slots.
+
+    The draws depend on the seed, the epoch and the rank alone, and not on workers or the global random state; those of
+    the epochs before are repeated within, so that a resumed training goes on with the same pairs. Each process has
+    slots and pairs of its own.
+
+    Args:
+        num_subjects: number of subjects, at least 2.
+        pairs_per_epoch: draws in an epoch over all replicas, a multiple of ``num_replicas``.
+        slots: number of slots. Defaults to 32.
+        renewal: probability of a fresh pair, in (0, 1]. Defaults to 0.1.
+        seed: seed of the draws. Defaults to 0.
+        num_replicas: number of processes that share the epoch. Defaults to 1.
+        rank: number of this process. Defaults to 0.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    def __init__(
+        self,
+        num_subjects: int,
+        pairs_per_epoch: int,
+        slots: int = 32,
+        renewal: float = 0.1,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        if num_subjects < 2:
+            raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
+        if int(slots) != slots or slots < 1:
+            raise ValueError(f"slots must be a whole number of at least 1, got {slots}.")
+        if not 0 < renewal <= 1:
+            raise ValueError(f"renewal must be in (0, 1], got {renewal}.")
+        if num_replicas < 1 or not 0 <= rank < num_replicas:
+            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
+        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
+            raise ValueError(
+                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
+            )
+        self.num_subjects = num_subjects
+        self.slots = int(slots)
+        self.renewal = renewal
+        self.seed = seed
+        self.draws = pairs_per_epoch // num_replicas
+        self.rank = rank
+        self.epoch = 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose draws the next iteration gives; counts from 1, as Ignite does."""
+        self.epoch = max(int(epoch), 1)
+
+    def __len__(self) -> int:
+        """Number of draws of this replica in an epoch."""
+        return self.draws
+
+    def __iter__(self) -> Iterator[PooledPair]:
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.rank) % 2**63)
+        held: dict[int, PooledPair] = {}
+        ticket = 0
+        for epoch in range(1, self.epoch + 1):
+            slots = torch.randint(self.slots, (self.draws,), generator=generator).tolist()
+            fresh = (torch.rand(self.draws, generator=generator) < self.renewal).tolist()
+            fixed = torch.randint(self.num_subjects, (self.draws,), generator=generator).tolist()
+            step = torch.randint(1, self.num_subjects, (self.draws,), generator=generator).tolist()
+            for i, slot in enumerate(slots):
+                if fresh[i] or slot not in held:
+                    held[slot] = PooledPair(fixed[i], (fixed[i] + step[i]) % self.num_subjects, slot, ticket)
+                    ticket += 1
+                if epoch == self.epoch:
+                    yield held[slot]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Displacements that persist from one training iteration to the next."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["StatePool"]
+
+
+class StatePool:
+    """
+    Where the solver stands with each of a number of pairs.
+
+    A training that always starts from zero sees the first steps of the iteration only. With a pool it draws pairs that
+    it has met before, goes on from the displacement where their iteration stood, and writes back where it came to: the
+    network is trained on states hundreds of steps old at the price of a few steps each time.
+
+    The pool has numbered slots. A slot holds the displacement of one visit of one pair, known by its ``ticket``, a
+    number that grows whenever the slot is given to another pair; a displacement of an older ticket is neither handed
+    out nor taken. So it does not matter how far a data loader with workers runs ahead. Each process keeps its own pool.
+
+    The displacements are float32, one array of ``(slots, ndim, *spatial)`` that never grows, in memory or in a nameless
+    temporary file in a folder of choice.
+
+    Args:
+        slots: number of slots. Defaults to 32.
+        folder: folder of the file; it must exist. Defaults to ``None``: in memory.
+
+    Raises:
+        ValueError: When ``slots`` is below 1.
+        NotADirectoryError: When there is no such folder.
+    """
+
+    def __init__(self, slots: int = 32, folder: str | Path | None = None) -> None:
+        if int(slots) != slots or slots < 1:
+            raise ValueError(f"slots must be a whole number of at least 1, got {slots}.")
+        if folder is not None and not Path(folder).is_dir():
+            raise NotADirectoryError(f"folder: expected an existing folder for the states of the pool, got {folder}.")
+        self.slots = int(slots)
+        self.folder = None if folder is None else Path(folder)
+        self.tickets = [-1] * self.slots
+        self._states: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of slots that hold a displacement."""
+        return sum(ticket >= 0 for ticket in self.tickets)
+
+    def _allocate(self, shape: Sequence[int]) -> torch.Tensor:
+        whole = (self.slots, *shape)
+        if self.folder is None:
+            return torch.zeros(whole)
+        # the file loses its name here and is gone with the mapping, also when the process is killed
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=whole))
+
+    def _check(self, slots: Sequence[int], tickets: Sequence[int]) -> list[tuple[int, int]]:
+        pairs = [(int(s), int(t)) for s, t in zip(slots, tickets, strict=True)]
+        for slot, ticket in pairs:
+            if not 0 <= slot < self.slots or ticket < 0:
+                raise ValueError(f"expected slots 0 to {self.slots - 1} and tickets from 0, got {slot} and {ticket}.")
+        return pairs
+
+    def get(self, slots: Sequence[int], tickets: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """
+        Where to go on from with a batch of pairs.
+
+        Args:
+            slots: slot of each pair.
+            tickets: ticket of each pair.
+            like: images of the pairs, ``(B, 1, *spatial)``.
+
+        Returns:
+            ``(B, ndim, *spatial)`` in voxels, float32, on the device of the images; zero for a pair that is new.
+
+        Raises:
+            ValueError: When a number is out of its range, or the images have another size than those before.
+        """
+        ddf = torch.zeros((len(like), like.ndim - 2, *like.shape[2:]))
+        for i, (slot, ticket) in enumerate(self._check(slots, tickets)):
+            if self._states is not None and self.tickets[slot] == ticket:
+                self._check_shape(ddf)
+                ddf[i] = self._states[slot]
+        return ddf.to(like.device)
+
+    def put(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> None:
+        """
+        Keep where a batch of pairs stands. One that is not finite is let go: its pair starts anew when it is next met.
+
+        Args:
+            slots: slot of each pair.
+            tickets: ticket of each pair.
+            ddf: ``(B, ndim, *spatial)`` in voxels.
+
+        Raises:
+            ValueError: When a number is out of its range, or the fields have another size than those before.
+        """
+        ddf = ddf.detach().to(device="cpu", dtype=torch.float32)
+        if self._states is None:
+            self._states = self._allocate(ddf.shape[1:])
+        self._check_shape(ddf)
+        for state, (slot, ticket) in zip(ddf, self._check(slots, tickets), strict=True):
+            if ticket < self.tickets[slot]:
+                continue
+            if bool(torch.isfinite(state).all()):
+                self._states[slot], self.tickets[slot] = state, ticket
+            else:
+                self.tickets[slot] = -1
+
+    def _check_shape(self, ddf: torch.Tensor) -> None:
+        if self._states is not None and ddf.shape[1:] != self._states.shape[1:]:
+            raise ValueError(
+                "a pool keeps displacements of one size: it has "
+                f"{tuple(self._states.shape[1:])}, got {tuple(ddf.shape[1:])}."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a resumed training goes on with. Displacements in a file are left out: they are too large for a
+        checkpoint, and their pairs start anew.
+        """
+        kept = self._states is not None and self.folder is None
+        return {
+            "tickets": torch.tensor(self.tickets if kept else [-1] * self.slots),
+            "states": self._states if kept else torch.zeros(0),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Args:
+            state: what :py:meth:`state_dict` returned.
+
+        Raises:
+            ValueError: When the number of slots is another.
+        """
+        tickets = [int(t) for t in state["tickets"]]
+        if len(tickets) != self.slots:
+            raise ValueError(f"the checkpoint has a pool of {len(tickets)} slots, this one has {self.slots}.")
+        self.tickets, self._states = tickets, None
+        if len(state["states"]):
+            self._states = self._allocate(state["states"].shape[1:])
+            self._states.copy_(state["states"])

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with persistent states, run through ``python -m monai.bundle``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from monai_deq.data import write_sample_cohort
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
+
+
+def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
+    files = ["train.json", *(["slices.json"] if spatial_dims == 2 else []), "pool.json"]
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "training", "--config_file"]
+    command.append(str([str(BUNDLE / f) for f in files]))
+    settings = {"bundle_root": folder, "split_sizes": "[2,2,1]", "pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2}
+    for key, value in {**settings, "pool_renewal": 0.3, "val_steps": 4, **overrides}.items():
+        command += [f"--{key}", str(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return torch.load(folder / "models" / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_cohort(
+        tmp_path_factory.mktemp("data") / "cohort", 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
+    )
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_resumed_training_is_that_of_one_go(spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": cohort, "lr_decay_power": 0.0}
+    whole = train(tmp_path / "whole", spatial_dims, max_epochs=2, **common)
+    half = train(tmp_path / "parts", spatial_dims, max_epochs=1, **common)
+    assert (half["pool"]["tickets"] >= 0).all() and half["pool"]["states"].abs().max() > 0
+    parts = train(tmp_path / "parts", spatial_dims, max_epochs=2, resume=True, **common)
+    assert parts["trainer"] == whole["trainer"]
+    torch.testing.assert_close(parts["network"], whole["network"])
+    torch.testing.assert_close(parts["pool"], whole["pool"])
+    # the pairs went on from where they stood
+    tickets = {int(t) for t in whole["pool"]["tickets"]}
+    assert max(tickets) < 12 - 1
+
+
+def test_pool_in_a_file_and_with_workers(cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": cohort, "max_epochs": 1}
+    (tmp_path / "scratch").mkdir()
+    plain = train(tmp_path / "plain", 2, **common)
+    other = train(tmp_path / "other", 2, num_workers=1, pool_folder=tmp_path / "scratch", **common)
+    torch.testing.assert_close(other["network"], plain["network"])
+    assert len(other["pool"]["states"]) == 0 and list((tmp_path / "scratch").iterdir()) == []
