@@ -6,14 +6,19 @@ from __future__ import annotations
 from .box_plots import box_plots
 from .compare import METHODS, METRICS, compare
 from .comparison_table import ComparisonTable
+from .convergence import ITERATED_METHODS, converge
 from .memory import TrainingMemory, live_tensors, saved_for_backward, training_memory
 from .method_costs import measure_costs
 from .method_evaluation import BundleMethod, evaluate_method
 from .method_results import METRIC_COLUMNS, MethodResult, MetricColumn, read_pair_results
 from .statistics import holm_correction, mean_std, paired_wilcoxon
+from .step_plots import step_plots
+from .step_scores import StepScore, score_steps
+from .step_table import StepCurve, step_curves, step_table
 from .timing import Timing, time_side_by_side
 
 __all__ = [
+    "ITERATED_METHODS",
     "METHODS",
     "METRICS",
     "METRIC_COLUMNS",
@@ -21,10 +26,13 @@ __all__ = [
     "ComparisonTable",
     "MethodResult",
     "MetricColumn",
+    "StepCurve",
+    "StepScore",
     "Timing",
     "TrainingMemory",
     "box_plots",
     "compare",
+    "converge",
     "evaluate_method",
     "holm_correction",
     "live_tensors",
@@ -33,6 +41,10 @@ __all__ = [
     "paired_wilcoxon",
     "read_pair_results",
     "saved_for_backward",
+    "score_steps",
+    "step_curves",
+    "step_plots",
+    "step_table",
     "time_side_by_side",
     "training_memory",
 ]

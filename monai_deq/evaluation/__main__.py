@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 
 from monai_deq.evaluation.compare import compare
+from monai_deq.evaluation.convergence import converge
 
 if __name__ == "__main__":
     import fire
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
     # the table is printed by compare itself
-    fire.Fire({"compare": compare}, serialize=lambda _: None)
+    fire.Fire({"compare": compare, "converge": converge}, serialize=lambda _: None)

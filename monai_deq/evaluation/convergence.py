@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained methods iterated far beyond their training: what becomes of them (paper, Table 2, Fig. 1 and Fig. 3)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.utils import optional_import
+
+from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
+from monai_deq.evaluation.step_plots import step_plots
+from monai_deq.evaluation.step_scores import default_steps, read_step_scores, score_steps, write_step_scores
+from monai_deq.evaluation.step_table import StepCurve, step_curves, step_table
+from monai_deq.utils import as_flag, refuse_existing, replace_file
+
+__all__ = ["ITERATED_METHODS", "converge"]
+
+#: the systems of the paper that are iterated, in the order of its tables
+ITERATED_METHODS = ("unrolling", "gradirn", "riir", "deqreg12", "deqreg")
+
+
+def converge(
+    bundle_dir: str | Path,
+    results_dir: str | Path,
+    methods: Sequence[str] = ITERATED_METHODS,
+    overlays: Sequence[str | Path] = (),
+    max_steps: int = 96,
+    split: str = "validation",
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+    **overrides: Any,
+) -> dict[str, dict[str, StepCurve]]:
+    """
+    Iterate methods of a bundle that were trained with ``--bundle_root <results_dir>/<method>`` for many steps, score
+    them on the way, and write ``convergence.md`` (trained against best and last steps), ``convergence.png`` and, below
+    each method's folder, the scores of every pair as CSV.
+
+    What has been scored before with the same weights and settings is read again, not repeated. A method that fails is
+    named below the table with the reason.
+
+    Args:
+        bundle_dir: folder of the bundle.
+        results_dir: folder of the methods' folders.
+        methods: names of overlays in the bundle's ``methods`` folder. Defaults to the iterated systems of the paper.
+        overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
+        max_steps: number of steps, of networks with levels on the finest. Defaults to 96 (paper, Fig. 3).
+        split: part of the data set. Defaults to ``"validation"`` (paper, Table 2).
+        output_dir: folder of table and figure. Defaults to ``results_dir``.
+        overwrite: replace existing ones. Defaults to ``False``.
+        overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
+
+    Returns:
+        by title of a method, by name of a score, its curve.
+
+    Raises:
+        FileExistsError: When there is a table already and ``overwrite`` is not set.
+        ValueError: When an argument is out of its range.
+    """
+    logger = logging.getLogger("monai_deq")
+    methods = [methods] if isinstance(methods, str) else list(methods)
+    overlays = [overlays] if isinstance(overlays, (str, Path)) else list(overlays)
+    steps = default_steps(max_steps)
+    results_dir = Path(results_dir)
+    output_dir = results_dir if output_dir is None else Path(output_dir)
+    files = [output_dir / f"convergence.{s}" for s in ("md", "png")]
+    if not as_flag(overwrite, "overwrite"):
+        refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
+    overrides["split"] = split
+    curves: dict[str, dict[str, StepCurve]] = {}
+    trained_steps: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    for name in methods:
+        method = BundleMethod(name, Path(bundle_dir), results_dir / name, overlays, overrides)
+        try:
+            title = method.title
+            # every setting that the steps were trained with is in the checkpoint's record
+            trained = int(method.trained_with().get("val_steps", 0))
+            marks = sorted({*steps, *([trained] if 0 < trained <= max_steps else [])})
+            path = method.root / "convergence" / method.fingerprint("evaluate") / f"steps_{max_steps}.csv"
+            if path.is_file():
+                logger.info(f"{title}: already scored, read from {path}")
+            else:
+                logger.info(f"{title}: {max_steps} steps")
+                write_step_scores(score_steps(method, marks), path)
+            curves[title], trained_steps[title] = step_curves(read_step_scores(path)), trained
+        except Exception as e:  # whatever it is, the other methods still have their curves
+            logger.error(f"{name} failed", exc_info=e)
+            failures[name] = root_cause(e)
+    text = step_table(curves, trained_steps) + "".join(f"\n{name} failed: {why}\n" for name, why in failures.items())
+    with replace_file(files[0]) as path:
+        path.write_text(text)
+    if not optional_import("matplotlib")[1]:
+        logger.warning('no curves: they need matplotlib, pip install "monai_deq[figures]"')
+    elif curves:
+        step_plots(curves, trained_steps, files[1], overwrite=True)
+    print(text)
+    return curves

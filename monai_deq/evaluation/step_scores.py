@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of one method after each of a number of steps."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from monai.losses import LocalNormalizedCrossCorrelationLoss
+
+from monai_deq.engines import PreparePairBatch
+from monai_deq.evaluation.method_evaluation import BundleMethod
+from monai_deq.metrics import compute_folded_voxels, compute_label_dice
+from monai_deq.networks import load_weights
+from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.solvers import residual_at
+from monai_deq.utils import replace_file
+
+__all__ = ["StepScore", "default_steps", "read_step_scores", "score_steps", "write_step_scores"]
+
+
+class StepScore(NamedTuple):
+    """
+    Scores of one pair after one number of steps.
+
+    Args:
+        fixed: name of the fixed subject.
+        moving: name of the moving subject.
+        step: number of steps; of a network with levels those on the finest.
+        dice: mean over the labels.
+        folded_percent: folded voxels in percent.
+        similarity: mean local cross-correlation (window 5) of the warped and the fixed image, higher is better.
+        residual: RMS over voxels of what the next step would change, in voxels.
+        relative_residual: the same over the displacement after that step.
+    """
+
+    fixed: str
+    moving: str
+    step: int
+    dice: float
+    folded_percent: float
+    similarity: float
+    residual: float
+    relative_residual: float
+
+
+def default_steps(max_steps: int) -> list[int]:
+    """
+    Numbers of steps at which to score: all up to 16, every fourth up to 96, and from there about 1.4 times apart.
+
+    Args:
+        max_steps: the last one.
+
+    Raises:
+        ValueError: When it is below 1.
+    """
+    if int(max_steps) != max_steps or max_steps < 1:
+        raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps}.")
+    steps = [*range(1, 17), *range(20, 97, 4), *(round(96 * 2 ** (k / 2)) for k in range(1, 40))]
+    return [s for s in steps if s < max_steps] + [int(max_steps)]
+
+
+def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) -> Iterator[StepScore]:
+    """
+    Iterate a trained method's map on each pair of the bundle's ``evaluate.json`` and score it on the way. The
+    iteration is the plain one and does not stop at a tolerance.
+
+    Args:
+        method: the method.
+        steps: numbers of steps at which to score.
+        overrides: further entries of the configuration.
+
+    Yields:
+        The scores, pair by pair. A displacement that is not finite has NaN for scores, and its pair ends there.
+    """
+    config = method.parser("evaluate", **overrides)
+    device = torch.device(config.get_parsed_content("device"))
+    labels = list(config.get_parsed_content("labels"))
+    network = config.get_parsed_content("network").eval()
+    if method.checkpoint is None or not hasattr(network, "fixed_point_map"):
+        raise TypeError(f"{method.title} is not iterated: there is no map whose steps could be scored.")
+    load_weights(network, method.checkpoint)
+    marks = set(steps)
+    for batch in config.get_parsed_content("dataloader"):
+        moving, _, (fixed,), _ = PreparePairBatch()(batch, device)
+        moving_label, fixed_label = (
+            batch[key].as_tensor() if hasattr(batch[key], "as_tensor") else batch[key]
+            for key in ("moving_label", "fixed_label")
+        )
+        similarity = LocalNormalizedCrossCorrelationLoss(spatial_dims=fixed.ndim - 2, kernel_size=5)
+        with torch.no_grad():
+            g = network.fixed_point_map(moving, fixed)
+            # the levels before the finest, and its first step
+            state, record = network.solve_state(moving, fixed, max_steps=1, tolerance=0.0, solver="plain")
+            for step in range(1, max(marks) + 1):
+                ddf = state[:, : fixed.ndim - 2]
+                # a first step that is not finite is not taken by the solver
+                alive = int(record.steps[0]) == 1 and bool(torch.isfinite(ddf).all())
+                if step in marks or not alive:
+                    values = [math.nan] * 5
+                    if alive:
+                        residual, relative = residual_at(g, state, fixed.ndim - 2)
+                        warped_label = warp_by_ddf(moving_label.to(device), ddf, mode="nearest")
+                        dice = compute_label_dice(warped_label, fixed_label.to(device), labels, moving_label.to(device))
+                        values = [
+                            float(dice.nanmean()),
+                            float(compute_folded_voxels(ddf)),
+                            -float(similarity(warp_by_ddf(moving, ddf).float(), fixed.float())),
+                            float(residual),
+                            float(relative),
+                        ]
+                    names = (str(batch[key][0]) for key in ("fixed_subject", "moving_subject"))
+                    yield StepScore(*names, step, *values)
+                if not alive:
+                    break
+                state = g(state)
+
+
+def write_step_scores(scores: Iterable[StepScore], path: str | Path) -> None:
+    """
+    Write scores as CSV, whole or not at all.
+
+    Args:
+        scores: the scores.
+        path: the file.
+    """
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(StepScore._fields)
+        writer.writerows(scores)
+
+
+def read_step_scores(path: str | Path) -> list[StepScore]:
+    """
+    Read what :py:func:`write_step_scores` wrote.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: When the columns are others.
+    """
+    with Path(path).open(newline="") as file:
+        header, *rows = csv.reader(file)
+    if tuple(header) != StepScore._fields:
+        raise ValueError(f"{path}: expected the columns {', '.join(StepScore._fields)}, got {', '.join(header)}.")
+    return [StepScore(f, m, int(s), *map(float, values)) for f, m, s, *values in rows]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores over the number of steps, summed up: curves, and trained against best steps (paper, Table 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monai_deq.evaluation.step_scores import StepScore
+
+__all__ = ["PANELS", "StepCurve", "step_curves", "step_table"]
+
+#: scores that are drawn: title, factor, whether the axis is logarithmic
+PANELS: dict[str, tuple[str, float, bool]] = {
+    "dice": ("Dice (%)", 100.0, False),
+    "folded_percent": ("folded voxels (%)", 1.0, False),
+    "residual": ("residual (voxel)", 1.0, True),
+    "similarity": ("local cross-correlation", 1.0, False),
+}
+
+
+@dataclass(frozen=True)
+class StepCurve:
+    """
+    A score over the steps.
+
+    Args:
+        steps: numbers of steps, in order.
+        mean: mean over the pairs after each; NaN where a pair had no score.
+        std: sample standard deviation.
+        pairs: number of pairs.
+    """
+
+    steps: list[int]
+    mean: list[float]
+    std: list[float]
+    pairs: int
+
+    def at(self, step: int) -> float:
+        """
+        Mean after a number of steps.
+
+        Args:
+            step: one of ``steps``.
+        """
+        return self.mean[self.steps.index(step)]
+
+    @property
+    def best(self) -> int:
+        """Number of steps with the highest mean, the fewest where several have it."""
+        values = np.asarray(self.mean)
+        return self.steps[int(np.nanargmax(values))] if np.isfinite(values).any() else self.steps[0]
+
+
+def step_curves(scores: Sequence[StepScore]) -> dict[str, StepCurve]:
+    """
+    Curves of all scores of one method.
+
+    Args:
+        scores: of all pairs and steps. A pair whose displacement was not finite has no scores from there on; the mean
+            is NaN wherever one is missing, and not one over the pairs that are left.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    if not scores:
+        raise ValueError("scores: expected those of at least one pair, got none.")
+    pairs = list(dict.fromkeys((s.fixed, s.moving) for s in scores))
+    steps = sorted({s.step for s in scores if math.isfinite(s.residual)} or {s.step for s in scores})
+    out = {}
+    for name in StepScore._fields[3:]:
+        values = np.full((len(pairs), len(steps)), np.nan)
+        for s in scores:
+            if s.step in steps:
+                values[pairs.index((s.fixed, s.moving)), steps.index(s.step)] = getattr(s, name)
+        std = values.std(axis=0, ddof=1) if len(pairs) > 1 else np.full(len(steps), np.nan)
+        out[name] = StepCurve(steps, values.mean(axis=0).tolist(), std.tolist(), len(pairs))
+    return out
+
+
+def step_table(curves: Mapping[str, Mapping[str, StepCurve]], trained_steps: Mapping[str, int]) -> str:
+    """
+    The paper's Table 2 as Markdown: each method at the steps of its training, at its best Dice, and at the last step.
+
+    Args:
+        curves: by title of a method, by name of a score, its curve.
+        trained_steps: by title, the steps that the method was trained with.
+    """
+
+    def cells(scores: Mapping[str, StepCurve], step: int) -> str:
+        if step not in scores["dice"].steps:
+            return f"{step} | - | - | -"
+        return (
+            f"{step} | {100 * scores['dice'].at(step):.2f} | {scores['folded_percent'].at(step):.3f} | "
+            f"{scores['residual'].at(step):.4f}"
+        )
+
+    columns = ("steps", "Dice %", "folded %", "residual")
+    header = ["method", *(f"{word} ({when})" for when in ("trained", "best Dice", "last") for word in columns)]
+    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    for title, scores in curves.items():
+        steps = (trained_steps[title], scores["dice"].best, scores["dice"].steps[-1])
+        lines.append(f"| {title} | {' | '.join(cells(scores, s) for s in steps)} |")
+    return "\n".join(lines) + "\n"

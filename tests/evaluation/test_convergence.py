@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convergence study: its scores against evaluations that stop there, its curves against NumPy, its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from monai_deq.data import write_sample_cohort
+from monai_deq.evaluation import BundleMethod, converge, evaluate_method
+from monai_deq.evaluation.step_scores import (
+    StepScore,
+    default_steps,
+    read_step_scores,
+    score_steps,
+    write_step_scores,
+)
+from monai_deq.evaluation.step_table import step_curves, step_table
+
+BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_cohort(
+        tmp_path_factory.mktemp("data") / "cohort", 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
+    )
+
+
+def write_checkpoint(name: str, results: Path, spatial_dims: int) -> None:
+    """Weights that move the images, without training."""
+    overlays = ["slices.json"] if spatial_dims == 2 else []
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / f) for f in ("train.json", *overlays, f"methods/{name}.json")])
+    parser.update({"max_steps": 2, "num_states": 0})
+    torch.manual_seed(0)
+    weights = parser.get_parsed_content("network_def").state_dict()
+    for key, value in weights.items():
+        if key.endswith("weight"):
+            value.add_(max(0.3 * float(value.std()), 0.05) * torch.randn_like(value))
+    path = results / name / "models" / "model.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(weights, path)
+    path.with_suffix(".json").write_text(json.dumps({"spatial_size": None, "val_steps": 2, "max_steps": 2}))
+
+
+@pytest.mark.parametrize(
+    "name, spatial_dims", [("deqreg", 2), ("deqreg", 3), ("riir", 2), ("gradirn", 2), ("unrolling", 3)]
+)
+def test_scores_are_those_of_an_evaluation_that_stops_there(
+    name: str, spatial_dims: int, cohort: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(name, tmp_path, spatial_dims)
+    overlays = ["slices.json"] if spatial_dims == 2 else []
+    settings = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2], "tolerance": 0.0}
+    method = BundleMethod(name, BUNDLE, tmp_path / name, overlays, settings)
+    scores = list(score_steps(method, [1, 2, 4]))
+    assert [s.step for s in scores] == [1, 2, 4] * 2
+    # the solver's record has the residual of the state before its last step
+    for steps in (2, 4):
+        result, summary = evaluate_method(method, solver_steps=steps)
+        assert result.failure is None, result.failure
+        for pair in summary["pairs"]:
+            (score,) = [s for s in scores if (s.fixed, s.moving, s.step) == (pair["fixed"], pair["moving"], steps)]
+            assert score.dice == pytest.approx(pair["dice"], rel=1e-5)
+            assert score.folded_percent == pytest.approx(pair["folded_percent"], abs=1e-6)
+    by_step = {s.step: s for s in scores[:3]}
+    assert by_step[1].residual > 0 and by_step[1].dice != by_step[4].dice
+    assert -1 <= by_step[1].similarity <= 1
+
+
+def test_steps_that_are_scored() -> None:
+    assert default_steps(3) == [1, 2, 3]
+    assert default_steps(96) == [*range(1, 17), *range(20, 97, 4)]
+    assert default_steps(1000)[len(default_steps(96)) :] == [136, 192, 272, 384, 543, 768, 1000]
+    assert default_steps(1000) == sorted(set(default_steps(1000)))
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1"):
+            default_steps(wrong)  # type: ignore[arg-type]
+
+
+def toy_scores() -> list[StepScore]:
+    nan = math.nan
+    return [
+        StepScore("a", "b", 1, 0.5, 0.0, 0.1, 1.0, 0.5),
+        StepScore("a", "b", 2, 0.75, 1.0, 0.2, 0.5, 0.25),
+        StepScore("a", "b", 4, 0.625, 2.0, 0.3, 0.25, 0.125),
+        StepScore("b", "a", 1, 0.25, 0.5, 0.3, 3.0, 0.5),
+        StepScore("b", "a", 2, 0.5, 0.5, 0.4, 1.5, 0.25),
+        StepScore("b", "a", 3, nan, nan, nan, nan, nan),
+    ]
+
+
+def test_curves_and_table(tmp_path: Path) -> None:
+    scores = toy_scores()
+    write_step_scores(scores, tmp_path / "scores.csv")
+    again = read_step_scores(tmp_path / "scores.csv")
+    assert str(again) == str(scores)
+    curves = step_curves(again)
+    dice = curves["dice"]
+    assert dice.steps == [1, 2, 4] and dice.pairs == 2 and dice.best == 2
+    # the pair that was lost leaves no mean of those that are left
+    np.testing.assert_allclose(dice.mean, [0.375, 0.625, math.nan])
+    np.testing.assert_allclose(dice.std, [np.std([0.5, 0.25], ddof=1), np.std([0.75, 0.5], ddof=1), math.nan])
+    table = step_table({"One": curves}, {"One": 1}).splitlines()
+    assert table[2] == "| One | 1 | 37.50 | 0.250 | 2.0000 | 2 | 62.50 | 0.750 | 1.0000 | 4 | nan | nan | nan |"
+    assert "| One | 3 | - | - | - | 2 |" in step_table({"One": curves}, {"One": 3})
+    with pytest.raises(ValueError, match="at least one pair"):
+        step_curves([])
+    (tmp_path / "other.csv").write_text("fixed,moving\n")
+    with pytest.raises(ValueError, match="other.csv: expected the columns fixed, moving, step"):
+        read_step_scores(tmp_path / "other.csv")
+
+
+def test_study(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gradirn", "deqreg"):
+        write_checkpoint(name, tmp_path, 2)
+    scored = []
+
+    def counted(method: BundleMethod, *args: Any) -> Any:
+        scored.append(method.name)
+        return score_steps(method, *args)
+
+    monkeypatch.setattr("monai_deq.evaluation.convergence.score_steps", counted)
+    arguments: dict[str, Any] = {"overlays": "slices.json", "max_steps": 5, "split": "test", "dataset_dir": str(cohort)}
+    arguments["split_sizes"] = [2, 1, 2]
+    methods = ["affine", "gradirn", "riir", "deqreg"]
+    curves = converge(BUNDLE, tmp_path, methods, **arguments)
+    assert list(curves) == ["GraDIRN", "DEQReg"] and scored == ["affine", "gradirn", "riir", "deqreg"]
+    assert curves["DEQReg"]["dice"].steps == [1, 2, 3, 4, 5] and curves["DEQReg"]["dice"].pairs == 2
+    text = (tmp_path / "convergence.md").read_text()
+    assert "affine failed: TypeError" in text and "riir failed: FileNotFoundError" in text
+    assert text.count("\n| DEQReg | 2 |") == 1
+    assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(FileExistsError, match="convergence.md"):
+        converge(BUNDLE, tmp_path, methods, **arguments)
+    scored.clear()
+    again = converge(BUNDLE, tmp_path, ["deqreg"], overwrite=True, **arguments)
+    assert scored == [] and again["DEQReg"] == curves["DEQReg"]
+
+
+def test_a_displacement_that_is_lost_ends_its_pair(cohort: Path, tmp_path: Path) -> None:
+    write_checkpoint("deqreg", tmp_path, 2)
+    path = tmp_path / "deqreg" / "models" / "model.pt"
+    weights = {k: v * 1e30 if k.endswith("weight") else v for k, v in torch.load(path, weights_only=True).items()}
+    torch.save(weights, path)
+    method = BundleMethod(
+        "deqreg", BUNDLE, tmp_path / "deqreg", ["slices.json"], {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2]}
+    )
+    scores = list(score_steps(method, [1, 2, 3]))
+    assert [s.step for s in scores] == [1, 1] and all(math.isnan(s.dice) for s in scores)
