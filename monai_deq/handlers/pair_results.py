@@ -54,6 +54,7 @@ class PairResultsSaver:
         label_set: name of the label set, put into every output.
         prefix: start of the file names. Defaults to ``"evaluation"``.
         columns: further keys of ``engine.state.output`` to write, one scalar or text a pair.
+        optional_columns: the same, where the output has them.
         info: what else the summary should state (data set, checkpoint, ...).
         overwrite: replace existing files. Defaults to ``False``.
 
@@ -69,6 +70,7 @@ class PairResultsSaver:
         label_set: str,
         prefix: str = "evaluation",
         columns: Sequence[str] = ("steps", "residual", "relative_residual", "converged", "reason"),
+        optional_columns: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
         info: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
@@ -78,6 +80,7 @@ class PairResultsSaver:
         self.labels = dict(labels)
         self.label_set = label_set
         self.columns = tuple(columns)
+        self.optional_columns = tuple(optional_columns)
         self.info = dict(info or {})
         try:
             json.dumps(self.info, allow_nan=False)
@@ -110,7 +113,7 @@ class PairResultsSaver:
         items = output if isinstance(output, list) else decollate_batch(output)
         for item in items:
             row = {"fixed": str(item["fixed_subject"]), "moving": str(item["moving_subject"])}
-            for key in self.columns:
+            for key in (*self.columns, *(k for k in self.optional_columns if k in item)):
                 value = item[key]
                 row[key] = value.item() if hasattr(value, "item") else value
             self.rows.append(row)
@@ -146,7 +149,8 @@ class PairResultsSaver:
                     str(n): {"name": label, **_mean_std(scores[:, i].tolist())}
                     for i, (n, label) in enumerate(self.labels.items())
                 }
-        for key in self.columns:
+        columns = [*self.columns, *(k for k in self.optional_columns if self.rows and all(k in r for r in self.rows))]
+        for key in columns:
             values = [row[key] for row in self.rows]
             if all(isinstance(v, (bool, int, float)) for v in values):
                 summary[key] = _mean_std([float(v) for v in values])
@@ -159,7 +163,7 @@ class PairResultsSaver:
             "per_label": per_label,
             "pairs": [{k: _json_number(v) if isinstance(v, float) else v for k, v in row.items()} for row in self.rows],
         }
-        order = ["fixed", "moving", *self.metrics, *self.columns]
+        order = ["fixed", "moving", *self.metrics, *columns]
         names = [*order, *(k for k in (self.rows[0] if self.rows else {}) if k not in order)]
         with replace_file(self.csv_path) as path, path.open("w", newline="") as f:
             writer = csv.DictWriter(f, names, lineterminator="\n")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .certificate import Certificate, Verdict, certify, residual_at, verdict
+from .certificate import Certificate, Verdict, certified_solve, certify, residual_at, verdict
 from .fixed_point import SOLVERS, anderson_solver, plain_solver, torchdeq_name
 from .random_start import random_smooth_ddf
 from .record import SolverRecord, StopReason
@@ -18,6 +18,7 @@ __all__ = [
     "Verdict",
     "anderson_solver",
     "build_deq",
+    "certified_solve",
     "certify",
     "check_solver_options",
     "plain_solver",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from monai_deq.solvers.random_start import random_smooth_ddf
 from monai_deq.solvers.record import SolverRecord
 from monai_deq.solvers.spectral_radius import spectral_radius
 
-__all__ = ["Certificate", "Verdict", "certify", "residual_at", "verdict"]
+__all__ = ["Certificate", "Verdict", "certified_solve", "certify", "residual_at", "verdict"]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -184,7 +184,7 @@ def certify(
         shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
             start = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
-            other, _ = network.solve_state(moving, fixed, start, **settings)
+            other, _ = network.solve_state(moving, fixed, start, tolerance=tolerance, **settings)
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())
@@ -200,3 +200,41 @@ def certify(
         )
         for i in range(batch)
     ]
+
+
+def certified_solve(
+    network: Any,
+    moving: torch.Tensor,
+    fixed: torch.Tensor,
+    initial_ddf: torch.Tensor | None = None,
+    certificate: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
+    """
+    Solve a batch of pairs without gradients and examine the solutions.
+
+    Args:
+        network: module with ``solve``, and to be examined with ``fixed_point_map`` and ``solve_state``.
+        moving: ``(B, 1, *spatial)``.
+        fixed: ``(B, 1, *spatial)``.
+        initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to zero.
+        certificate: what to examine: arguments of :py:func:`certify` (``spectral_iterations``, ``random_starts``,
+            ``start_rms``, ``start_smoothness``, ``seed``); ``tolerance`` defaults to that of the solve. Defaults to
+            ``None``: nothing.
+        settings: settings of the solve.
+
+    Returns:
+        The displacement ``(B, ndim, *spatial)``, the record, and a certificate a pair: ``None`` when none is asked for
+        or the network, a classical method, is not iterated.
+    """
+    with torch.no_grad():
+        if certificate is None or not hasattr(network, "fixed_point_map"):
+            ddf, record = network.solve(moving, fixed, initial_ddf, **settings)
+            return ddf, record, None
+        state, record = network.solve_state(moving, fixed, initial_ddf, **settings)
+        tolerance = settings.get("tolerance", getattr(network, "tolerance", 0.0))
+        examine = {"tolerance": tolerance, **settings, **certificate}
+        certificates = certify(network, moving, fixed, state, record, **examine)
+        ndim = fixed.ndim - 2
+        # without the hidden state, which a view would keep in memory
+        return state if state.shape[1] == ndim else state[:, :ndim].clone(), record, certificates

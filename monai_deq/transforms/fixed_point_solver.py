@@ -13,6 +13,7 @@ from monai.transforms.transform import MapTransform
 from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.solvers import certified_solve
 from monai_deq.transforms.warp import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
@@ -44,6 +45,9 @@ class FixedPointSolver(Transform):
         tolerance: RMS residual in voxels at which to stop. Defaults to the network's own.
         relative_tolerance: relative residual at which to stop. Defaults to the network's own.
         solver_options: further options of the solver.
+        certificate: examine the solution: arguments of :py:func:`monai_deq.solvers.certify`, such as
+            ``{"spectral_iterations": 40, "random_starts": 1}``; an empty dictionary for what costs one step.
+            Defaults to ``None``: not examined.
         device: where to solve, for a network without parameters. Defaults to the device of the network's parameters.
             Results come back to the device of the fixed image.
 
@@ -61,6 +65,7 @@ class FixedPointSolver(Transform):
         tolerance: float | None = None,
         relative_tolerance: float | None = None,
         solver_options: dict[str, Any] | None = None,
+        certificate: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if not callable(getattr(network, "solve", None)):
@@ -76,6 +81,7 @@ class FixedPointSolver(Transform):
             "solver_options": solver_options,
         }
         self.settings = {k: v for k, v in settings.items() if v is not None}
+        self.certificate = certificate
         self.device = None if device is None else torch.device(device)
 
     def __call__(  # type: ignore[override]
@@ -89,7 +95,9 @@ class FixedPointSolver(Transform):
 
         Returns:
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
-            ``steps``, ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces.
+            ``steps``, ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a
+            certificate the fields of :py:class:`monai_deq.solvers.Certificate` too, with the residuals at the solution
+            itself.
 
         Raises:
             ValueError: When the shapes do not fit.
@@ -103,8 +111,10 @@ class FixedPointSolver(Transform):
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()
         try:
+            ddf, record, certificates = certified_solve(
+                self.network, moving_batch, fixed_batch, start, self.certificate, **self.settings
+            )
             with torch.no_grad():
-                ddf, record = self.network.solve(moving_batch, fixed_batch, start, **self.settings)  # type: ignore[operator]
                 warped = warp_by_ddf(moving_batch, ddf)
         finally:
             # module by module: some may be frozen in eval mode while the others train
@@ -112,7 +122,10 @@ class FixedPointSolver(Transform):
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
         warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
-        return warped, ddf, record.item(0)
+        words = record.item(0)
+        if certificates is not None:
+            words.update(certificates[0].as_dict())
+        return warped, ddf, words
 
 
 class FixedPointSolverd(MapTransform):

@@ -71,6 +71,7 @@ class SaveRegistrationd(MapTransform):
         name_keys: names of the moving and the fixed scan. Defaults to ``("moving_subject", "fixed_subject")``.
         record_keys: scalars that go into the record, found in the item itself or under ``record_key``.
         record_key: where :py:class:`FixedPointSolverd` puts its record. Defaults to ``"record"``.
+        optional_record_keys: scalars that go into the record where they are there.
 
     Raises:
         KeyError: When the item lacks what is to be written.
@@ -87,6 +88,7 @@ class SaveRegistrationd(MapTransform):
         name_keys: Sequence[str] = ("moving_subject", "fixed_subject"),
         record_keys: Sequence[str] = ("steps", "residual", "relative_residual", "converged", "reason"),
         record_key: str = "record",
+        optional_record_keys: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
     ) -> None:
         super().__init__((warped_key, ddf_key))
         self.output_dir = Path(output_dir)
@@ -97,6 +99,7 @@ class SaveRegistrationd(MapTransform):
         self.name_keys = tuple(name_keys)
         self.record_keys = tuple(record_keys)
         self.record_key = record_key
+        self.optional_record_keys = tuple(optional_record_keys)
 
     def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         """
@@ -135,7 +138,7 @@ class SaveRegistrationd(MapTransform):
         if absent:
             raise KeyError(f"SaveRegistrationd finds no {absent} in the item, which has {sorted(map(str, data))}.")
         record: dict[str, Any] = {key: str(data[key]) for key in self.name_keys}
-        for key in self.record_keys:
+        for key in (*self.record_keys, *(k for k in self.optional_record_keys if k in known)):
             value = known[key].item() if hasattr(known[key], "item") else known[key]
             record[key] = None if isinstance(value, float) and not math.isfinite(value) else value
         return record

@@ -171,6 +171,16 @@ def test_no_score_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "no score" in capsys.readouterr().out
 
 
+def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
+    items = [{**item, "verdict": "cycling", "spectral_radius": torch.tensor(0.25 * i)} for i, item in enumerate(ITEMS)]
+    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {3: "left", 8: "right"}, "two")
+    evaluate(saver, [items[:2], items[2:]])
+    assert [row["verdict"] for row in read_csv(saver.csv_path)] == ["cycling"] * 3
+    assert "start_distance" not in read_csv(saver.csv_path)[0]
+    summary = read_json(saver.json_path)["summary"]
+    assert summary["spectral_radius"]["mean"] == pytest.approx(0.25) and "verdict" not in summary
+
+
 def test_one_label(tmp_path: Path) -> None:
     saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {8: "right"}, "one")
     evaluate(saver, [ITEMS[:2], ITEMS[2:]], labels=[8])

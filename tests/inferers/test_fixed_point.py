@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from monai_deq.baselines import InitialAlignment
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
@@ -124,3 +125,29 @@ def test_warm_start_gradients_and_wrapped_networks() -> None:
             self.module = module
 
     torch.testing.assert_close(FixedPointInferer()(moving, Wrapped(network), fixed)["ddf"], cold["ddf"])
+
+
+def test_certificate_of_each_item() -> None:
+    moving, fixed = make_batch(2, (3.0, 500.0))
+    network = make_network()
+    plain = FixedPointInferer(max_steps=11)(moving, network, fixed)
+    out = FixedPointInferer({}, max_steps=11)(moving, network, fixed)
+    assert set(out) == {*plain, "verdict"} and out["verdict"] == ["converged", "step limit"]
+    torch.testing.assert_close(out["ddf"], plain["ddf"])
+    # at the solution itself, half of what the last step started from
+    torch.testing.assert_close(out["residual"].float(), plain["residual"] / 2)
+    settings = {"spectral_iterations": 6, "random_starts": 2, "start_smoothness": 1.0}
+    out = FixedPointInferer(settings, max_steps=11)(moving, network, fixed)
+    np.testing.assert_allclose(out["spectral_radius"], [0.5, 0.5], rtol=1e-5)
+    # the map pulls every start to the same field, half of the way a step; the second is cut off at 2^-11 of 500
+    assert out["start_distance"].shape == (2,) and 0 < out["start_distance"][0] < 0.2
+    # a tolerance of the certificate's own
+    assert FixedPointInferer({"tolerance": 1.0}, max_steps=11)(moving, network, fixed)["verdict"] == ["converged"] * 2
+
+
+def test_certificate_of_a_classical_method_and_of_unknown_words() -> None:
+    moving, fixed = make_batch(2, (3.0, 500.0))
+    out = FixedPointInferer({"spectral_iterations": 6})(moving, InitialAlignment().eval(), fixed)
+    assert out["verdict"] == ["not iterated"] * 2 and "spectral_radius" not in out
+    with pytest.raises(TypeError, match="certificate takes tolerance, .* got radius"):
+        FixedPointInferer({"radius": 1})

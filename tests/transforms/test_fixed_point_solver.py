@@ -262,6 +262,21 @@ def test_item_without_a_warm_start_starts_from_zero() -> None:
     torch.testing.assert_close(solver({**images, "before": target})["ddf"], target)
 
 
+def test_certificate_in_the_record() -> None:
+    network, _ = known_network(SIZES[0])
+    moving, fixed = image(SIZES[0]), image(SIZES[0], seed=2)
+    _, ddf, plain = FixedPointSolver(network)(moving, fixed)
+    settings = {"spectral_iterations": 6, "random_starts": 1, "start_smoothness": 1.0}
+    _, certified, record = FixedPointSolver(network, certificate=settings)(moving, fixed)
+    assert set(record) == {*plain, "verdict", "spectral_radius", "start_distance"}
+    torch.testing.assert_close(certified, ddf)
+    assert record["verdict"] == "converged" and record["spectral_radius"] == pytest.approx(0.5, rel=1e-5)
+    assert record["residual"] == pytest.approx(plain["residual"] / 2, rel=1e-3) and record["start_distance"] < 0.01
+    # not asked for: named all the same, and nothing in them
+    _, _, cheap = FixedPointSolver(network, certificate={})(moving, fixed)
+    assert cheap["verdict"] == "converged" and cheap["spectral_radius"] is None
+
+
 def test_aliases() -> None:
     assert transforms.FixedPointSolverD is transforms.FixedPointSolverd is transforms.FixedPointSolverDict
 

@@ -98,6 +98,11 @@ def test_record_is_valid_json_of_plain_values(tmp_path: Path) -> None:
     record = json.loads((tmp_path / NAMES[3]).read_text(), parse_constant=refuse)
     assert record["steps"] == 3 and record["residual"] is None and record["relative_residual"] is None
     assert record["converged"] is False and record["reason"] == "non-finite"
+    assert "verdict" not in record
+    examined = {**item, "verdict": "diverging", "spectral_radius": torch.tensor(1.5)}
+    SaveRegistrationd(tmp_path, overwrite=True)(examined)
+    record = json.loads((tmp_path / NAMES[3]).read_text(), parse_constant=refuse)
+    assert record["verdict"] == "diverging" and record["spectral_radius"] == 1.5 and "start_distance" not in record
 
 
 class Half(torch.nn.Module):
