@@ -14,7 +14,7 @@ from monai_deq.data.sample import resolve_dataset_dir
 
 __all__ = ["listed_pairs", "scan_pairs", "split_scan_pairs"]
 
-_KEYS = ("fixed", "moving", "moving_label")
+_KEYS = ("fixed", "moving", "moving_label", "initial_ddf")
 
 
 def _name(path: str | Path) -> str:
@@ -22,10 +22,12 @@ def _name(path: str | Path) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _pair(fixed: str | Path, moving: str | Path, moving_label: str | Path | None, where: str) -> dict[str, Any]:
+def _pair(
+    fixed: str | Path, moving: str | Path, moving_label: str | Path | None, initial_ddf: str | Path | None, where: str
+) -> dict[str, Any]:
     fixed, moving = Path(fixed).expanduser(), Path(moving).expanduser()
-    moving_label = None if moving_label is None else Path(moving_label).expanduser()
-    for key, path in zip(_KEYS, (fixed, moving, moving_label), strict=True):
+    optional = [None if path is None else Path(path).expanduser() for path in (moving_label, initial_ddf)]
+    for key, path in zip(_KEYS, (fixed, moving, *optional), strict=True):
         if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{where}: the file {key} {str(path)!r} does not exist.")
     names = _name(fixed), _name(moving)
@@ -33,13 +35,15 @@ def _pair(fixed: str | Path, moving: str | Path, moving_label: str | Path | None
         # neurite-OASIS: one folder a subject, the same file name in each
         names = f"{Path(fixed).resolve().parent.name}_{names[0]}", f"{Path(moving).resolve().parent.name}_{names[1]}"
     item = {"fixed": str(fixed), "moving": str(moving), "fixed_subject": names[0], "moving_subject": names[1]}
-    if moving_label is not None:
-        item["moving_label"] = str(moving_label)
+    item.update({key: str(path) for key, path in zip(_KEYS[2:], optional, strict=True) if path is not None})
     return item
 
 
 def scan_pairs(
-    fixed: str | Path | None, moving: str | Path | None, moving_label: str | Path | None = None
+    fixed: str | Path | None,
+    moving: str | Path | None,
+    moving_label: str | Path | None = None,
+    initial_ddf: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """
     One pair of scans as a list of one item.
@@ -48,6 +52,8 @@ def scan_pairs(
         fixed: file of the fixed scan.
         moving: file of the moving scan.
         moving_label: label map of the moving scan, to be warped with it. Defaults to none.
+        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it. Defaults
+            to none.
 
     Raises:
         ValueError: When one of the two scans is not given.
@@ -55,13 +61,13 @@ def scan_pairs(
     """
     if not fixed or not moving:
         raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
-    return [_pair(fixed, moving, moving_label, "pair")]
+    return [_pair(fixed, moving, moving_label, initial_ddf, "pair")]
 
 
 def listed_pairs(path: str | Path) -> list[dict[str, Any]]:
     """
-    Pairs named in a JSON file: ``[{"fixed": file, "moving": file, "moving_label": file (optional)}, ...]``. Relative
-    files are relative to the list.
+    Pairs named in a JSON file: ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
+    ``"initial_ddf"``. Relative files are relative to the list.
 
     Args:
         path: the JSON file.
@@ -84,12 +90,15 @@ def listed_pairs(path: str | Path) -> list[dict[str, Any]]:
     for i, entry in enumerate(entries):
         where = f"{path}, pair {i}"
         if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_KEYS):
-            raise ValueError(f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label', got {entry!r}.")
-        names = [entry["fixed"], entry["moving"], entry.get("moving_label")]
-        if not all(isinstance(name, str) for name in names[:2]) or not isinstance(names[2], (str, type(None))):
+            raise ValueError(
+                f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf', "
+                f"got {entry!r}."
+            )
+        names = [entry.get(key) for key in _KEYS]
+        if not all(isinstance(name, (str, *([] if i < 2 else [type(None)]))) for i, name in enumerate(names)):
             raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
-        fixed, moving, label = (None if name is None else path.parent / Path(name).expanduser() for name in names)
-        items.append(_pair(fixed, moving, label, where))  # type: ignore[arg-type]
+        files = [None if name is None else path.parent / Path(name).expanduser() for name in names]
+        items.append(_pair(*files, where))  # type: ignore[arg-type]
     _check_names(items, str(path))
     return items
 

@@ -16,17 +16,22 @@ __all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"
 
 class PreparePairBatch(PrepareBatch):
     """
-    Split a batch of pairs into what a registration network takes, ``network(moving, fixed)``, and what the loss
-    compares with, ``{"moving": ..., "fixed": ...}``. Images become plain tensors.
+    Split a batch of pairs into what a registration network takes, ``network(moving, fixed)``, or
+    ``network(moving, fixed, initial_ddf)`` where the batch has displacements to start from, and what the loss
+    compares with, ``{"moving": ..., "fixed": ...}``. Images and displacements become plain tensors.
 
     Args:
         moving_key: key of the moving images. Defaults to ``"moving"``.
         fixed_key: key of the fixed images. Defaults to ``"fixed"``.
+        initial_ddf_key: key of the displacements to start from. Defaults to ``"initial_ddf"``.
     """
 
-    def __init__(self, moving_key: str = "moving", fixed_key: str = "fixed") -> None:
+    def __init__(
+        self, moving_key: str = "moving", fixed_key: str = "fixed", initial_ddf_key: str = "initial_ddf"
+    ) -> None:
         self.moving_key = moving_key
         self.fixed_key = fixed_key
+        self.initial_ddf_key = initial_ddf_key
 
     def __call__(
         self,
@@ -34,8 +39,8 @@ class PreparePairBatch(PrepareBatch):
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor], dict[str, Any]]:
-        """Return ``(moving, target, (fixed,), {})``."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...], dict[str, Any]]:
+        """Return ``(moving, target, (fixed,), {})`` or ``(moving, target, (fixed, initial_ddf), {})``."""
 
         def plain(key: str) -> torch.Tensor:
             image = batchdata[key]
@@ -43,7 +48,8 @@ class PreparePairBatch(PrepareBatch):
             return image.to(device=device, non_blocking=non_blocking, **kwargs)
 
         moving, fixed = plain(self.moving_key), plain(self.fixed_key)
-        return moving, {"moving": moving, "fixed": fixed}, (fixed,), {}
+        start = (plain(self.initial_ddf_key),) if self.initial_ddf_key in batchdata else ()
+        return moving, {"moving": moving, "fixed": fixed}, (fixed, *start), {}
 
 
 class PreparePooledPairBatch(PreparePairBatch):
@@ -67,9 +73,9 @@ class PreparePooledPairBatch(PreparePairBatch):
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return ``(moving, target, (fixed, initial_ddf), {})``."""
-        moving, target, (fixed,), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
+        moving, target, (fixed, *_), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
         absent = [key for key in ("slot", "ticket") if key not in batchdata]
         if absent:
             raise KeyError(f"a pooled batch needs {absent}: use PooledPairDataset with a PooledPairSampler.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
+from .load_ddf import LoadDDFD, LoadDDFd, LoadDDFDict, load_ddf
 from .load_pair import load_pair_transforms
 from .load_subject import (
     CheckedCompose,
@@ -29,6 +30,9 @@ __all__ = [
     "FixedPointSolverD",
     "FixedPointSolverDict",
     "FixedPointSolverd",
+    "LoadDDFD",
+    "LoadDDFDict",
+    "LoadDDFd",
     "LoadRegistrationImaged",
     "ResampleDDF",
     "ResampleDDFD",
@@ -41,6 +45,7 @@ __all__ = [
     "WarpByDDFD",
     "WarpByDDFDict",
     "WarpByDDFd",
+    "load_ddf",
     "load_pair_transforms",
     "load_subject_transforms",
     "save_nifti",

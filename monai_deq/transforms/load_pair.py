@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from monai.transforms import CopyItemsd
 
+from monai_deq.transforms.load_ddf import LoadDDFd
 from monai_deq.transforms.load_subject import (
     CheckedCompose,
     CheckLabeld,
@@ -17,13 +18,15 @@ from monai_deq.transforms.load_subject import (
     ScaleToUnitRanged,
     resize_transforms,
 )
+from monai_deq.transforms.resample_ddf import ResampleDDFd
 
 __all__ = ["load_pair_transforms"]
 
 
 def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None = None) -> CheckedCompose:
     """
-    Transforms from ``{"fixed": file, "moving": file, "moving_label": file or absent}`` to checked channel-first images.
+    Transforms from ``{"fixed": file, "moving": file}``, perhaps with ``"moving_label"`` and ``"initial_ddf"``, to
+    checked channel-first images, and the field to start from on the network's grid.
 
     ``"fixed_scan"`` and ``"moving_scan"`` are the scans with their own intensities and size, to be used when the field
     is applied; ``"fixed"`` and ``"moving"`` are scaled to [0, 1] where needed and resized to ``spatial_size`` for the
@@ -47,7 +50,9 @@ def load_pair_transforms(spatial_dims: int, spatial_size: Sequence[int] | None =
         CheckLabeld(label, ("moving",), allow_missing_keys=True),
         CheckSameGridd(images),
         CopyItemsd(images, names=["fixed_scan", "moving_scan"]),
+        LoadDDFd("initial_ddf", "fixed_scan", spatial_dims, allow_missing_keys=True),
         ScaleToUnitRanged(images),
         *resize_transforms(spatial_dims, spatial_size, images),
+        ResampleDDFd("fixed", "initial_ddf", allow_missing_keys=True),
     ]
     return CheckedCompose(transforms, log_stats=False)

@@ -63,12 +63,13 @@ class ResampleDDFd(MapTransform):
     Args:
         reference_key: image ``(C, *spatial)`` on the grid wanted; a MetaTensor gives the field its affine.
         ddf_key: the field. Defaults to ``"ddf"``.
+        allow_missing_keys: leave an item without a field as it is. Defaults to ``False``.
     """
 
     backend = ResampleDDF.backend
 
-    def __init__(self, reference_key: str, ddf_key: str = "ddf") -> None:
-        super().__init__((ddf_key, reference_key))
+    def __init__(self, reference_key: str, ddf_key: str = "ddf", allow_missing_keys: bool = False) -> None:
+        super().__init__((ddf_key, reference_key), allow_missing_keys)
         self.reference_key = reference_key
         self.ddf_key = ddf_key
         self.resample = ResampleDDF()
@@ -76,6 +77,8 @@ class ResampleDDFd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Resample the field of the item."""
         d = dict(data)
+        if self.allow_missing_keys and self.ddf_key not in d:
+            return d
         for key in (self.ddf_key, self.reference_key):
             if key not in d:
                 raise KeyError(f"ResampleDDFd needs the key {key!r}, the item has {sorted(map(str, d))}.")

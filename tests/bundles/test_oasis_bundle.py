@@ -160,7 +160,19 @@ def test_inference_of_two_scans(trained: tuple[int, Path], cohort: Path, tmp_pat
     expected = map_coordinates(moving_array, coordinates, order=1, mode="nearest")
     assert np.abs(np.squeeze(np.asarray(warped.dataobj)) - expected).max() < 1e-4
     record = json.loads((tmp_path / "out" / f"{name}record.json").read_text())
-    assert record["steps"] <= 3 and record["reason"] in ("tolerance", "step limit")
+    assert record["steps"] == 3 and (record["reason"], record["verdict"]) == ("step limit", "step limit")
+    # three steps and one from there are four
+    start = tmp_path / "out" / f"{name}ddf.nii.gz"
+    warm = {**arguments, "initial_ddf": start, "solver_steps": 1, "output_dir": tmp_path / "warm"}
+    succeed("inference", "inference", spatial_dims, tmp_path, **warm)
+    examined = {**arguments, "solver_steps": 4, "output_dir": tmp_path / "four"}
+    settings = "{'spectral_iterations': 3, 'random_starts': 1}"
+    succeed("inference", "inference", spatial_dims, tmp_path, **examined, certificate=settings)
+    fields = [np.asarray(nib.load(tmp_path / d / f"{name}ddf.nii.gz").dataobj) for d in ("warm", "four", "out")]
+    np.testing.assert_allclose(fields[0], fields[1], atol=1e-5)
+    assert np.abs(fields[0] - fields[2]).max() > 1e-3
+    record = json.loads((tmp_path / "four" / f"{name}record.json").read_text())
+    assert record["spectral_radius"] > 0 and record["start_distance"] > 0
 
 
 def test_inference_over_a_list(trained: tuple[int, Path], cohort: Path, tmp_path: Path) -> None:

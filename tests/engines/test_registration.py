@@ -15,8 +15,9 @@ from monai.engines.utils import IterationEvents
 from monai.handlers import from_engine
 from monai.transforms import Compose, Lambdad
 
-from monai_deq.engines import PreparePairBatch, RegistrationEvaluator
-from monai_deq.handlers import FoldedVoxels, LabelDice, LabelHausdorff
+from monai_deq.data import StatePool
+from monai_deq.engines import PreparePairBatch, PreparePooledPairBatch, RegistrationEvaluator
+from monai_deq.handlers import FoldedVoxels, LabelDice, LabelHausdorff, StatePoolUpdater
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.losses import RegistrationLoss, StatesLoss
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
@@ -215,6 +216,48 @@ def test_prepare_batch() -> None:
     swapped, _, (other,), _ = PreparePairBatch("fixed", "moving")(batch)
     torch.testing.assert_close(swapped, batch["fixed"].as_tensor())
     torch.testing.assert_close(other, batch["moving"].as_tensor())
+    start = torch.randn(2, 3, *moving.shape[2:])
+    _, _, (_, ddf), _ = PreparePairBatch()({**batch, "initial_ddf": MetaTensor(start)}, dtype=torch.float64)
+    assert type(ddf) is torch.Tensor and torch.equal(ddf, start.double())
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_training_with_a_pool_goes_on_from_where_pairs_stand(ndim: int) -> None:
+    images = [{key: item[key] for key in ("moving", "fixed")} for item in make_items(ndim)]
+    items = [{**item, "slot": i, "ticket": i} for i, item in enumerate(images)]
+    pool = StatePool(len(items))
+    starts = []
+
+    class Shift(torch.nn.Module):
+        """Moves each field by a trainable amount."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.amount = torch.nn.Parameter(torch.tensor(0.25))
+
+        def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+            return self.amount + torch.zeros_like(ddf)
+
+    network = DEQRegistrationNet(Shift(), max_steps=2, num_states=0, phantom_steps=1)
+    network.register_forward_pre_hook(lambda _, args: starts.append(args[2].mean().item()))
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=2,
+        train_data_loader=DataLoader(Dataset(items), batch_size=len(items)),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=StatesLoss(RegistrationLoss(ndim)),
+        prepare_batch=PreparePooledPairBatch(pool),
+        decollate=False,
+    )
+    StatePoolUpdater(pool).attach(trainer)
+    trainer.run()
+    # two steps and a phantom step in each iteration
+    np.testing.assert_allclose(starts, [0.0, 0.75], atol=1e-6)
+    kept = pool.get(range(len(items)), range(len(items)), torch.zeros(len(items), 1, *items[0]["fixed"].shape[1:]))
+    np.testing.assert_allclose(kept, 1.5, atol=1e-6)
+    with pytest.raises(KeyError, match="a pooled batch needs"):
+        PreparePooledPairBatch(pool)(next(iter(DataLoader(Dataset(make_items(ndim)), batch_size=1))))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
