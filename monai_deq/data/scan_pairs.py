@@ -98,7 +98,8 @@ def listed_pairs(path: str | Path) -> list[dict[str, Any]]:
         if not all(isinstance(name, (str, *([] if i < 2 else [type(None)]))) for i, name in enumerate(names)):
             raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
         files = [None if name is None else path.parent / Path(name).expanduser() for name in names]
-        items.append(_pair(*files, where))  # type: ignore[arg-type]
+        fixed, moving, moving_label, initial_ddf = files
+        items.append(_pair(fixed, moving, moving_label, initial_ddf, where))  # type: ignore[arg-type]
     _check_names(items, str(path))
     return items
 

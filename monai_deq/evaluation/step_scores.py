@@ -113,8 +113,7 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                             float(residual),
                             float(relative),
                         ]
-                    names = (str(batch[key][0]) for key in ("fixed_subject", "moving_subject"))
-                    yield StepScore(*names, step, *values)
+                    yield StepScore(str(batch["fixed_subject"][0]), str(batch["moving_subject"][0]), step, *values)
                 if not alive:
                     break
                 state = g(state)
