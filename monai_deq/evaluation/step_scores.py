@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from monai.losses import LocalNormalizedCrossCorrelationLoss
+from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation.method_evaluation import BundleMethod
@@ -34,6 +34,8 @@ class StepScore(NamedTuple):
         dice: mean over the labels.
         folded_percent: folded voxels in percent.
         similarity: mean local cross-correlation (window 5) of the warped and the fixed image, higher is better.
+        smoothness: MONAI's diffusion loss of the displacement; the training's loss is
+            ``-similarity + smoothness_weight * smoothness``.
         residual: RMS over voxels of what the next step would change, in voxels.
         relative_residual: the same over the displacement after that step.
     """
@@ -44,6 +46,7 @@ class StepScore(NamedTuple):
     dice: float
     folded_percent: float
     similarity: float
+    smoothness: float
     residual: float
     relative_residual: float
 
@@ -101,7 +104,7 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                 # a first step that is not finite is not taken by the solver
                 alive = int(record.steps[0]) == 1 and bool(torch.isfinite(ddf).all())
                 if step in marks or not alive:
-                    values = [math.nan] * 5
+                    values = [math.nan] * 6
                     if alive:
                         residual, relative = residual_at(g, state, fixed.ndim - 2)
                         warped_label = warp_by_ddf(moving_label.to(device), ddf, mode="nearest")
@@ -110,6 +113,7 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                             float(dice.nanmean()),
                             float(compute_folded_voxels(ddf)),
                             -float(similarity(warp_by_ddf(moving, ddf).float(), fixed.float())),
+                            float(DiffusionLoss()(ddf)),
                             float(residual),
                             float(relative),
                         ]

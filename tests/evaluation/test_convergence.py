@@ -73,7 +73,7 @@ def test_scores_are_those_of_an_evaluation_that_stops_there(
             assert score.folded_percent == pytest.approx(pair["folded_percent"], abs=1e-6)
     by_step = {s.step: s for s in scores[:3]}
     assert by_step[1].residual > 0 and by_step[1].dice != by_step[4].dice
-    assert -1 <= by_step[1].similarity <= 1
+    assert -1 <= by_step[1].similarity <= 1 and 0 < by_step[1].smoothness < by_step[4].smoothness
 
 
 def test_steps_that_are_scored() -> None:
@@ -89,12 +89,12 @@ def test_steps_that_are_scored() -> None:
 def toy_scores() -> list[StepScore]:
     nan = math.nan
     return [
-        StepScore("a", "b", 1, 0.5, 0.0, 0.1, 1.0, 0.5),
-        StepScore("a", "b", 2, 0.75, 1.0, 0.2, 0.5, 0.25),
-        StepScore("a", "b", 4, 0.625, 2.0, 0.3, 0.25, 0.125),
-        StepScore("b", "a", 1, 0.25, 0.5, 0.3, 3.0, 0.5),
-        StepScore("b", "a", 2, 0.5, 0.5, 0.4, 1.5, 0.25),
-        StepScore("b", "a", 3, nan, nan, nan, nan, nan),
+        StepScore("a", "b", 1, 0.5, 0.0, 0.1, 0.0, 1.0, 0.5),
+        StepScore("a", "b", 2, 0.75, 1.0, 0.2, 0.0, 0.5, 0.25),
+        StepScore("a", "b", 4, 0.625, 2.0, 0.3, 0.0, 0.25, 0.125),
+        StepScore("b", "a", 1, 0.25, 0.5, 0.3, 0.0, 3.0, 0.5),
+        StepScore("b", "a", 2, 0.5, 0.5, 0.4, 0.0, 1.5, 0.25),
+        StepScore("b", "a", 3, nan, nan, nan, nan, nan, nan),
     ]
 
 
