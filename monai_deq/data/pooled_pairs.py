@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,8 @@ class PooledPairDataset(PairDataset):
 
     def __getitem__(self, index: PooledPair) -> Any:  # type: ignore[override]
         """The pair at an index."""
+        if not isinstance(index, Sequence) or len(index) != 4:
+            raise TypeError(f"PooledPairDataset takes the indices of a PooledPairSampler, got {index!r}.")
         item = super().__getitem__((index[0], index[1]))
         item["slot"], item["ticket"] = int(index[2]), int(index[3])
         return item
@@ -47,8 +49,8 @@ class PooledPairDataset(PairDataset):
 class PooledPairSampler(Sampler):
     """
     Ordered pairs of two different subjects that stay in a number of slots. Each draw takes a slot by chance; with the
-    probability ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair so
-    stays for ``1 / renewal`` draws in the mean, whatever the number of slots.
+    probability ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair is
+    so trained on ``1 / renewal`` times in the mean, whatever the number of slots.
 
     The draws depend on the seed, the epoch and the rank alone, and not on workers or the global random state; those of
     the epochs before are repeated within, so that a resumed training goes on with the same pairs. Each process has
@@ -108,8 +110,10 @@ class PooledPairSampler(Sampler):
     def __iter__(self) -> Iterator[PooledPair]:
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.rank) % 2**63)
         held: dict[int, PooledPair] = {}
+        drawn: list[PooledPair] = []
         ticket = 0
-        for epoch in range(1, self.epoch + 1):
+        for _ in range(self.epoch):
+            drawn = []
             slots = torch.randint(self.slots, (self.draws,), generator=generator).tolist()
             fresh = (torch.rand(self.draws, generator=generator) < self.renewal).tolist()
             fixed = torch.randint(self.num_subjects, (self.draws,), generator=generator).tolist()
@@ -118,5 +122,25 @@ class PooledPairSampler(Sampler):
                 if fresh[i] or slot not in held:
                     held[slot] = PooledPair(fixed[i], (fixed[i] + step[i]) % self.num_subjects, slot, ticket)
                     ticket += 1
-                if epoch == self.epoch:
-                    yield held[slot]
+                drawn.append(held[slot])
+        return iter(drawn)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws depend on; the states of a pool mean nothing with other draws."""
+        names = ("num_subjects", "slots", "renewal", "seed", "draws")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Make sure that a resumed training goes on with the draws that it began with.
+
+        Args:
+            state: what :py:meth:`state_dict` returned.
+
+        Raises:
+            ValueError: When they are others.
+        """
+        changed = {name: (state.get(name), own) for name, own in self.state_dict().items() if state.get(name) != own}
+        if changed:
+            words = ", ".join(f"{name} {was} (now {now})" for name, (was, now) in changed.items())
+            raise ValueError(f"the pool was trained with {words}: resume with the same, or start over.")

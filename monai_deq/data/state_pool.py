@@ -60,7 +60,11 @@ class StatePool:
         with tempfile.TemporaryFile(dir=self.folder) as file:
             return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=whole))
 
-    def _check(self, slots: Sequence[int], tickets: Sequence[int]) -> list[tuple[int, int]]:
+    def _check(self, slots: Sequence[int], tickets: Sequence[int], batch: int) -> list[tuple[int, int]]:
+        if not len(slots) == len(tickets) == batch:
+            raise ValueError(
+                f"a batch of {batch} needs as many slots and tickets, got {len(slots)} and {len(tickets)}."
+            )
         pairs = [(int(s), int(t)) for s, t in zip(slots, tickets, strict=True)]
         for slot, ticket in pairs:
             if not 0 <= slot < self.slots or ticket < 0:
@@ -83,7 +87,7 @@ class StatePool:
             ValueError: When a number is out of its range, or the images have another size than those before.
         """
         ddf = torch.zeros((len(like), like.ndim - 2, *like.shape[2:]))
-        for i, (slot, ticket) in enumerate(self._check(slots, tickets)):
+        for i, (slot, ticket) in enumerate(self._check(slots, tickets, len(like))):
             if self._states is not None and self.tickets[slot] == ticket:
                 self._check_shape(ddf)
                 ddf[i] = self._states[slot]
@@ -91,7 +95,8 @@ class StatePool:
 
     def put(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> None:
         """
-        Keep where a batch of pairs stands. One that is not finite is let go: its pair starts anew when it is next met.
+        Keep where a batch of pairs stands. One that is lost, not finite or with a displacement longer than the image,
+        is let go: its pair starts anew when it is next met.
 
         Args:
             slots: slot of each pair.
@@ -101,14 +106,16 @@ class StatePool:
         Raises:
             ValueError: When a number is out of its range, or the fields have another size than those before.
         """
+        visits = self._check(slots, tickets, len(ddf))
         ddf = ddf.detach().to(device="cpu", dtype=torch.float32)
         if self._states is None:
             self._states = self._allocate(ddf.shape[1:])
         self._check_shape(ddf)
-        for state, (slot, ticket) in zip(ddf, self._check(slots, tickets), strict=True):
+        for state, (slot, ticket) in zip(ddf, visits, strict=True):
             if ticket < self.tickets[slot]:
                 continue
-            if bool(torch.isfinite(state).all()):
+            # NaN compares false
+            if float(state.abs().max()) <= max(state.shape[1:]):
                 self._states[slot], self.tickets[slot] = state, ticket
             else:
                 self.tickets[slot] = -1

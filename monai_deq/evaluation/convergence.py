@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from monai.utils import optional_import
 
+from monai_deq.evaluation import step_scores
 from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
 from monai_deq.evaluation.step_plots import step_plots
 from monai_deq.evaluation.step_scores import default_steps, read_step_scores, score_steps, write_step_scores
@@ -69,6 +71,8 @@ def converge(
     if not as_flag(overwrite, "overwrite"):
         refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
     overrides["split"] = split
+    # the fingerprint of a method leaves this folder's code out
+    scoring = hashlib.sha256(Path(step_scores.__file__).read_bytes()).hexdigest()[:6]
     curves: dict[str, dict[str, StepCurve]] = {}
     trained_steps: dict[str, int] = {}
     failures: dict[str, str] = {}
@@ -76,10 +80,11 @@ def converge(
         method = BundleMethod(name, Path(bundle_dir), results_dir / name, overlays, overrides)
         try:
             title = method.title
-            # every setting that the steps were trained with is in the checkpoint's record
-            trained = int(method.trained_with().get("val_steps", 0))
+            method.check_trained()
+            settings = method.trained_with()
+            trained = int(settings.get("max_steps", settings.get("val_steps", 0)))
             marks = sorted({*steps, *([trained] if 0 < trained <= max_steps else [])})
-            path = method.root / "convergence" / method.fingerprint("evaluate") / f"steps_{max_steps}.csv"
+            path = method.root / "convergence" / method.fingerprint("evaluate") / f"steps_{max_steps}_{scoring}.csv"
             if path.is_file():
                 logger.info(f"{title}: already scored, read from {path}")
             else:

@@ -116,6 +116,22 @@ class BundleMethod:
         """Settings of the method's training."""
         return trained_with(self.checkpoint)
 
+    def check_trained(self) -> None:
+        """
+        Make sure that the checkpoint is there, and this method's.
+
+        Raises:
+            FileNotFoundError: When there is none.
+            ValueError: When it was trained as another method.
+        """
+        if self.checkpoint is None:
+            return
+        if not self.checkpoint.is_file():
+            raise FileNotFoundError(f"no checkpoint at {self.checkpoint}: train first, with --bundle_root {self.root}")
+        trained_as = self.trained_with().get("method", self.title)
+        if trained_as != self.title:
+            raise ValueError(f"{self.checkpoint} was trained as {trained_as!r}, without the overlay {self.name!r}")
+
     def fingerprint(self, config: str, **overrides: Any) -> str:
         """
         Twelve digits that change with the weights, the settings of their training, the configuration and the code of
@@ -153,12 +169,7 @@ def evaluate_method(method: BundleMethod, ranked: bool = True, **overrides: Any)
     title = method.name
     try:
         title = method.title
-        checkpoint = method.checkpoint
-        if checkpoint is not None and not checkpoint.is_file():
-            raise FileNotFoundError(f"no checkpoint at {checkpoint}: train first, with --bundle_root {method.root}")
-        trained_as = method.trained_with().get("method", title)
-        if trained_as != title:
-            raise ValueError(f"{checkpoint} was trained as {trained_as!r}, without the overlay {method.name!r}")
+        method.check_trained()
         output_dir = method.root / "comparison" / method.fingerprint("evaluate", **overrides)
         summary_path, pairs_path = (output_dir / f"evaluation_{n}" for n in ("summary.json", "pairs.csv"))
         if summary_path.is_file() and pairs_path.is_file():

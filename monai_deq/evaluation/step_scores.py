@@ -88,6 +88,8 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
         raise TypeError(f"{method.title} is not iterated: there is no map whose steps could be scored.")
     load_weights(network, method.checkpoint)
     marks = set(steps)
+    if config.get_parsed_content("batch_size") != 1 or config.get_parsed_content("amp"):
+        raise ValueError("steps are scored with batch_size 1 and amp false.")
     for batch in config.get_parsed_content("dataloader"):
         moving, _, (fixed,), _ = PreparePairBatch()(batch, device)
         moving_label, fixed_label = (

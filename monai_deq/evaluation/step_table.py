@@ -69,7 +69,7 @@ def step_curves(scores: Sequence[StepScore]) -> dict[str, StepCurve]:
     if not scores:
         raise ValueError("scores: expected those of at least one pair, got none.")
     pairs = list(dict.fromkeys((s.fixed, s.moving) for s in scores))
-    steps = sorted({s.step for s in scores if math.isfinite(s.residual)} or {s.step for s in scores})
+    steps = sorted({s.step for s in scores if math.isfinite(s.dice)} or {s.step for s in scores})
     out = {}
     for name in StepScore._fields[3:]:
         values = np.full((len(pairs), len(steps)), np.nan)

@@ -11,11 +11,10 @@ import torch.nn as nn
 from monai.inferers import Inferer
 
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import certified_solve
+from monai_deq.solvers import certified_solve, check_certificate
 
 __all__ = ["FixedPointInferer"]
 
-_CERTIFICATE = ("tolerance", "spectral_iterations", "random_starts", "start_rms", "start_smoothness", "seed")
 _SETTINGS = ("solver", "max_steps", "tolerance", "relative_tolerance", "solver_options")
 
 
@@ -40,10 +39,7 @@ class FixedPointInferer(Inferer):
         if unknown:
             raise TypeError(f"FixedPointInferer takes {', '.join(_SETTINGS)}, got {', '.join(unknown)}.")
         self.settings = {k: v for k, v in settings.items() if v is not None}
-        unknown = sorted(set(certificate or {}) - set(_CERTIFICATE))
-        if unknown:
-            raise TypeError(f"certificate takes {', '.join(_CERTIFICATE)}, got {', '.join(unknown)}.")
-        self.certificate = None if certificate is None else dict(certificate)
+        self.certificate = check_certificate(certificate)
 
     def __call__(  # type: ignore[override]
         self,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .certificate import Certificate, Verdict, certified_solve, certify, residual_at, verdict
+from .certificate import Certificate, Verdict, certified_solve, certify, check_certificate, residual_at, verdict
 from .fixed_point import SOLVERS, anderson_solver, plain_solver, torchdeq_name
 from .random_start import random_smooth_ddf
 from .record import SolverRecord, StopReason
@@ -20,6 +20,7 @@ __all__ = [
     "build_deq",
     "certified_solve",
     "certify",
+    "check_certificate",
     "check_solver_options",
     "plain_solver",
     "random_smooth_ddf",

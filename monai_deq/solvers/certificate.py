@@ -14,7 +14,15 @@ from monai_deq.solvers.random_start import random_smooth_ddf
 from monai_deq.solvers.record import SolverRecord
 from monai_deq.solvers.spectral_radius import spectral_radius
 
-__all__ = ["Certificate", "Verdict", "certified_solve", "certify", "residual_at", "verdict"]
+__all__ = [
+    "Certificate",
+    "Verdict",
+    "certified_solve",
+    "certify",
+    "check_certificate",
+    "residual_at",
+    "verdict",
+]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -87,11 +95,11 @@ def residual_at(func: Map, state: torch.Tensor, ddf_channels: int | None = None)
     return norm * max(fx[0, 0].numel(), 1) ** -0.5, torch.where(norm == 0, norm, norm / _per_item_norm(gx))
 
 
-def verdict(residuals: Sequence[float], residual: float, tolerance: float) -> str:
+def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
     """
     What became of an iteration, from its residuals.
 
-    - ``"converged"``: the residual at the solution is at most the tolerance.
+    - ``"converged"``: the solution is at rest.
     - ``"diverging"``: a residual is not finite, or the residuals of the last quarter of the steps are more than 1.5
       times those of the quarter before (medians).
     - ``"cycling"``: they do not fall, to less than 0.95 times: a cycle, or a drift that does not slow down.
@@ -100,9 +108,9 @@ def verdict(residuals: Sequence[float], residual: float, tolerance: float) -> st
     Args:
         residuals: residual of each step, in voxels.
         residual: residual at the solution, in voxels.
-        tolerance: in voxels.
+        at_rest: whether it meets a tolerance.
     """
-    if residual <= tolerance:
+    if at_rest:
         return Verdict.CONVERGED
     trace = torch.tensor([*residuals, residual], dtype=torch.float64)
     if not bool(torch.isfinite(trace).all()):
@@ -114,6 +122,43 @@ def verdict(residuals: Sequence[float], residual: float, tolerance: float) -> st
     if last > _GROWING * before:
         return Verdict.DIVERGING
     return Verdict.CYCLING if last > _FALLING * before else Verdict.STEP_LIMIT
+
+
+def _hidden_map(func: Map, state: torch.Tensor, ndim: int) -> Map:
+    """What a step makes of the hidden part of a state, the displacement being that of the state."""
+    return lambda hidden: func(torch.cat([state[:, :ndim], hidden], dim=1))[:, ndim:]
+
+
+def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """
+    Check what is to be examined of a solution.
+
+    Args:
+        certificate: arguments of :py:func:`certify`, or ``None``.
+
+    Returns:
+        A copy.
+
+    Raises:
+        TypeError: When there is no such argument.
+        ValueError: When a number is out of its range.
+    """
+    if certificate is None:
+        return None
+    lowest = {
+        "tolerance": 0.0,
+        "spectral_iterations": 0,
+        "random_starts": 0,
+        "start_rms": 0.0,
+        "start_smoothness": 1e-6,
+        "seed": 0,
+    }
+    for name, value in certificate.items():
+        if name not in lowest:
+            raise TypeError(f"certificate takes {', '.join(lowest)}, got {name}.")
+        if not value >= lowest[name] or (name == "spectral_iterations" and value == 1):
+            raise ValueError(f"certificate: {name} is out of its range, got {value}.")
+    return dict(certificate)
 
 
 class _Iterates(Protocol):
@@ -138,7 +183,8 @@ def certify(
     start_rms: float = 3.0,
     start_smoothness: float = 8.0,
     seed: int = 0,
-    **settings: Any,
+    relative_tolerance: float = 0.0,
+    solve_settings: Mapping[str, Any] | None = None,
 ) -> list[Certificate]:
     """
     Examine the solutions of a batch of pairs.
@@ -152,13 +198,15 @@ def certify(
         fixed: ``(B, 1, *spatial)``.
         state: what ``network.solve_state`` returned for them, ``(B, ndim + hidden_channels, *spatial)``.
         record: the record of that solve.
-        tolerance: RMS residual in voxels below which a pair has converged.
+        tolerance: RMS residual in voxels at which a pair has converged; a hidden state must be at rest to the same
+            tolerance, in its own units.
         spectral_iterations: iterations of :py:func:`spectral_radius`. Defaults to 0: not computed.
         random_starts: number of random smooth displacements from which the pairs are solved anew. Defaults to 0.
         start_rms: their RMS length in voxels. Defaults to 3.
         start_smoothness: their smoothness, see :py:func:`random_smooth_ddf`. Defaults to 8.
         seed: of all random numbers. Defaults to 0.
-        settings: settings of the further solves, best those of the first.
+        relative_tolerance: relative residual at which a pair has converged. Defaults to 0 (not used).
+        solve_settings: settings of the further solves, those of the first. Defaults to the network's own.
 
     Returns:
         One certificate a pair.
@@ -176,6 +224,11 @@ def certify(
     ndim, batch = fixed.ndim - 2, len(fixed)
     g = network.fixed_point_map(moving, fixed)
     residuals, relatives = residual_at(g, state, ndim)
+    at_rest = (residuals <= tolerance) | (relatives <= relative_tolerance)
+    if state.shape[1] > ndim:
+        # a hidden state that still moves may move the displacement again
+        hidden, hidden_relative = residual_at(_hidden_map(g, state, ndim), state[:, ndim:])
+        at_rest &= (hidden <= tolerance) | (hidden_relative <= relative_tolerance)
     radii: list[float | None] = [None] * batch
     if spectral_iterations:
         radii = list(spectral_radius(g, state, spectral_iterations, seed).tolist())
@@ -184,14 +237,14 @@ def certify(
         shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
             start = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
-            other, _ = network.solve_state(moving, fixed, start, tolerance=tolerance, **settings)
+            other, _ = network.solve_state(moving, fixed, start, **dict(solve_settings or {}))
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())
         distances = list(largest.tolist())
     return [
         Certificate(
-            verdict=verdict(record.residual[i, : int(record.steps[i])].tolist(), float(residuals[i]), tolerance),
+            verdict=verdict(record.residual[i, : int(record.steps[i])].tolist(), float(residuals[i]), bool(at_rest[i])),
             residual=float(residuals[i]),
             relative_residual=float(relatives[i]),
             steps=int(record.steps[i]),
@@ -232,9 +285,10 @@ def certified_solve(
             ddf, record = network.solve(moving, fixed, initial_ddf, **settings)
             return ddf, record, None
         state, record = network.solve_state(moving, fixed, initial_ddf, **settings)
-        tolerance = settings.get("tolerance", getattr(network, "tolerance", 0.0))
-        examine = {"tolerance": tolerance, **settings, **certificate}
-        certificates = certify(network, moving, fixed, state, record, **examine)
+        own = {k: getattr(network, k, 0.0) for k in ("tolerance", "relative_tolerance")}
+        judged = {**own, **{k: v for k, v in settings.items() if k in own}, **certificate}
+        # the further solves are those of the first, whatever the certificate takes for converged
+        certificates = certify(network, moving, fixed, state, record, **judged, solve_settings=settings)
         ndim = fixed.ndim - 2
         # without the hidden state, which a view would keep in memory
         return state if state.shape[1] == ndim else state[:, :ndim].clone(), record, certificates

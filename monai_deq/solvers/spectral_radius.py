@@ -42,16 +42,21 @@ def spectral_radius(
     """
     if iterations < 2:
         raise ValueError(f"iterations must be at least 2, got {iterations}.")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("the spectral radius needs gradients: examine solutions under no_grad, not inference_mode.")
     with torch.enable_grad():
         x = state.detach().clone().requires_grad_(True)
         y = func(x)
+    if not y.requires_grad:  # a map to a constant
+        return torch.zeros(len(state), dtype=torch.float64, device=state.device)
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(state.shape, generator=generator).to(device=state.device, dtype=y.dtype)
     shape = (-1, *[1] * (state.ndim - 1))
     skipped = iterations // 2
     growth = torch.zeros(state.shape[0], dtype=torch.float64, device=state.device)
     for k in range(iterations + 1):
-        norm = _norm(v)
+        # of RMS 1, whatever the number of voxels: a vector of length 1 would vanish in half precision
+        norm = _norm(v) / max(v[0].numel(), 1) ** 0.5
         if k > skipped:
             growth += norm.log()
         v = v / torch.where(norm > 0, norm, torch.ones_like(norm)).view(shape).to(v.dtype)

@@ -13,7 +13,7 @@ from monai.transforms.transform import MapTransform
 from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import certified_solve
+from monai_deq.solvers import certified_solve, check_certificate
 from monai_deq.transforms.warp import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
@@ -81,7 +81,7 @@ class FixedPointSolver(Transform):
             "solver_options": solver_options,
         }
         self.settings = {k: v for k, v in settings.items() if v is not None}
-        self.certificate = certificate
+        self.certificate = check_certificate(certificate)
         self.device = None if device is None else torch.device(device)
 
     def __call__(  # type: ignore[override]
@@ -125,6 +125,8 @@ class FixedPointSolver(Transform):
         words = record.item(0)
         if certificates is not None:
             words.update(certificates[0].as_dict())
+        elif self.certificate is not None:
+            words["verdict"] = words["reason"]  # a classical method has no map to examine
         return warped, ddf, words
 
 

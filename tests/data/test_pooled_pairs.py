@@ -61,6 +61,23 @@ def test_epochs_go_on_from_one_another_and_are_the_same_again() -> None:
     assert len(replicas[0]) == len(replicas[1]) == 100 and replicas[0] != replicas[1]
 
 
+def test_resuming_with_other_draws_is_refused() -> None:
+    state = PooledPairSampler(7, 200, 5).state_dict()
+    PooledPairSampler(7, 200, 5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"trained with renewal 0.1 \(now 0.2\), seed 0 \(now 3\): resume"):
+        PooledPairSampler(7, 200, 5, renewal=0.2, seed=3).load_state_dict(state)
+    with pytest.raises(TypeError, match="takes the indices of a PooledPairSampler, got 3"):
+        PooledPairDataset(Dataset([{"image": torch.zeros(1, 2, 2)}] * 2))[3]  # type: ignore[index]
+
+
+def test_an_epoch_under_way_is_not_changed() -> None:
+    sampler = PooledPairSampler(7, 20, 5)
+    iterator, expected = iter(sampler), list(sampler)
+    first = next(iterator)
+    sampler.set_epoch(2)
+    assert [first, *iterator] == expected
+
+
 @pytest.mark.parametrize(
     "kwargs, words",
     [

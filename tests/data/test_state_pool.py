@@ -54,6 +54,12 @@ def test_lets_go_of_what_is_not_finite() -> None:
     pool.put([0, 1], [0, 1], good)
     bad[1, 0, 2, 3] = float("nan")
     pool.put([0, 1], [0, 1], bad)
+    # a displacement longer than the image is lost too
+    far = torch.zeros(1, 2, *SIZES[2])
+    far[0, 1, 0, 0] = max(SIZES[2]) + 1
+    other = StatePool(1)
+    other.put([0], [0], far)
+    assert len(other) == 0
     torch.testing.assert_close(pool.get([0, 1], [0, 1], like), torch.stack([bad[0], torch.zeros_like(bad[1])]))
     assert len(pool) == 1
 
@@ -83,6 +89,9 @@ def test_refuses(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="an existing folder"):
         StatePool(2, tmp_path / "absent")
     pool, like = StatePool(2), torch.zeros(1, 1, *SIZES[2])
+    for call in (lambda: pool.get([0], [0], torch.zeros(2, 1, 7, 6)), lambda: pool.put([0, 1], [0, 1], fields(2, 1))):
+        with pytest.raises(ValueError, match="needs as many slots and tickets"):
+            call()
     pool.put([0], [0], fields(2, 1))
     with pytest.raises(ValueError, match="displacements of one size: it has .2, 7, 6., got .3, 5, 4, 6."):
         pool.put([0], [0], fields(3, 1))

@@ -12,7 +12,15 @@ import torch
 
 from monai_deq.networks.blocks import RecurrentUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
-from monai_deq.solvers import certify, random_smooth_ddf, residual_at, spectral_radius, verdict
+from monai_deq.solvers import (
+    certified_solve,
+    certify,
+    check_certificate,
+    random_smooth_ddf,
+    residual_at,
+    spectral_radius,
+    verdict,
+)
 
 SIZES = {2: (7, 6), 3: (5, 4, 6)}
 
@@ -59,6 +67,9 @@ def test_spectral_radius_at_a_state_of_a_nonlinear_map() -> None:
     np.testing.assert_allclose(spectral_radius(torch.cos, x), np.abs(np.sin(x[:, 0, 0])), rtol=1e-9)
     assert spectral_radius(lambda x: 0.0 * x, x).tolist() == [0, 0]
     assert spectral_radius(lambda x: x * torch.tensor([math.nan, 2.0]).view(2, 1, 1), x)[0].isnan()
+    assert spectral_radius(lambda x: torch.ones_like(x), x).tolist() == [0, 0]
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="under no_grad, not inference_mode"):
+        spectral_radius(torch.cos, x)
     with pytest.raises(ValueError, match="iterations must be at least 2"):
         spectral_radius(torch.cos, x, 1)
 
@@ -79,16 +90,16 @@ def test_residual_at(ndim: int) -> None:
 def test_verdicts() -> None:
     steps = np.arange(40)
     falling, cycle = 0.9**steps, 0.1 + 0.02 * np.sin(steps)
-    assert verdict(falling, 1e-3, 1e-3) == "converged"
-    assert verdict(falling, 0.02, 1e-3) == "step limit"
-    assert verdict(0.99**steps, 0.66, 1e-3) == "step limit"
-    assert verdict(cycle, 0.1, 1e-3) == "cycling"
-    assert verdict(np.full(40, 0.3), 0.3, 1e-3) == "cycling"
-    assert verdict(1.1**steps, 50.0, 1e-3) == "diverging"
-    assert verdict([0.1, math.inf], 0.1, 1e-3) == "diverging"
-    assert verdict([0.1, 0.1], math.nan, 1e-3) == "diverging"
-    assert verdict(cycle[:6], 0.1, 1e-3) == "step limit"
-    assert verdict([], 0.1, 1e-3) == "step limit"
+    assert verdict(falling, 1e-3, True) == "converged"
+    assert verdict(falling, 0.02, False) == "step limit"
+    assert verdict(0.99**steps, 0.66, False) == "step limit"
+    assert verdict(cycle, 0.1, False) == "cycling"
+    assert verdict(np.full(40, 0.3), 0.3, False) == "cycling"
+    assert verdict(1.1**steps, 50.0, False) == "diverging"
+    assert verdict([0.1, math.inf], 0.1, False) == "diverging"
+    assert verdict([0.1, 0.1], math.nan, False) == "diverging"
+    assert verdict(cycle[:6], 0.1, False) == "step limit"
+    assert verdict([], 0.1, False) == "step limit"
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -170,6 +181,48 @@ def test_certify_takes_the_hidden_state_and_the_finest_level(ndim: int) -> None:
         assert c.residual == pytest.approx(float(expected), rel=1e-3)
         assert c.spectral_radius is not None and c.spectral_radius > 0
         assert c.start_distance is not None and c.start_distance > 0
+
+
+class Waiting(torch.nn.Module):
+    """Its hidden state counts up; the field rests until the count is at 20, and moves from then on."""
+
+    hidden_channels = 1
+
+    def forward(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (hidden > 20).to(ddf.dtype).expand_as(ddf), hidden + 1
+
+
+def test_a_hidden_state_that_moves_is_not_at_rest() -> None:
+    fixed = torch.zeros((1, 1, 7, 6))
+    network = DEQRegistrationNet(Waiting(), num_states=0, max_steps=12).eval()
+    state, record = network.solve_state(fixed, fixed)
+    (c,) = certify(network, fixed, fixed, state, record, 1e-3)
+    assert not record.converged and c.residual == 0 and c.verdict != "converged"
+
+
+def test_further_solves_and_relative_tolerance_are_those_of_the_solve() -> None:
+    fixed = torch.rand((1, 1, 7, 6), generator=torch.Generator().manual_seed(0))
+    network = DEQRegistrationNet(PullToFixed(0.5), max_steps=60, tolerance=1e-4, num_states=0).eval()
+    loose = {"tolerance": 1.0, "random_starts": 1, "start_smoothness": 1.0}
+    _, _, certificates = certified_solve(network, fixed, fixed, certificate=loose)
+    # a loose word for converged leaves the other solution as exact as the first
+    assert certificates is not None and certificates[0].start_distance < 3e-4  # type: ignore[operator]
+    settings = {"tolerance": 0.0, "relative_tolerance": 1e-2}
+    _, record, certificates = certified_solve(network, fixed, fixed, certificate={}, **settings)
+    assert bool(record.converged) and certificates is not None and certificates[0].verdict == "converged"
+
+
+def test_certificate_settings() -> None:
+    assert check_certificate(None) is None
+    given = {"spectral_iterations": 0, "random_starts": 2}
+    assert check_certificate(given) == given and check_certificate(given) is not given
+    with pytest.raises(TypeError, match="certificate takes tolerance, .* got spectral_iteration"):
+        check_certificate({"spectral_iteration": 40})
+    for name, value in {"spectral_iterations": 1, "random_starts": -1, "tolerance": math.nan, "start_rms": -1}.items():
+        with pytest.raises(ValueError, match=f"certificate: {name} is out of its range"):
+            check_certificate({name: value})
 
 
 def test_certify_refuses() -> None:
