@@ -237,6 +237,7 @@ def test_bad_scans_and_checkpoints_of_inference(trained: tuple[int, Path], cohor
             **arguments,
         )
     assert not (tmp_path / "o").exists()
+    fail("both --fixed and --moving", "run", "inference", spatial_dims, tmp_path, initial_ddf=good, bundle_root=folder)
     # the network of the other number of dimensions
     other = 5 - spatial_dims
     wrong = cohort / "OASIS_OAS1_9001_MR1" / f"{'slice_norm' if other == 2 else 'aligned_norm'}.nii.gz"
