@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Sampler
 
-from monai_deq.data.pairs import PairDataset
+from monai_deq.data.pairs import PairDataset, RandomPairSampler
 
 __all__ = ["PooledPair", "PooledPairDataset", "PooledPairSampler"]
 
@@ -46,7 +45,7 @@ class PooledPairDataset(PairDataset):
         return item
 
 
-class PooledPairSampler(Sampler):
+class PooledPairSampler(RandomPairSampler):
     """
     Ordered pairs of two different subjects that stay in a number of slots. Each draw takes a slot by chance; with the
     probability ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair is
@@ -79,45 +78,31 @@ class PooledPairSampler(Sampler):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        if num_subjects < 2:
-            raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
+        super().__init__(num_subjects, pairs_per_epoch, seed, num_replicas, rank)
         if int(slots) != slots or slots < 1:
             raise ValueError(f"slots must be a whole number of at least 1, got {slots}.")
         if not 0 < renewal <= 1:
             raise ValueError(f"renewal must be in (0, 1], got {renewal}.")
-        if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
-        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
-            raise ValueError(
-                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
-            )
-        self.num_subjects = num_subjects
         self.slots = int(slots)
         self.renewal = renewal
-        self.seed = seed
-        self.draws = pairs_per_epoch // num_replicas
-        self.rank = rank
         self.epoch = 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose draws the next iteration gives; counts from 1, as Ignite does."""
         self.epoch = max(int(epoch), 1)
 
-    def __len__(self) -> int:
-        """Number of draws of this replica in an epoch."""
-        return self.draws
-
-    def __iter__(self) -> Iterator[PooledPair]:
+    def __iter__(self) -> Iterator[PooledPair]:  # type: ignore[override]
+        draws = len(self)
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.rank) % 2**63)
         held: dict[int, PooledPair] = {}
         drawn: list[PooledPair] = []
         ticket = 0
         for _ in range(self.epoch):
             drawn = []
-            slots = torch.randint(self.slots, (self.draws,), generator=generator).tolist()
-            fresh = (torch.rand(self.draws, generator=generator) < self.renewal).tolist()
-            fixed = torch.randint(self.num_subjects, (self.draws,), generator=generator).tolist()
-            step = torch.randint(1, self.num_subjects, (self.draws,), generator=generator).tolist()
+            slots = torch.randint(self.slots, (draws,), generator=generator).tolist()
+            fresh = (torch.rand(draws, generator=generator) < self.renewal).tolist()
+            fixed = torch.randint(self.num_subjects, (draws,), generator=generator).tolist()
+            step = torch.randint(1, self.num_subjects, (draws,), generator=generator).tolist()
             for i, slot in enumerate(slots):
                 if fresh[i] or slot not in held:
                     held[slot] = PooledPair(fixed[i], (fixed[i] + step[i]) % self.num_subjects, slot, ticket)
@@ -127,8 +112,8 @@ class PooledPairSampler(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws depend on; the states of a pool mean nothing with other draws."""
-        names = ("num_subjects", "slots", "renewal", "seed", "draws")
-        return {name: getattr(self, name) for name in names}
+        names = ("num_subjects", "slots", "renewal", "seed")
+        return {**{name: getattr(self, name) for name in names}, "draws": len(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """

@@ -105,10 +105,12 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                 ddf = state[:, : fixed.ndim - 2]
                 # a first step that is not finite is not taken by the solver
                 alive = int(record.steps[0]) == 1 and bool(torch.isfinite(ddf).all())
+                after = g(state)
                 if step in marks or not alive:
                     values = [math.nan] * 6
                     if alive:
-                        residual, relative = residual_at(g, state, fixed.ndim - 2)
+                        # called at once, so the loop's variable is the right one
+                        residual, relative = residual_at(lambda _: after, state, fixed.ndim - 2)  # noqa: B023
                         warped_label = warp_by_ddf(moving_label.to(device), ddf, mode="nearest")
                         dice = compute_label_dice(warped_label, fixed_label.to(device), labels, moving_label.to(device))
                         values = [
@@ -122,7 +124,7 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                     yield StepScore(str(batch["fixed_subject"][0]), str(batch["moving_subject"][0]), step, *values)
                 if not alive:
                     break
-                state = g(state)
+                state = after
 
 
 def write_step_scores(scores: Iterable[StepScore], path: str | Path) -> None:

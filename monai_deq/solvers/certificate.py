@@ -124,11 +124,6 @@ def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
     return Verdict.CYCLING if last > _FALLING * before else Verdict.STEP_LIMIT
 
 
-def _hidden_map(func: Map, state: torch.Tensor, ndim: int) -> Map:
-    """What a step makes of the hidden part of a state, the displacement being that of the state."""
-    return lambda hidden: func(torch.cat([state[:, :ndim], hidden], dim=1))[:, ndim:]
-
-
 def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """
     Check what is to be examined of a solution.
@@ -223,11 +218,13 @@ def certify(
         )
     ndim, batch = fixed.ndim - 2, len(fixed)
     g = network.fixed_point_map(moving, fixed)
-    residuals, relatives = residual_at(g, state, ndim)
+    with torch.no_grad():
+        after = g(state)
+    residuals, relatives = residual_at(lambda _: after, state, ndim)
     at_rest = (residuals <= tolerance) | (relatives <= relative_tolerance)
     if state.shape[1] > ndim:
         # a hidden state that still moves may move the displacement again
-        hidden, hidden_relative = residual_at(_hidden_map(g, state, ndim), state[:, ndim:])
+        hidden, hidden_relative = residual_at(lambda _: after[:, ndim:], state[:, ndim:])
         at_rest &= (hidden <= tolerance) | (hidden_relative <= relative_tolerance)
     radii: list[float | None] = [None] * batch
     if spectral_iterations:
