@@ -184,11 +184,14 @@ class RandomPairSampler(Sampler):
         """Number of pairs that this replica gives in an epoch."""
         return self.pairs_per_epoch // self.num_replicas
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def _draw(self, epoch: int) -> list[tuple[int, int]]:
         # the generator takes one number; a large odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
         fixed = torch.randint(self.num_subjects, (self.pairs_per_epoch,), generator=generator)
         step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
         moving = (fixed + step) % self.num_subjects
         pairs = torch.stack([fixed, moving], dim=1)[self.rank :: self.num_replicas]
-        return iter([(f, m) for f, m in pairs.tolist()])
+        return [(f, m) for f, m in pairs.tolist()]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._draw(self.epoch))

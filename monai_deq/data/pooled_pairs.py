@@ -49,7 +49,8 @@ class PooledPairSampler(RandomPairSampler):
     """
     Ordered pairs of two different subjects that stay in a number of slots. Each draw takes a slot by chance; with the
     probability ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair is
-    so trained on ``1 / renewal`` times in the mean, whatever the number of slots.
+    so trained on ``1 / renewal`` times in the mean, whatever the number of slots. With a renewal of 1 the pairs are
+    those of :py:class:`RandomPairSampler`.
 
     The draws depend on the seed, the epoch and the rank alone, and not on workers or the global random state; those of
     the epochs before are repeated within, so that a resumed training goes on with the same pairs. Each process has
@@ -92,20 +93,20 @@ class PooledPairSampler(RandomPairSampler):
         self.epoch = max(int(epoch), 1)
 
     def __iter__(self) -> Iterator[PooledPair]:  # type: ignore[override]
-        draws = len(self)
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.rank) % 2**63)
         held: dict[int, PooledPair] = {}
         drawn: list[PooledPair] = []
         ticket = 0
-        for _ in range(self.epoch):
+        for epoch in range(1, self.epoch + 1):
+            pairs = self._draw(epoch)
+            # another generator than that of the pairs, so that these are the same with any number of slots
+            key = ((self.seed * 0x9E3779B97F4A7C15 + epoch) * 0x9E3779B97F4A7C15 + self.rank + 1) % 2**63
+            generator = torch.Generator().manual_seed(key)
+            slots = torch.randint(self.slots, (len(pairs),), generator=generator).tolist()
+            renewed = (torch.rand(len(pairs), generator=generator) < self.renewal).tolist()
             drawn = []
-            slots = torch.randint(self.slots, (draws,), generator=generator).tolist()
-            fresh = (torch.rand(draws, generator=generator) < self.renewal).tolist()
-            fixed = torch.randint(self.num_subjects, (draws,), generator=generator).tolist()
-            step = torch.randint(1, self.num_subjects, (draws,), generator=generator).tolist()
-            for i, slot in enumerate(slots):
-                if fresh[i] or slot not in held:
-                    held[slot] = PooledPair(fixed[i], (fixed[i] + step[i]) % self.num_subjects, slot, ticket)
+            for pair, slot, fresh in zip(pairs, slots, renewed, strict=True):
+                if fresh or slot not in held:
+                    held[slot] = PooledPair(*pair, slot, ticket)
                     ticket += 1
                 drawn.append(held[slot])
         return iter(drawn)

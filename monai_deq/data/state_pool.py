@@ -71,6 +71,16 @@ class StatePool:
                 raise ValueError(f"expected slots 0 to {self.slots - 1} and tickets from 0, got {slot} and {ticket}.")
         return pairs
 
+    def holds(self, slot: int, ticket: int) -> bool:
+        """
+        Whether there is a displacement of a pair.
+
+        Args:
+            slot: its slot.
+            ticket: its ticket.
+        """
+        return self._states is not None and self.tickets[slot] == ticket
+
     def get(self, slots: Sequence[int], tickets: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         """
         Where to go on from with a batch of pairs.
@@ -88,7 +98,7 @@ class StatePool:
         """
         ddf = torch.zeros((len(like), like.ndim - 2, *like.shape[2:]))
         for i, (slot, ticket) in enumerate(self._check(slots, tickets, len(like))):
-            if self._states is not None and self.tickets[slot] == ticket:
+            if self._states is not None and self.holds(slot, ticket):
                 self._check_shape(ddf)
                 ddf[i] = self._states[slot]
         return ddf.to(like.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents, PrepareBatch
 
 from monai_deq.data import StatePool
+from monai_deq.solvers import random_smooth_ddf
 
 __all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"]
 
@@ -55,17 +57,49 @@ class PreparePairBatch(PrepareBatch):
 class PreparePooledPairBatch(PreparePairBatch):
     """
     :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
-    ``network(moving, fixed, initial_ddf)``, for a training of :py:class:`monai_deq.networks.nets.DEQRegistrationNet`.
+    ``network(moving, fixed, initial_ddf)``. Where all pairs of the batch are new and start from zero it is called as
+    ``network(moving, fixed)``, so that a network with coarser levels begins at these.
 
     Args:
         pool: where the displacements are kept; :py:class:`monai_deq.handlers.StatePoolUpdater` writes them back.
         moving_key: key of the moving images. Defaults to ``"moving"``.
         fixed_key: key of the fixed images. Defaults to ``"fixed"``.
+        random_share: share of the pairs new to the pool that start from a random smooth displacement, the others from
+            zero. Defaults to 0.
+        random_rms: their largest RMS length in voxels; it is drawn uniformly. Defaults to 3.
+        random_smoothness: their smoothness, see :py:func:`monai_deq.solvers.random_smooth_ddf`. Defaults to 8.
+        random_steps: smallest and largest number of steps of an iteration, drawn uniformly for each batch and given to
+            the network as ``max_steps``. Defaults to ``None``: the network's own.
+
+    Raises:
+        ValueError: When a number is out of its range.
     """
 
-    def __init__(self, pool: StatePool, moving_key: str = "moving", fixed_key: str = "fixed") -> None:
+    def __init__(
+        self,
+        pool: StatePool,
+        moving_key: str = "moving",
+        fixed_key: str = "fixed",
+        random_share: float = 0.0,
+        random_rms: float = 3.0,
+        random_smoothness: float = 8.0,
+        random_steps: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(moving_key, fixed_key)
+        if not 0 <= random_share <= 1:
+            raise ValueError(f"random_share must be in [0, 1], got {random_share}.")
+        if not (random_rms >= 0 and random_smoothness > 0):
+            raise ValueError(
+                "random_rms must not be negative and random_smoothness above 0, got "
+                f"{random_rms} and {random_smoothness}."
+            )
+        if random_steps is not None and not (len(random_steps) == 2 and 1 <= random_steps[0] <= random_steps[1]):
+            raise ValueError(f"random_steps must be the smallest and the largest number of steps, got {random_steps}.")
         self.pool = pool
+        self.random_steps = random_steps
+        self.random_share = random_share
+        self.random_rms = random_rms
+        self.random_smoothness = random_smoothness
 
     def __call__(  # type: ignore[override]
         self,
@@ -74,13 +108,25 @@ class PreparePooledPairBatch(PreparePairBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...], dict[str, Any]]:
-        """Return ``(moving, target, (fixed, initial_ddf), {})``."""
+        """Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings empty or a number of steps."""
         moving, target, (fixed, *_), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
         absent = [key for key in ("slot", "ticket") if key not in batchdata]
         if absent:
             raise KeyError(f"a pooled batch needs {absent}: use PooledPairDataset with a PooledPairSampler.")
-        ddf = self.pool.get(batchdata["slot"].tolist(), batchdata["ticket"].tolist(), fixed)
-        return moving, target, (fixed, ddf), settings
+        slots, tickets = batchdata["slot"].tolist(), batchdata["ticket"].tolist()
+        met = [self.pool.holds(*visit) for visit in zip(slots, tickets, strict=True)]
+        ddf = self.pool.get(slots, tickets, fixed)
+        for i, (ticket, known) in enumerate(zip(tickets, met, strict=True)):
+            # the draws depend on the ticket alone, so that a resumed training makes the same
+            chance, length = torch.rand(2, generator=torch.Generator().manual_seed(ticket)).tolist()
+            if not known and chance < self.random_share:
+                shape = (1, *ddf.shape[1:])
+                ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, ticket)
+                met[i] = True
+        if self.random_steps is not None:
+            low, high = (int(n) for n in self.random_steps)
+            settings = {**settings, "max_steps": int(torch.randint(low, high + 1, (1,)))}
+        return moving, target, (fixed, ddf) if any(met) else (fixed,), settings
 
 
 class RegistrationEvaluator(SupervisedEvaluator):

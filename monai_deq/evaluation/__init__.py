@@ -11,7 +11,7 @@ from .memory import TrainingMemory, live_tensors, saved_for_backward, training_m
 from .method_costs import measure_costs
 from .method_evaluation import BundleMethod, evaluate_method
 from .method_results import METRIC_COLUMNS, MethodResult, MetricColumn, read_pair_results
-from .statistics import holm_correction, mean_std, paired_wilcoxon
+from .statistics import holm_correction, paired_wilcoxon
 from .step_plots import step_plots
 from .step_scores import StepScore, score_steps
 from .step_table import StepCurve, step_curves, step_table
@@ -36,7 +36,6 @@ __all__ = [
     "evaluate_method",
     "holm_correction",
     "live_tensors",
-    "mean_std",
     "measure_costs",
     "paired_wilcoxon",
     "read_pair_results",

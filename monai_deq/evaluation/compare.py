@@ -25,8 +25,8 @@ from monai_deq.utils import as_flag, refuse_existing, replace_file
 
 __all__ = ["METHODS", "METRICS", "compare"]
 
-#: the systems of the paper, in the order of its tables
-METHODS = ("affine", "elastix", "voxelmorph", "unrolling", "gradirn", "riir", "deqreg12", "deqreg")
+#: the systems of the paper, in the order of its tables, and the bundle's own
+METHODS = ("affine", "elastix", "voxelmorph", "unrolling", "gradirn", "riir", "deqreg12", "deqreg", "deqreg_pool")
 #: metrics of the table
 METRICS = ("dice", "hd", "hd95", "folded_percent", "std_log_jacobian", "sdlogj_learn2reg", "ndv_percent")
 
@@ -58,7 +58,7 @@ def compare(
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
         methods: names of overlays in the bundle's ``methods`` folder, in the order of the rows. Defaults to the
-            systems of the paper.
+            systems of the paper and the bundle's own.
         overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
         reference: the method that the others are tested against. Defaults to ``"deqreg"``.
         unranked: methods that cannot be best. Defaults to ``("affine",)``: a zero displacement has no folds.

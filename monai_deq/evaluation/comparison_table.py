@@ -21,8 +21,8 @@ from monai_deq.evaluation.method_results import (
     metric_columns,
     read_pair_results,
 )
-from monai_deq.evaluation.statistics import MeanStd, PairedTest, holm_correction, mean_std, paired_wilcoxon
-from monai_deq.utils import as_flag, refuse_existing, replace_file
+from monai_deq.evaluation.statistics import PairedTest, holm_correction, paired_wilcoxon
+from monai_deq.utils import MeanStd, as_flag, mean_std, refuse_existing, replace_file
 
 __all__ = ["METRIC_COLUMNS", "ComparisonTable", "MethodResult", "MetricColumn", "read_pair_results"]
 

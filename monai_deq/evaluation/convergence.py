@@ -20,8 +20,8 @@ from monai_deq.utils import as_flag, refuse_existing, replace_file
 
 __all__ = ["ITERATED_METHODS", "converge"]
 
-#: the systems of the paper that are iterated, in the order of its tables
-ITERATED_METHODS = ("unrolling", "gradirn", "riir", "deqreg12", "deqreg")
+#: the systems that are iterated: those of the paper in the order of its tables, and the bundle's own
+ITERATED_METHODS = ("unrolling", "gradirn", "riir", "deqreg12", "deqreg", "deqreg_pool")
 
 
 def converge(
@@ -31,6 +31,7 @@ def converge(
     overlays: Sequence[str | Path] = (),
     max_steps: int = 96,
     split: str = "validation",
+    random_start_rms: float = 3.0,
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     **overrides: Any,
@@ -46,10 +47,12 @@ def converge(
     Args:
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
-        methods: names of overlays in the bundle's ``methods`` folder. Defaults to the iterated systems of the paper.
+        methods: names of overlays in the bundle's ``methods`` folder. Defaults to all that are iterated.
         overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
         max_steps: number of steps, of networks with levels on the finest. Defaults to 96 (paper, Fig. 3).
         split: part of the data set. Defaults to ``"validation"`` (paper, Table 2).
+        random_start_rms: RMS length in voxels of the random smooth displacement from which each pair is iterated a
+            second time, see :py:func:`score_steps`; 0 saves that half of the time. Defaults to 3.
         output_dir: folder of table and figure. Defaults to ``results_dir``.
         overwrite: replace existing ones. Defaults to ``False``.
         overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
@@ -76,24 +79,29 @@ def converge(
     curves: dict[str, dict[str, StepCurve]] = {}
     trained_steps: dict[str, int] = {}
     failures: dict[str, str] = {}
-    for name in methods:
-        method = BundleMethod(name, Path(bundle_dir), results_dir / name, overlays, overrides)
+    for overlay in methods:
+        method = BundleMethod(overlay, Path(bundle_dir), results_dir / overlay, overlays, overrides)
         try:
             title = method.title
             method.check_trained()
             settings = method.trained_with()
             trained = int(settings.get("max_steps", settings.get("val_steps", 0)))
             marks = sorted({*steps, *([trained] if 0 < trained <= max_steps else [])})
-            path = method.root / "convergence" / method.fingerprint("evaluate") / f"steps_{max_steps}_{scoring}.csv"
+            path = (
+                method.root
+                / "convergence"
+                / method.fingerprint("evaluate")
+                / f"steps_{max_steps}_from_{random_start_rms:g}_{scoring}.csv"
+            )
             if path.is_file():
                 logger.info(f"{title}: already scored, read from {path}")
             else:
                 logger.info(f"{title}: {max_steps} steps")
-                write_step_scores(score_steps(method, marks), path)
+                write_step_scores(score_steps(method, marks, random_start_rms), path)
             curves[title], trained_steps[title] = step_curves(read_step_scores(path)), trained
         except Exception as e:  # whatever it is, the other methods still have their curves
-            logger.error(f"{name} failed", exc_info=e)
-            failures[name] = root_cause(e)
+            logger.error(f"{overlay} failed", exc_info=e)
+            failures[overlay] = root_cause(e)
     text = step_table(curves, trained_steps) + "".join(f"\n{name} failed: {why}\n" for name, why in failures.items())
     with replace_file(files[0]) as path:
         path.write_text(text)

@@ -1,50 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics over the pairs of an evaluation: mean and deviation, the paired test, its correction for many tests."""
+"""Statistics over the pairs of an evaluation: the paired test and its correction for many tests."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import wilcoxon
 
-__all__ = ["MeanStd", "PairedTest", "describe_difference", "holm_correction", "mean_std", "paired_wilcoxon"]
+__all__ = ["PairedTest", "describe_difference", "holm_correction", "paired_wilcoxon"]
 
 _Pair = TypeVar("_Pair", bound=Hashable)
-
-
-class MeanStd(NamedTuple):
-    """
-    Mean and sample standard deviation of the scores that are there.
-
-    Args:
-        mean: NaN without any score.
-        std: divided by n - 1; NaN with fewer than two scores.
-        pairs: over how many scores both were taken.
-    """
-
-    mean: float
-    std: float
-    pairs: int
-
-
-def mean_std(values: Iterable[float]) -> MeanStd:
-    """
-    Mean and sample standard deviation, as :py:class:`monai_deq.handlers.PairResultsSaver` takes them.
-
-    Args:
-        values: scores; NaN or infinity is no score and is left out.
-
-    Returns:
-        mean, standard deviation and number of scores.
-    """
-    there = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
-    if not len(there):
-        return MeanStd(math.nan, math.nan, 0)
-    return MeanStd(float(there.mean()), float(there.std(ddof=1)) if len(there) > 1 else math.nan, len(there))
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:

@@ -25,8 +25,8 @@ def step_plots(
     overwrite: bool = False,
 ) -> Path:
     """
-    Draw one panel a score: the mean over the pairs with a band of one standard error, on a logarithmic axis of steps; a
-    dot at the steps trained with, a triangle at the best Dice.
+    Draw one panel a score: the mean over the pairs with a band of one standard error (of a residual or a distance the
+    median), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best Dice.
 
     Args:
         curves: by title of a method, by name of a score, its curve.
@@ -55,7 +55,8 @@ def step_plots(
     for axis, (key, (title, scale, logarithmic)) in zip(axes, PANELS.items(), strict=True):
         for i, (method, scores) in enumerate(curves.items()):
             curve, colour = scores[key], _COLOURS[i % len(_COLOURS)]
-            steps, mean = np.asarray(curve.steps), scale * np.asarray(curve.mean)
+            # residuals lie on a logarithmic axis and far apart: their median
+            steps, mean = np.asarray(curve.steps), scale * np.asarray(curve.median if logarithmic else curve.mean)
             error = scale * np.asarray(curve.std) / math.sqrt(max(curve.pairs, 1))
             axis.plot(steps, mean, color=colour, linewidth=1.4, label=method)
             if not logarithmic:
@@ -75,7 +76,9 @@ def step_plots(
             axis.spines[side].set_visible(False)
     axes[0].legend(fontsize=7, frameon=False)
     figure.supxlabel(
-        "Mean over the pairs, band: one standard error. Dot: steps of the training. Triangle: best Dice.", fontsize=7
+        "Mean over the pairs with a band of one standard error; on logarithmic axes the median. "
+        "Dot: steps of the training. Triangle: best Dice.",
+        fontsize=7,
     )
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=150)

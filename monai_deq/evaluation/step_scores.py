@@ -17,7 +17,7 @@ from monai_deq.evaluation.method_evaluation import BundleMethod
 from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import residual_at
+from monai_deq.solvers import random_smooth_ddf, residual_at
 from monai_deq.utils import replace_file
 
 __all__ = ["StepScore", "default_steps", "read_step_scores", "score_steps", "write_step_scores"]
@@ -38,6 +38,8 @@ class StepScore(NamedTuple):
             ``-similarity + smoothness_weight * smoothness``.
         residual: RMS over voxels of what the next step would change, in voxels.
         relative_residual: the same over the displacement after that step.
+        start_distance: RMS distance in voxels to what the same number of steps make of a random smooth displacement;
+            NaN where it was not asked for.
     """
 
     fixed: str
@@ -49,6 +51,7 @@ class StepScore(NamedTuple):
     smoothness: float
     residual: float
     relative_residual: float
+    start_distance: float
 
 
 def default_steps(max_steps: int) -> list[int]:
@@ -67,7 +70,13 @@ def default_steps(max_steps: int) -> list[int]:
     return [s for s in steps if s < max_steps] + [int(max_steps)]
 
 
-def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) -> Iterator[StepScore]:
+def _rms(ddf: torch.Tensor) -> torch.Tensor:
+    return ddf.double().square().sum(dim=1).mean().sqrt()
+
+
+def score_steps(
+    method: BundleMethod, steps: Sequence[int], random_start_rms: float = 0.0, **overrides: Any
+) -> Iterator[StepScore]:
     """
     Iterate a trained method's map on each pair of the bundle's ``evaluate.json`` and score it on the way. The
     iteration is the plain one and does not stop at a tolerance.
@@ -75,6 +84,9 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
     Args:
         method: the method.
         steps: numbers of steps at which to score.
+        random_start_rms: RMS length in voxels of a random smooth displacement, see
+            :py:func:`monai_deq.solvers.random_smooth_ddf`, from which the iteration is made a second time, on the
+            finest level; each pair has its own. Defaults to 0: it is not.
         overrides: further entries of the configuration.
 
     Yields:
@@ -90,7 +102,9 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
     marks = set(steps)
     if config.get_parsed_content("batch_size") != 1 or config.get_parsed_content("amp"):
         raise ValueError("steps are scored with batch_size 1 and amp false.")
-    for batch in config.get_parsed_content("dataloader"):
+    if not random_start_rms >= 0:
+        raise ValueError(f"random_start_rms must not be negative, got {random_start_rms}.")
+    for index, batch in enumerate(config.get_parsed_content("dataloader")):
         moving, _, (fixed,), _ = PreparePairBatch()(batch, device)
         moving_label, fixed_label = (
             batch[key].as_tensor() if hasattr(batch[key], "as_tensor") else batch[key]
@@ -100,14 +114,20 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
         with torch.no_grad():
             g = network.fixed_point_map(moving, fixed)
             # the levels before the finest, and its first step
-            state, record = network.solve_state(moving, fixed, max_steps=1, tolerance=0.0, solver="plain")
+            first = {"max_steps": 1, "tolerance": 0.0, "solver": "plain"}
+            state, record = network.solve_state(moving, fixed, **first)
+            other = None
+            if random_start_rms:
+                shape = (1, fixed.ndim - 2, *fixed.shape[2:])
+                start = random_smooth_ddf(shape, random_start_rms, seed=index, device=fixed.device)
+                other, _ = network.solve_state(moving, fixed, start, **first)
             for step in range(1, max(marks) + 1):
                 ddf = state[:, : fixed.ndim - 2]
                 # a first step that is not finite is not taken by the solver
                 alive = int(record.steps[0]) == 1 and bool(torch.isfinite(ddf).all())
                 after = g(state)
                 if step in marks or not alive:
-                    values = [math.nan] * 6
+                    values = [math.nan] * 7
                     if alive:
                         # called at once, so the loop's variable is the right one
                         residual, relative = residual_at(lambda _: after, state, fixed.ndim - 2)  # noqa: B023
@@ -120,11 +140,14 @@ def score_steps(method: BundleMethod, steps: Sequence[int], **overrides: Any) ->
                             float(DiffusionLoss()(ddf)),
                             float(residual),
                             float(relative),
+                            math.nan if other is None else float(_rms(other[:, : fixed.ndim - 2] - ddf)),
                         ]
                     yield StepScore(str(batch["fixed_subject"][0]), str(batch["moving_subject"][0]), step, *values)
                 if not alive:
                     break
                 state = after
+                if other is not None:
+                    other = g(other)
 
 
 def write_step_scores(scores: Iterable[StepScore], path: str | Path) -> None:

@@ -18,7 +18,7 @@ PANELS: dict[str, tuple[str, float, bool]] = {
     "dice": ("Dice (%)", 100.0, False),
     "folded_percent": ("folded voxels (%)", 1.0, False),
     "residual": ("residual (voxel)", 1.0, True),
-    "similarity": ("local cross-correlation", 1.0, False),
+    "start_distance": ("distance from a random start's (voxel)", 1.0, True),
 }
 
 
@@ -31,12 +31,14 @@ class StepCurve:
         steps: numbers of steps, in order.
         mean: mean over the pairs after each; NaN where a pair had no score.
         std: sample standard deviation.
+        median: median over the pairs after each, NaN likewise.
         pairs: number of pairs.
     """
 
     steps: list[int]
     mean: list[float]
     std: list[float]
+    median: list[float]
     pairs: int
 
     def at(self, step: int) -> float:
@@ -77,31 +79,40 @@ def step_curves(scores: Sequence[StepScore]) -> dict[str, StepCurve]:
             if s.step in steps:
                 values[pairs.index((s.fixed, s.moving)), steps.index(s.step)] = getattr(s, name)
         std = values.std(axis=0, ddof=1) if len(pairs) > 1 else np.full(len(steps), np.nan)
-        out[name] = StepCurve(steps, values.mean(axis=0).tolist(), std.tolist(), len(pairs))
+        out[name] = StepCurve(
+            steps, values.mean(axis=0).tolist(), std.tolist(), np.median(values, axis=0).tolist(), len(pairs)
+        )
     return out
 
 
 def step_table(curves: Mapping[str, Mapping[str, StepCurve]], trained_steps: Mapping[str, int]) -> str:
     """
-    The paper's Table 2 as Markdown: each method at the steps of its training, at its best Dice, and at the last step.
+    The paper's Table 2 as Markdown, with what tells a fixed point: each method at the steps of its training, at its
+    best Dice, and at the last step. Dice, folded voxels and similarity are means over the pairs, residual and start
+    distance medians.
 
     Args:
         curves: by title of a method, by name of a score, its curve.
         trained_steps: by title, the steps that the method was trained with.
     """
-
-    def cells(scores: Mapping[str, StepCurve], step: int) -> str:
-        if step not in scores["dice"].steps:
-            return f"{step} | - | - | -"
-        return (
-            f"{step} | {100 * scores['dice'].at(step):.2f} | {scores['folded_percent'].at(step):.3f} | "
-            f"{scores['residual'].at(step):.4f}"
-        )
-
-    columns = ("steps", "Dice %", "folded %", "residual")
-    header = ["method", *(f"{word} ({when})" for when in ("trained", "best Dice", "last") for word in columns)]
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
+    lines = [
+        "| method | steps | | Dice % | folded % | similarity | residual | relative residual | start distance |",
+        f"| --- | ---: | --- |{' ---: |' * 6}",
+    ]
     for title, scores in curves.items():
-        steps = (trained_steps[title], scores["dice"].best, scores["dice"].steps[-1])
-        lines.append(f"| {title} | {' | '.join(cells(scores, s) for s in steps)} |")
+        steps, best = scores["dice"].steps, scores["dice"].best
+        words = {trained_steps[title]: ["trained"]}
+        words.setdefault(best, []).append("best Dice")
+        words.setdefault(steps[-1], []).append("last")
+        for step in sorted(words):
+            cells = ["-"] * 6
+            if step in steps:
+                at = steps.index(step)
+                cells = [
+                    f"{100 * scores['dice'].mean[at]:.2f}",
+                    f"{scores['folded_percent'].mean[at]:.3f}",
+                    f"{scores['similarity'].mean[at]:.4f}",
+                    *(f"{scores[k].median[at]:.2g}" for k in ("residual", "relative_residual", "start_distance")),
+                ]
+            lines.append(f"| {title} | {step} | {', '.join(words[step])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 from ignite.engine import Events
 from monai.data import decollate_batch
 
-from monai_deq.utils import as_flag, refuse_existing, replace_file
+from monai_deq.utils import as_flag, mean_std, refuse_existing, replace_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -29,12 +30,15 @@ def _json_number(value: float) -> float | None:
 
 
 def _mean_std(values: Sequence[float]) -> dict[str, Any]:
-    finite = np.asarray([v for v in values if math.isfinite(v)], dtype=float)
-    if not len(finite):
-        return {"mean": None, "std": None, "pairs": 0}
-    # sample standard deviation, as is usual in the tables of papers; one pair has none
-    std = float(finite.std(ddof=1)) if len(finite) > 1 else None
-    return {"mean": float(finite.mean()), "std": std, "pairs": len(finite)}
+    mean, std, pairs = mean_std(values)
+    return {"mean": _json_number(mean), "std": _json_number(std), "pairs": pairs}
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """What the solver says is far from normally distributed, and the worst pairs matter."""
+    finite = [v for v in values if math.isfinite(v)]
+    median, p95 = np.percentile(finite, [50, 95]).tolist() if finite else (None, None)
+    return {**_mean_std(values), "median": median, "p95": p95}
 
 
 class PairResultsSaver:
@@ -153,13 +157,14 @@ class PairResultsSaver:
         for key in columns:
             values = [row[key] for row in self.rows]
             if all(isinstance(v, (bool, int, float)) for v in values):
-                summary[key] = _mean_std([float(v) for v in values])
+                summary[key] = _spread([float(v) for v in values])
         result = {
             **self.info,
             "label_set": self.label_set,
             "labels": {str(n): name for n, name in self.labels.items()},
             "num_pairs": len(self.rows),
             "summary": summary,
+            **({"verdicts": dict(Counter(r["verdict"] for r in self.rows))} if "verdict" in columns else {}),
             "per_label": per_label,
             "pairs": [{k: _json_number(v) if isinstance(v, float) else v for k, v in row.items()} for row in self.rows],
         }

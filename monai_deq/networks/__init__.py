@@ -5,6 +5,15 @@ from __future__ import annotations
 
 from . import blocks, nets
 from .memory_format import fast_memory_format
+from .normalization import normalize_convolutions
 from .utils import load_checkpoint, load_weights, trained_with
 
-__all__ = ["blocks", "fast_memory_format", "load_checkpoint", "load_weights", "nets", "trained_with"]
+__all__ = [
+    "blocks",
+    "fast_memory_format",
+    "load_checkpoint",
+    "load_weights",
+    "nets",
+    "normalize_convolutions",
+    "trained_with",
+]

@@ -5,5 +5,6 @@ from __future__ import annotations
 
 from .files import refuse_existing, replace_file
 from .flags import as_flag
+from .mean_std import MeanStd, mean_std
 
-__all__ = ["as_flag", "refuse_existing", "replace_file"]
+__all__ = ["MeanStd", "as_flag", "mean_std", "refuse_existing", "replace_file"]

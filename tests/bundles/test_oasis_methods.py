@@ -21,7 +21,7 @@ BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 CLASSICAL = ("affine", "elastix")
 LEARNED = tuple(m for m in METHODS if m not in CLASSICAL)
 # so few steps that every schedule still has its shape
-STEPS = {"deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
+STEPS = {"deqreg_pool": 2, "deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
 
 
 def configs(name: str, spatial_dims: int, method: str) -> list[str]:
@@ -66,14 +66,35 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     settings = json.loads((tmp_path / "models" / "model.json").read_text())
     title = ConfigParser.load_config_file(str(BUNDLE / "methods" / f"{method}.json"))["method"]
     assert settings["method"] == title and settings["spatial_dims"] == spatial_dims
-    assert settings["max_steps"] == settings["val_steps"] == STEPS[method]
+    assert settings["max_steps"] == STEPS[method]
+    assert settings["val_steps"] == (STEPS[method] if method != "deqreg_pool" else {2: 16, 3: 4}[spatial_dims])
+    # the paper's systems without what is ours
+    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0}
+    assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in own.items())
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert all(torch.isfinite(w).all() for w in weights.get("network", weights).values())
 
     bundle("evaluating", configs("evaluate", spatial_dims, method), tmp_path, **{**common, "split": "validation"})
     summary = json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())
     assert summary["method"] == title and summary["num_pairs"] == 2
-    assert all(pair["steps"] <= STEPS[method] for pair in summary["pairs"])
+    assert all(pair["steps"] <= settings["val_steps"] for pair in summary["pairs"])
+
+
+ABLATION = sorted(p.stem for p in (BUNDLE / "methods" / "ablation").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", ABLATION)
+def test_ablation_trains_and_evaluates(name: str, cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": cohort, "bundle_root": tmp_path, "split_sizes": "[2,2,1]"}
+    files = configs("train", 2, f"ablation/{name}")
+    steps = {"max_steps": 2, **({"random_steps": "[1,3]"} if name == "random_steps" else {})}
+    bundle("training", files, tmp_path, **common, max_epochs=1, pairs_per_epoch=2, val_steps=3, **steps)
+    settings = json.loads((tmp_path / "models" / "model.json").read_text())
+    overlay = ConfigParser.load_config_file(files[-1])
+    changed = {k: v for k, v in overlay.items() if k not in ("random_steps", "update", "backbone_update")}
+    assert {k: settings[k] for k in changed} == changed and settings["method"] != "DEQReg-pool"
+    bundle("evaluating", configs("evaluate", 2, f"ablation/{name}"), tmp_path, **common)
+    assert json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())["method"] == overlay["method"]
 
 
 def test_evaluation_follows_the_training(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 
 
 def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
-    files = ["train.json", *(["slices.json"] if spatial_dims == 2 else []), "pool.json"]
+    files = ["train.json", *(["slices.json"] if spatial_dims == 2 else [])]
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "training", "--config_file"]
     command.append(str([str(BUNDLE / f) for f in files]))
     settings = {"bundle_root": folder, "split_sizes": "[2,2,1]", "pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2}

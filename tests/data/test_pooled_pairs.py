@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset
 
-from monai_deq.data import PooledPair, PooledPairDataset, PooledPairSampler
+from monai_deq.data import PooledPair, PooledPairDataset, PooledPairSampler, RandomPairSampler
 
 
 def draws(epochs: int = 1, **kwargs: Any) -> list[list[PooledPair]]:
@@ -108,3 +108,14 @@ def test_items_carry_slot_and_ticket_through_a_loader(num_workers: int) -> None:
         ]
         assert batch["fixed"][:, 0, 0, 0].tolist() == [p.fixed for p in got[-2:]]
     assert got == list(sampler)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_renewing_every_pair_gives_those_of_the_random_sampler(replicas: int) -> None:
+    for rank in range(replicas):
+        settings = {"num_subjects": 7, "pairs_per_epoch": 40, "seed": 3, "num_replicas": replicas, "rank": rank}
+        pooled, random = PooledPairSampler(**settings, slots=4, renewal=1.0), RandomPairSampler(**settings)
+        for epoch in (1, 2):
+            pooled.set_epoch(epoch)
+            random.set_epoch(epoch)
+            assert [(p.fixed, p.moving) for p in pooled] == list(random)

@@ -239,7 +239,8 @@ def test_training_with_a_pool_goes_on_from_where_pairs_stand(ndim: int) -> None:
             return self.amount + torch.zeros_like(ddf)
 
     network = DEQRegistrationNet(Shift(), max_steps=2, num_states=0, phantom_steps=1)
-    network.register_forward_pre_hook(lambda _, args: starts.append(args[2].mean().item()))
+    # new pairs start as the network does by itself
+    network.register_forward_pre_hook(lambda _, args: starts.append(args[2].mean().item() if len(args) > 2 else None))
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=2,
@@ -253,11 +254,46 @@ def test_training_with_a_pool_goes_on_from_where_pairs_stand(ndim: int) -> None:
     StatePoolUpdater(pool).attach(trainer)
     trainer.run()
     # two steps and a phantom step in each iteration
-    np.testing.assert_allclose(starts, [0.0, 0.75], atol=1e-6)
+    assert starts == [None, pytest.approx(0.75)]
     kept = pool.get(range(len(items)), range(len(items)), torch.zeros(len(items), 1, *items[0]["fixed"].shape[1:]))
     np.testing.assert_allclose(kept, 1.5, atol=1e-6)
     with pytest.raises(KeyError, match="a pooled batch needs"):
         PreparePooledPairBatch(pool)(next(iter(DataLoader(Dataset(make_items(ndim)), batch_size=1))))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_new_pairs_may_start_anywhere_and_run_for_any_number_of_steps(ndim: int) -> None:
+    size = (24, 20, 16)[:ndim]
+    count = 60
+    images = torch.zeros(count, 1, *size)
+    batch = {"moving": images, "fixed": images, "slot": torch.arange(count), "ticket": torch.arange(count)}
+    pool = StatePool(count)
+    pool.put([0, 1], [0, 1], torch.full((2, ndim, *size), 0.5))
+    prepare = PreparePooledPairBatch(pool, random_share=0.5, random_rms=2.0, random_steps=(3, 5))
+    _, _, (_, ddf), settings = prepare(batch)
+    # what has been met goes on from where it stood
+    torch.testing.assert_close(ddf[:2], torch.full((2, ndim, *size), 0.5))
+    rms = ddf[2:].square().sum(dim=1).flatten(1).mean(dim=1).sqrt()
+    assert rms.max() < 2 and 0.25 < float((rms > 0).float().mean()) < 0.75
+    assert 0.5 < float(rms[rms > 0].mean()) < 1.5 and len(rms.unique()) > 10
+    # the start of a pair is its own: a resumed training makes the same
+    torch.testing.assert_close(prepare(batch)[2][1], ddf)
+    assert {prepare(batch)[3]["max_steps"] for _ in range(40)} == {3, 4, 5} and set(settings) == {"max_steps"}
+    assert len(PreparePooledPairBatch(StatePool(count))(batch)[2]) == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"random_share": 1.5}, r"random_share must be in \[0, 1\], got 1.5"),
+        ({"random_rms": -1.0}, "random_rms must not be negative and random_smoothness above 0, got -1.0 and 8.0"),
+        ({"random_steps": (5, 3)}, r"random_steps must be the smallest and the largest number of steps, got \(5, 3\)"),
+        ({"random_steps": (3,)}, "random_steps must be"),
+    ],
+)
+def test_pooled_batches_refuse(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        PreparePooledPairBatch(StatePool(2), **options)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])

@@ -23,6 +23,8 @@ from monai_deq.evaluation.step_scores import (
     write_step_scores,
 )
 from monai_deq.evaluation.step_table import step_curves, step_table
+from monai_deq.networks import load_weights
+from monai_deq.solvers import random_smooth_ddf
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 
@@ -61,7 +63,7 @@ def test_scores_are_those_of_an_evaluation_that_stops_there(
     overlays = ["slices.json"] if spatial_dims == 2 else []
     settings = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2], "tolerance": 0.0}
     method = BundleMethod(name, BUNDLE, tmp_path / name, overlays, settings)
-    scores = list(score_steps(method, [1, 2, 4]))
+    scores = list(score_steps(method, [1, 2, 4], 3.0))
     assert [s.step for s in scores] == [1, 2, 4] * 2
     for steps in (2, 4):
         result, summary = evaluate_method(method, solver_steps=steps)
@@ -72,9 +74,31 @@ def test_scores_are_those_of_an_evaluation_that_stops_there(
             assert score.folded_percent == pytest.approx(pair["folded_percent"], abs=1e-6)
             # both at the solution itself
             assert score.residual == pytest.approx(pair["residual"], rel=1e-3)
+    # without a start of its own the same, and nothing beside it
+    for score, plain in zip(scores, score_steps(method, [1, 2, 4]), strict=True):
+        assert math.isnan(plain.start_distance) and score[:-1] == plain[:-1]
     by_step = {s.step: s for s in scores[:3]}
     assert by_step[1].residual > 0 and by_step[1].dice != by_step[4].dice
     assert -1 <= by_step[1].similarity <= 1 and 0 < by_step[1].smoothness < by_step[4].smoothness
+    assert by_step[4].start_distance == pytest.approx(start_distance(method, 4), rel=1e-4)
+    with pytest.raises(ValueError, match="random_start_rms must not be negative"):
+        next(score_steps(method, [1], -1.0))
+
+
+def start_distance(method: BundleMethod, steps: int) -> float:
+    """Of the first pair, by two solves."""
+    config = method.parser("evaluate")
+    network = config.get_parsed_content("network").eval()
+    load_weights(network, method.checkpoint)
+    batch = next(iter(config.get_parsed_content("dataloader")))
+    moving, fixed = batch["moving"].as_tensor(), batch["fixed"].as_tensor()
+    ndim = fixed.ndim - 2
+    settings = {"max_steps": steps, "tolerance": 0.0}
+    first, _ = network.solve(moving, fixed, **settings)
+    start = random_smooth_ddf((1, ndim, *fixed.shape[2:]), 3.0, seed=0)
+    assert float(start.square().sum(dim=1).mean().sqrt()) == pytest.approx(3, rel=1e-5)
+    second, _ = network.solve(moving, fixed, start, **settings)
+    return float((first - second).square().sum(dim=1).mean().sqrt())
 
 
 def test_steps_that_are_scored() -> None:
@@ -90,12 +114,12 @@ def test_steps_that_are_scored() -> None:
 def toy_scores() -> list[StepScore]:
     nan = math.nan
     return [
-        StepScore("a", "b", 1, 0.5, 0.0, 0.1, 0.0, 1.0, 0.5),
-        StepScore("a", "b", 2, 0.75, 1.0, 0.2, 0.0, 0.5, 0.25),
-        StepScore("a", "b", 4, 0.625, 2.0, 0.3, 0.0, 0.25, 0.125),
-        StepScore("b", "a", 1, 0.25, 0.5, 0.3, 0.0, 3.0, 0.5),
-        StepScore("b", "a", 2, 0.5, 0.5, 0.4, 0.0, 1.5, 0.25),
-        StepScore("b", "a", 3, nan, nan, nan, nan, nan, nan),
+        StepScore("a", "b", 1, 0.5, 0.0, 0.1, 0.0, 1.0, 0.5, 2.0),
+        StepScore("a", "b", 2, 0.75, 1.0, 0.2, 0.0, 0.5, 0.25, 2.0),
+        StepScore("a", "b", 4, 0.625, 2.0, 0.3, 0.0, 0.25, 0.125, 2.0),
+        StepScore("b", "a", 1, 0.25, 0.5, 0.3, 0.0, 3.0, 0.5, nan),
+        StepScore("b", "a", 2, 0.5, 0.5, 0.4, 0.0, 1.5, 0.25, nan),
+        StepScore("b", "a", 3, nan, nan, nan, nan, nan, nan, nan),
     ]
 
 
@@ -111,8 +135,16 @@ def test_curves_and_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(dice.mean, [0.375, 0.625, math.nan])
     np.testing.assert_allclose(dice.std, [np.std([0.5, 0.25], ddof=1), np.std([0.75, 0.5], ddof=1), math.nan])
     table = step_table({"One": curves}, {"One": 1}).splitlines()
-    assert table[2] == "| One | 1 | 37.50 | 0.250 | 2.0000 | 2 | 62.50 | 0.750 | 1.0000 | 4 | nan | nan | nan |"
-    assert "| One | 3 | - | - | - | 2 |" in step_table({"One": curves}, {"One": 3})
+    np.testing.assert_allclose(curves["residual"].median, [2.0, 1.0, math.nan])
+    assert table[2:] == [
+        "| One | 1 | trained | 37.50 | 0.250 | 0.2000 | 2 | 0.5 | nan |",
+        "| One | 2 | best Dice | 62.50 | 0.750 | 0.3000 | 1 | 0.25 | nan |",
+        "| One | 4 | last | nan | nan | nan | nan | nan | nan |",
+    ]
+    assert "| One | 3 | trained | - | - | - | - | - | - |" in step_table({"One": curves}, {"One": 3})
+    assert "| One | 4 | trained, last | nan |" in step_table({"One": curves}, {"One": 4})
+    alone = {"One": step_curves(scores[:3])}
+    assert "| One | 2 | trained, best Dice | 75.00 | 1.000 | 0.2000 | 0.5 | 0.25 | 2 |" in step_table(alone, {"One": 2})
     with pytest.raises(ValueError, match="at least one pair"):
         step_curves([])
     (tmp_path / "other.csv").write_text("fixed,moving\n")
@@ -138,7 +170,7 @@ def test_study(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert curves["DEQReg"]["dice"].steps == [1, 2, 3, 4, 5] and curves["DEQReg"]["dice"].pairs == 2
     text = (tmp_path / "convergence.md").read_text()
     assert "affine failed: TypeError" in text and "riir failed: FileNotFoundError" in text
-    assert text.count("\n| DEQReg | 2 |") == 1
+    assert text.count("\n| DEQReg | 2 | trained") == 1
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(FileExistsError, match="convergence.md"):
         converge(BUNDLE, tmp_path, methods, **arguments)

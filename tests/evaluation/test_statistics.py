@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import numpy as np
 import pytest
 
-from monai_deq.evaluation.statistics import holm_correction, mean_std, paired_wilcoxon
+from monai_deq.evaluation.statistics import holm_correction, paired_wilcoxon
 
 NAN, INF = float("nan"), float("inf")
 
@@ -27,13 +27,6 @@ def signed_rank_p(differences: list[float]) -> float:
 
 def scores(values: list[float]) -> dict[tuple[str, str], float]:
     return {(f"f{i}", f"m{i}"): v for i, v in enumerate(values)}
-
-
-def test_mean_std_leaves_out_what_is_no_score() -> None:
-    values = [3.0, 4.5, 1.25, 9.0]
-    assert mean_std([3.0, NAN, 4.5, INF, 1.25, 9.0]) == pytest.approx((mean(values), stdev(values), 4))
-    assert mean_std([7.0, NAN]) == pytest.approx((7.0, NAN, 1), nan_ok=True)
-    assert mean_std([NAN]) == pytest.approx((NAN, NAN, 0), nan_ok=True)
 
 
 @pytest.mark.parametrize(

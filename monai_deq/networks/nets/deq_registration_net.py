@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
-from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
+from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, relaxed, state_map
 from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
 
 __all__ = ["DEQRegistrationNet"]
@@ -47,6 +47,10 @@ class DEQRegistrationNet(nn.Module):
         implicit_tolerance: relative tolerance of the backward solve. Defaults to 1e-4.
         solver: ``"plain"`` or ``"anderson"``. Defaults to ``"plain"``.
         solver_options: further options of the solver.
+        relaxation: factor ``alpha`` of the update, in (0, 1]: what is iterated, outside the phantom steps, is
+            ``g(phi) = phi + alpha f_theta(moving, fixed, phi)``. The fixed points are the same. Training rewards steps
+            that reach as far as they can in ``phantom_steps`` steps, and such steps end up overshooting by their own
+            length, again and again; shorter ones come to rest. Not in the paper. Defaults to 1.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -74,8 +78,11 @@ class DEQRegistrationNet(nn.Module):
         implicit_tolerance: float = 1e-4,
         solver: str = "plain",
         solver_options: dict[str, Any] | None = None,
+        relaxation: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0 < relaxation <= 1:
+            raise ValueError(f"relaxation must be in (0, 1], got {relaxation}.")
         if num_states < 0 or max_steps < num_states + 1:
             raise ValueError(
                 f"num_states must be between 0 and max_steps - 1, got num_states={num_states}, max_steps={max_steps}."
@@ -99,8 +106,10 @@ class DEQRegistrationNet(nn.Module):
         self.update = UNetUpdate(spatial_dims) if update is None else update
         self.hidden_channels = hidden_channels(self.update)
         self.max_steps = max_steps
+        self.num_states = num_states
         self.tolerance = tolerance
         self.relative_tolerance = relative_tolerance
+        self.relaxation = relaxation
         self.solver = solver
         self.solver_options = check_solver_options(solver, solver_options)
         # In TorchDEQ n_states counts the final state too.
@@ -118,19 +127,22 @@ class DEQRegistrationNet(nn.Module):
             b_stop_mode="rel",
         )
 
-    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fixed_point_map(
+        self, moving: torch.Tensor, fixed: torch.Tensor, relaxation: float | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """
         The map of a batch of pairs whose fixed point is sought.
 
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
+            relaxation: factor of the update. Defaults to the network's own.
 
         Returns:
             Function of a state ``(B, ndim + hidden_channels, *spatial)``.
         """
         check_pair(moving, fixed)
-        return state_map(self.update, moving, fixed)
+        return relaxed(state_map(self.update, moving, fixed), self.relaxation if relaxation is None else relaxation)
 
     def solve_state(
         self,
@@ -186,30 +198,40 @@ class DEQRegistrationNet(nn.Module):
         return state[:, : fixed.ndim - 2].clone() if self.hidden_channels else state, record
 
     def forward(
-        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        max_steps: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """
         Args:
             moving: ``(B, 1, *spatial)``, intensities in [0, 1].
             fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
             initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to zero.
+            max_steps: step limit of this solve. Defaults to the network's own.
 
         Returns:
             ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode.
 
         Raises:
-            ValueError: When the shapes do not fit.
+            ValueError: When the shapes do not fit, or ``max_steps`` is too small for the intermediate states.
         """
+        if max_steps is not None and max_steps < (self.num_states + 1 if self.training else 1):
+            raise ValueError(f"max_steps must be above the {self.num_states} intermediate states, got {max_steps}.")
         if not self.training:
-            ddf, _ = self.solve(moving, fixed, initial_ddf)
+            ddf, _ = self.solve(moving, fixed, initial_ddf, **({} if max_steps is None else {"max_steps": max_steps}))
             return warp_by_ddf(moving, ddf), ddf
-        check_pair(moving, fixed)
+        full, short = self.fixed_point_map(moving, fixed, 1.0), self.fixed_point_map(moving, fixed)
         state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
         options = {
             "rel_tol": self.relative_tolerance,
             "ddf_channels": ndim if self.hidden_channels else None,
             **self.solver_options,
+            # TorchDEQ asks for the type, and takes None for its own number
+            "f_max_iter": self.max_steps if max_steps is None else int(max_steps),
         }
-        states, _ = self.deq(state_map(self.update, moving, fixed), state, solver_kwargs=options)
+        # TorchDEQ solves without gradients, and makes the phantom steps with them
+        states, _ = self.deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
         ddfs = [s[:, :ndim] for s in states]
         return warp_by_ddf(moving, ddfs[-1]), ddfs[-1], ddfs[:-1]

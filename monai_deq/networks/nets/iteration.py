@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = ["check_pair", "hidden_channels", "initial_state", "state_map"]
+__all__ = ["check_pair", "hidden_channels", "initial_state", "relaxed", "state_map"]
 
 
 def hidden_channels(update: nn.Module) -> int:
@@ -94,3 +94,14 @@ def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> C
         return torch.cat([ddf + delta.to(ddf.dtype), hidden.to(ddf.dtype)], dim=1)
 
     return g_hidden if hidden_channels(update) else g
+
+
+def relaxed(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    The map ``x + factor * (g(x) - x)``, with the fixed points of ``g``.
+
+    Args:
+        func: the map ``g``.
+        factor: in (0, 1].
+    """
+    return func if factor == 1 else lambda x: torch.lerp(x, func(x), factor)

@@ -210,6 +210,58 @@ def test_settings_of_one_solve() -> None:
         net.solve(moving, fixed, max_iter=3)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+def test_relaxed_steps_lead_to_the_same_fixed_point(size: tuple[int, ...], solver: str) -> None:
+    moving, fixed = (image.double() for image in pair(size))
+    target = (fixed - moving).expand(-1, len(size), *size)
+    # full steps overshoot by their own length and more: they never come to rest
+    overshooting = DEQRegistrationNet(Pull(2.1), max_steps=60, tolerance=1e-9).double().eval()
+    assert overshooting.solve(moving, fixed, solver="plain")[1].residual[:, -1].min() > 1
+    network = DEQRegistrationNet(Pull(2.1), max_steps=60, tolerance=1e-9, relaxation=0.6, solver=solver)
+    network = network.double().eval()
+    ddf, record = network.solve(moving, fixed)
+    assert record.converged.all()
+    torch.testing.assert_close(ddf, target, rtol=0, atol=1e-7)
+    if solver == "plain":
+        # the distance shrinks to 1 - 0.6 * 2.1 = -0.26 of itself
+        torch.testing.assert_close(network.solve(moving, fixed, max_steps=3)[0], (1 + 0.26**3) * target)
+    start = torch.zeros_like(target)
+    torch.testing.assert_close(network.fixed_point_map(moving, fixed)(start), 1.26 * target)
+    torch.testing.assert_close(network.fixed_point_map(moving, fixed, relaxation=1.0)(start), 2.1 * target)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_phantom_steps_are_full_steps(size: tuple[int, ...]) -> None:
+    moving, fixed = (image.double() for image in pair(size))
+    target = (fixed - moving).expand(-1, len(size), *size)
+    network = DEQRegistrationNet(
+        Pull(0.5), max_steps=4, num_states=1, tolerance=0.0, phantom_steps=2, relaxation=0.4
+    ).double()
+    warped, ddf, states = network.train()(moving, fixed)
+    # 0.8 of the distance is left by a short step, 0.5 by a full one
+    torch.testing.assert_close(ddf, (1 - 0.8**4 * 0.5**2) * target)
+    torch.testing.assert_close(states[0], (1 - 0.8**2 * 0.5**2) * target)
+    # and the gradient is that of the full steps: d/ds of 1 - 0.8^4 (1 - s)^2
+    ddf.sum().backward()
+    expected = 0.8**4 * 2 * 0.5 * target.sum()
+    torch.testing.assert_close(network.update.share.grad, expected.to(torch.float32).to(network.update.share.dtype))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_steps_of_one_call(training: bool) -> None:
+    moving, fixed = (image.double() for image in pair((5, 4)))
+    target = (fixed - moving).expand(-1, 2, -1, -1)
+    network = DEQRegistrationNet(Pull(), max_steps=6, num_states=1, tolerance=0.0, phantom_steps=1).double()
+    warped, ddf, *states = network.train(training)(moving, fixed, max_steps=4)
+    torch.testing.assert_close(ddf, (1 - 0.5 ** (5 if training else 4)) * target)
+    if training:
+        # the intermediate state stays halfway
+        torch.testing.assert_close(states[0][0], (1 - 0.5**3) * target)
+    with pytest.raises(ValueError, match="max_steps must be above the 1 intermediate states, got "):
+        network(moving, fixed, max_steps=1 if training else 0)
+
+
 @pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_state_is_float32_under_autocast(training: bool, image_dtype: torch.dtype) -> None:
@@ -381,6 +433,7 @@ def test_state_dict_and_copies(size: tuple[int, ...]) -> None:
         ({"phantom_steps": 0}, "phantom_steps must be at least 1, got 0"),
         ({"phantom_damping": 0.0}, r"phantom_damping must be in \(0, 1\], got 0.0"),
         ({"phantom_damping": 1.1}, r"phantom_damping must be in \(0, 1\], got 1.1"),
+        ({"relaxation": 0.0}, r"relaxation must be in \(0, 1\], got 0.0"),
         ({"gradient": "exact"}, '"phantom" or "implicit", got \'exact\''),
         ({"implicit_max_steps": 0}, "implicit_max_steps must be at least 1, got 0"),
         ({"tolerance": -1e-3}, "tolerance must not be negative, got -0.001"),

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Penalties that make a learned map come to rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torchdeq.loss import jac_reg
+
+from monai_deq.solvers import random_smooth_ddf
+
+__all__ = ["EquilibriumLoss"]
+
+#: smallest length of a change by the largest; of much smaller ones a map under bfloat16 autocast gives rounding errors
+_SMALLEST = 1 / 30
+#: smallest smoothness of a change by the largest: single voxels may alternate where smooth changes die out
+_FINEST = 1 / 16
+
+
+class EquilibriumLoss(nn.Module):
+    """
+    A training loss with penalties on the map ``g`` itself, with full steps (``relaxation`` 1), at the displacement
+    ``x`` that the network has returned:
+
+    - residual: mean over voxels of ``|g(x) - x|^2``, in squared voxels: the map stands still there.
+    - Jacobian: Hutchinson's estimate of ``|dg/dx|_F^2`` over the number of its rows, by TorchDEQ: small changes die
+      out, in all directions alike.
+    - contraction: mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2`` for a random smooth displacement ``e`` whose RMS
+      length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and itself. Two iterations that stand
+      apart come together, so that they end in the same place wherever they began. Hutchinson's white noise says little
+      of smooth changes, which are those that an iteration is slow to forget. ``g(x)`` counts as given.
+
+    No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; the
+    first two share one, and the Jacobian needs a backward pass of second order.
+
+    Args:
+        loss: loss of ``(prediction, target)``, e.g. :py:class:`monai_deq.losses.StatesLoss`.
+        network: the network that is trained; for the penalties a
+            :py:class:`monai_deq.networks.nets.DEQRegistrationNet` without a hidden state.
+        residual_weight: weight of the residual. Defaults to 0.
+        jacobian_weight: weight of the Jacobian. Defaults to 0.
+        contraction_weight: weight of the contraction. Defaults to 0.
+        contraction_rms: largest RMS length of ``e`` in voxels. Defaults to 3.
+        contraction_smoothness: largest smoothness of ``e``, see :py:func:`monai_deq.solvers.random_smooth_ddf`; it is
+            drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
+
+    Raises:
+        ValueError: When a number is out of its range, or a penalty is asked for and the network has a hidden state.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        network: nn.Module,
+        residual_weight: float = 0.0,
+        jacobian_weight: float = 0.0,
+        contraction_weight: float = 0.0,
+        contraction_rms: float = 3.0,
+        contraction_smoothness: float = 8.0,
+    ) -> None:
+        super().__init__()
+        weights = {
+            "residual_weight": residual_weight,
+            "jacobian_weight": jacobian_weight,
+            "contraction_weight": contraction_weight,
+        }
+        for name, value in weights.items():
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        if not (contraction_rms > 0 and contraction_smoothness > 0):
+            raise ValueError(
+                "contraction_rms and contraction_smoothness must be above 0, got "
+                f"{contraction_rms} and {contraction_smoothness}."
+            )
+        if any(weights.values()) and int(getattr(network, "hidden_channels", 0)):
+            raise ValueError(
+                "network: the penalties are for maps of the displacement alone, this one has a hidden state."
+            )
+        self.loss = loss
+        # not a submodule: its parameters are not this module's
+        self._network: tuple[Any] = (network,)
+        self.residual_weight = residual_weight
+        self.jacobian_weight = jacobian_weight
+        self.contraction_weight = contraction_weight
+        self.contraction_rms = contraction_rms
+        self.contraction_smoothness = contraction_smoothness
+
+    def forward(self, prediction: Any, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Args:
+            prediction: ``(warped, ddf, ...)``, what the network returned.
+            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``.
+
+        Returns:
+            The loss, a scalar.
+        """
+        total = self.loss(prediction, target)
+        weights = (self.residual_weight, self.jacobian_weight, self.contraction_weight)
+        if not any(weights):
+            return total
+        g = self._network[0].fixed_point_map(target["moving"], target["fixed"], relaxation=1.0)
+        x = prediction[1].detach()
+        if self.jacobian_weight:
+            x.requires_grad_()
+        # without a graph where none of what it is for is asked for
+        with torch.set_grad_enabled(bool(self.residual_weight or self.jacobian_weight)):
+            gx = g(x)
+        if self.residual_weight:
+            total = total + self.residual_weight * _mean_square(gx - x.detach()).mean()
+        if self.jacobian_weight:
+            total = total + self.jacobian_weight * jac_reg(gx, x)
+        x, gx = x.detach(), gx.detach()
+        if self.contraction_weight:
+            low, high = torch.rand(2).tolist()
+            e = random_smooth_ddf(
+                x.shape,
+                self.contraction_rms * _SMALLEST**low,
+                self.contraction_smoothness * _FINEST**high,
+                int(torch.randint(2**31, (1,))),
+            ).to(x)
+            total = total + self.contraction_weight * (_mean_square(g(x + e) - gx) / _mean_square(e)).mean()
+        return total
+
+
+def _mean_square(ddf: torch.Tensor) -> torch.Tensor:
+    """Mean over voxels of the squared length, per item."""
+    return ddf.square().sum(dim=1).flatten(1).mean(dim=1)

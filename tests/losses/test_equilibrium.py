@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EquilibriumLoss on linear maps, whose residual, Jacobian and contraction are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from monai_deq.losses import EquilibriumLoss
+
+SIZES = {2: (24, 17), 3: (12, 9, 14)}
+
+
+class Linear(torch.nn.Module):
+    """``g(x) = factor * turn(x) + shift``, the turn by a right angle in the first two components."""
+
+    hidden_channels = 0
+
+    def __init__(self, factor: float, shift: float = 0.0) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+        self.shift = shift
+
+    def fixed_point_map(
+        self, moving: torch.Tensor, fixed: torch.Tensor, relaxation: float
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        assert relaxation == 1
+
+        def g(x: torch.Tensor) -> torch.Tensor:
+            turned = torch.cat([-x[:, 1:2], x[:, :1], x[:, 2:]], dim=1)
+            return self.factor * turned + self.shift
+
+        return g
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, prediction: tuple, target: dict) -> torch.Tensor:
+        return prediction[1].sum() * 0 + 5.0
+
+
+def inputs(ndim: int, batch: int = 2) -> tuple[tuple, dict]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((batch, ndim, *SIZES[ndim]), generator=generator).requires_grad_()
+    image = torch.zeros(batch, 1, *SIZES[ndim])
+    return (image, x, []), {"moving": image, "fixed": image}
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_residual_is_the_mean_square_of_the_step(ndim: int) -> None:
+    prediction, target = inputs(ndim)
+    loss = EquilibriumLoss(Nothing(), Linear(0.0, 0.5), residual_weight=3.0)(prediction, target)
+    x = prediction[1].detach().double()
+    expected = sum(float((0.5 - x[:, i]).square().mean()) for i in range(ndim))
+    assert float(loss) == pytest.approx(5 + 3 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_jacobian_is_its_square_norm_over_its_rows(ndim: int) -> None:
+    prediction, target = inputs(ndim, batch=4)
+    network = Linear(-0.7, 0.5)
+    torch.manual_seed(0)
+    loss = EquilibriumLoss(Nothing(), network, jacobian_weight=2.0)(prediction, target)
+    # an orthogonal map times the factor: a mean of squares of normal numbers
+    count = prediction[1].numel()
+    assert float(loss) == pytest.approx(5 + 2 * 0.49, abs=2 * 0.49 * 5 * math.sqrt(2 / count))
+    loss.backward()
+    assert float(network.factor.grad) == pytest.approx(-4 * 0.7, rel=5 * math.sqrt(2 / count))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("smoothness", [0.5, 8.0])
+def test_contraction_is_what_remains_of_a_change(ndim: int, smoothness: float) -> None:
+    prediction, target = inputs(ndim)
+    network = Linear(0.8, 0.5)
+    penalty = EquilibriumLoss(Nothing(), network, contraction_weight=2.0, contraction_smoothness=smoothness)
+    values = [float(penalty(prediction, target).detach()) for _ in range(5)]
+    assert all(v == pytest.approx(5 + 2 * 0.64, rel=1e-4) for v in values)
+
+
+def test_no_gradient_through_the_displacement_and_each_part_counts() -> None:
+    prediction, target = inputs(2)
+    network = Linear(0.8, 0.5)
+    assert float(EquilibriumLoss(Nothing(), network)(prediction, target)) == 5
+    penalty = EquilibriumLoss(Nothing(), network, 1.0, 1.0, 1.0)
+    assert list(penalty.parameters()) == []
+    loss = penalty(prediction, target)
+    loss.backward()
+    assert prediction[1].grad.abs().sum() == 0 and network.factor.grad.abs() > 0
+    assert float(loss) > 5 + 0.64 + 0.5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"residual_weight": -1.0}, "residual_weight must not be negative, got -1.0"),
+        ({"jacobian_weight": math.nan}, "jacobian_weight must not be negative, got nan"),
+        ({"contraction_rms": 0.0}, "contraction_rms and contraction_smoothness must be above 0, got 0.0 and 8.0"),
+    ],
+)
+def test_refuses(options: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EquilibriumLoss(Nothing(), Linear(0.5), **options)
+
+
+def test_refuses_a_hidden_state_only_where_a_penalty_is_asked_for() -> None:
+    network = Linear(0.5)
+    network.hidden_channels = 3
+    EquilibriumLoss(Nothing(), network)
+    with pytest.raises(ValueError, match="network: the penalties are for maps of the displacement alone"):
+        EquilibriumLoss(Nothing(), network, contraction_weight=0.1)
