@@ -45,6 +45,8 @@ class EquilibriumLoss(nn.Module):
         contraction_rms: largest RMS length of ``e`` in voxels. Defaults to 3.
         contraction_smoothness: largest smoothness of ``e``, see :py:func:`monai_deq.solvers.random_smooth_ddf`; it is
             drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
+        seed: of ``e``. The state of its generator is in ``state_dict()``, for a training that is resumed. Defaults
+            to 0.
 
     Raises:
         ValueError: When a number is out of its range, or a penalty is asked for and the network has a hidden state.
@@ -59,6 +61,7 @@ class EquilibriumLoss(nn.Module):
         contraction_weight: float = 0.0,
         contraction_rms: float = 3.0,
         contraction_smoothness: float = 8.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         weights = {
@@ -86,6 +89,19 @@ class EquilibriumLoss(nn.Module):
         self.contraction_weight = contraction_weight
         self.contraction_rms = contraction_rms
         self.contraction_smoothness = contraction_smoothness
+        # not the global one, from which loaders with workers draw more than those without
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """State of the random numbers, for ``state_dict()``."""
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """
+        Args:
+            state: what :py:meth:`get_extra_state` returned.
+        """
+        self.generator.set_state(state)
 
     def forward(self, prediction: Any, target: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -113,12 +129,12 @@ class EquilibriumLoss(nn.Module):
             total = total + self.jacobian_weight * jac_reg(gx, x)
         x, gx = x.detach(), gx.detach()
         if self.contraction_weight:
-            low, high = torch.rand(2).tolist()
+            low, high = torch.rand(2, generator=self.generator).tolist()
             e = random_smooth_ddf(
                 x.shape,
                 self.contraction_rms * _SMALLEST**low,
                 self.contraction_smoothness * _FINEST**high,
-                int(torch.randint(2**31, (1,))),
+                int(torch.randint(2**31, (1,), generator=self.generator)),
             ).to(x)
             total = total + self.contraction_weight * (_mean_square(g(x + e) - gx) / _mean_square(e)).mean()
         return total

@@ -111,3 +111,19 @@ def test_refuses_a_hidden_state_only_where_a_penalty_is_asked_for() -> None:
     EquilibriumLoss(Nothing(), network)
     with pytest.raises(ValueError, match="network: the penalties are for maps of the displacement alone"):
         EquilibriumLoss(Nothing(), network, contraction_weight=0.1)
+
+
+def test_random_changes_go_on_from_a_checkpoint() -> None:
+    def bent(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(3 * x)
+
+    prediction, target = inputs(2)
+    network = Linear(1.0)
+    network.fixed_point_map = lambda *_, relaxation: bent  # type: ignore[method-assign]
+    whole, first, second = (EquilibriumLoss(Nothing(), network, contraction_weight=1.0, seed=s) for s in (3, 3, 4))
+    values = [float(whole(prediction, target).detach()) for _ in range(4)]
+    assert len(set(values)) == 4
+    torch.rand(5)  # of no matter
+    assert [float(first(prediction, target).detach()) for _ in range(2)] == values[:2]
+    second.load_state_dict(first.state_dict())
+    assert [float(second(prediction, target).detach()) for _ in range(2)] == values[2:]
