@@ -22,6 +22,9 @@ _FINEST = 1 / 16
 _LOST = 1e-3
 
 
+_Map = Callable[[torch.Tensor], torch.Tensor]
+
+
 class EquilibriumLoss(nn.Module):
     """
     A training loss with penalties on the map ``g`` itself, with full steps (``relaxation`` 1), at the displacement
@@ -33,9 +36,9 @@ class EquilibriumLoss(nn.Module):
     - contraction: mean over voxels of ``|g(y) - g(x)|^2 / |y - x|^2``, where ``y`` has begun at ``x + e`` with a random
       smooth displacement ``e`` whose RMS length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and
       itself. Two iterations that stand apart come together, so that they end in the same place wherever they began.
-      Before this is measured both go on for a number of steps, drawn from 0 to ``contraction_steps``: what then is left
-      of the change is what the iteration is slow to forget, of which Hutchinson's white noise says little. ``g(x)``
-      counts as given.
+      Before this is measured both are iterated, with the network's relaxation, for a number of steps drawn from 0 to
+      ``contraction_steps``: what then is left of the change is what the iteration is slow to forget, of which
+      Hutchinson's white noise says little. ``g(x)`` counts as given.
 
     No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; the
     first two share one, the Jacobian needs a backward pass of second order, and the contraction
@@ -114,7 +117,7 @@ class EquilibriumLoss(nn.Module):
         """
         self.generator.set_state(state)
 
-    def _contraction(self, g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _contraction(self, g: _Map, iterated: _Map, x: torch.Tensor) -> torch.Tensor:
         low, high = torch.rand(2, generator=self.generator).tolist()
         e = random_smooth_ddf(
             x.shape,
@@ -125,7 +128,7 @@ class EquilibriumLoss(nn.Module):
         y = x + e
         with torch.no_grad():
             for _ in range(int(torch.randint(self.contraction_steps + 1, (1,), generator=self.generator))):
-                x, y = g(x), g(y)
+                x, y = iterated(x), iterated(y)
             gx = g(x)
         return (_mean_square(g(y) - gx) / (_mean_square(y - x) + _LOST**2)).mean()
 
@@ -152,7 +155,8 @@ class EquilibriumLoss(nn.Module):
             if self.jacobian_weight:
                 total = total + self.jacobian_weight * jac_reg(gx, x)
         if self.contraction_weight:
-            total = total + self.contraction_weight * self._contraction(g, x.detach())
+            iterated = self._network[0].fixed_point_map(target["moving"], target["fixed"])
+            total = total + self.contraction_weight * self._contraction(g, iterated, x.detach())
         return total
 
 
