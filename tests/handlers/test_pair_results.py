@@ -135,7 +135,16 @@ def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, caps
     }
     assert result["summary"].keys() == expected.keys()
     for name, (average, deviation, pairs) in expected.items():
-        assert result["summary"][name] == {"mean": number(average), "std": number(deviation), "pairs": pairs}, name
+        value = {"mean": number(average), "std": number(deviation), "pairs": pairs}
+        # of what the solver says also the middle and the worst
+        more = {k: v for k, v in result["summary"][name].items() if k not in value}
+        assert {k: v for k, v in result["summary"][name].items() if k in value} == value, name
+        assert set(more) == (set() if name in ("dice", "folded_percent") else {"median", "p95"})
+    assert result["summary"]["residual"]["median"] == 0.25
+    assert result["summary"]["steps"]["median"] == 2
+    # nine tenths of the way from the second to the first of three
+    assert result["summary"]["residual"]["p95"] == number(0.25 + 0.9 * 0.25)
+    assert "verdicts" not in result
     assert result["per_label"] == {
         "dice": {
             "3": {"name": "left", "mean": number(5 / 6), "std": number(stdev([1, 2 / 3])), "pairs": 2},
@@ -172,10 +181,15 @@ def test_no_score_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
-    items = [{**item, "verdict": "cycling", "spectral_radius": torch.tensor(0.25 * i)} for i, item in enumerate(ITEMS)]
+    verdicts = ["cycling", "converged", "cycling"]
+    items = [
+        {**item, "verdict": v, "spectral_radius": torch.tensor(0.25 * i)}
+        for i, (item, v) in enumerate(zip(ITEMS, verdicts, strict=True))
+    ]
     saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {3: "left", 8: "right"}, "two")
     evaluate(saver, [items[:2], items[2:]])
-    assert [row["verdict"] for row in read_csv(saver.csv_path)] == ["cycling"] * 3
+    assert [row["verdict"] for row in read_csv(saver.csv_path)] == verdicts
+    assert read_json(saver.json_path)["verdicts"] == {"cycling": 2, "converged": 1}
     assert "start_distance" not in read_csv(saver.csv_path)[0]
     summary = read_json(saver.json_path)["summary"]
     assert summary["spectral_radius"]["mean"] == pytest.approx(0.25) and "verdict" not in summary
