@@ -18,11 +18,6 @@ __all__ = ["EquilibriumLoss"]
 _SMALLEST = 1 / 30
 #: smallest smoothness of a change by the largest: single voxels may alternate where smooth changes die out
 _FINEST = 1 / 16
-#: RMS length in voxels of what is left of a change when it counts as forgotten
-_LOST = 1e-3
-
-
-_Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class EquilibriumLoss(nn.Module):
@@ -33,16 +28,14 @@ class EquilibriumLoss(nn.Module):
     - residual: mean over voxels of ``|g(x) - x|^2``, in squared voxels: the map stands still there.
     - Jacobian: Hutchinson's estimate of ``|dg/dx|_F^2`` over the number of its rows, by TorchDEQ: small changes die
       out, in all directions alike.
-    - contraction: mean over voxels of ``|g(y) - g(x)|^2 / |y - x|^2``, where ``y`` has begun at ``x + e`` with a random
-      smooth displacement ``e`` whose RMS length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and
-      itself. Two iterations that stand apart come together, so that they end in the same place wherever they began.
-      Before this is measured both are iterated, with the network's relaxation, for a number of steps drawn from 0 to
-      ``contraction_steps``: what then is left of the change is what the iteration is slow to forget, of which
-      Hutchinson's white noise says little. ``g(x)`` counts as given.
+    - contraction: mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2`` for a random smooth displacement ``e`` whose RMS
+      length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and itself. Two iterations that stand
+      apart come together, so that they end in the same place wherever they began. Hutchinson's white noise says little
+      of smooth changes, which are those that an iteration is slow to forget. ``g(x)`` counts as given.
 
     No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; the
-    first two share one, the Jacobian needs a backward pass of second order, and the contraction
-    ``contraction_steps + 1`` further evaluations in the mean, without gradients.
+    first two share one, the Jacobian needs a backward pass of second order, and the contraction a further evaluation
+    without gradients.
 
     Args:
         loss: loss of ``(prediction, target)``, e.g. :py:class:`monai_deq.losses.StatesLoss`.
@@ -54,7 +47,6 @@ class EquilibriumLoss(nn.Module):
         contraction_rms: largest RMS length of ``e`` in voxels. Defaults to 3.
         contraction_smoothness: largest smoothness of ``e``, see :py:func:`monai_deq.solvers.random_smooth_ddf`; it is
             drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
-        contraction_steps: largest number of steps before the contraction is measured. Defaults to 0.
         seed: of ``e``. The state of its generator is in ``state_dict()``, for a training that is resumed. Defaults
             to 0.
 
@@ -71,7 +63,6 @@ class EquilibriumLoss(nn.Module):
         contraction_weight: float = 0.0,
         contraction_rms: float = 3.0,
         contraction_smoothness: float = 8.0,
-        contraction_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,8 +79,6 @@ class EquilibriumLoss(nn.Module):
                 "contraction_rms and contraction_smoothness must be above 0, got "
                 f"{contraction_rms} and {contraction_smoothness}."
             )
-        if int(contraction_steps) != contraction_steps or contraction_steps < 0:
-            raise ValueError(f"contraction_steps must be a whole number from 0, got {contraction_steps}.")
         if any(weights.values()) and int(getattr(network, "hidden_channels", 0)):
             raise ValueError(
                 "network: the penalties are for maps of the displacement alone, this one has a hidden state."
@@ -102,7 +91,6 @@ class EquilibriumLoss(nn.Module):
         self.contraction_weight = contraction_weight
         self.contraction_rms = contraction_rms
         self.contraction_smoothness = contraction_smoothness
-        self.contraction_steps = int(contraction_steps)
         # not the global one, from which loaders with workers draw more than those without
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -117,7 +105,7 @@ class EquilibriumLoss(nn.Module):
         """
         self.generator.set_state(state)
 
-    def _contraction(self, g: _Map, iterated: _Map, x: torch.Tensor) -> torch.Tensor:
+    def _contraction(self, g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         low, high = torch.rand(2, generator=self.generator).tolist()
         e = random_smooth_ddf(
             x.shape,
@@ -125,12 +113,9 @@ class EquilibriumLoss(nn.Module):
             self.contraction_smoothness * _FINEST**high,
             int(torch.randint(2**31, (1,), generator=self.generator)),
         ).to(x)
-        y = x + e
         with torch.no_grad():
-            for _ in range(int(torch.randint(self.contraction_steps + 1, (1,), generator=self.generator))):
-                x, y = iterated(x), iterated(y)
             gx = g(x)
-        return (_mean_square(g(y) - gx) / (_mean_square(y - x) + _LOST**2)).mean()
+        return (_mean_square(g(x + e) - gx) / _mean_square(e)).mean()
 
     def forward(self, prediction: Any, target: dict[str, torch.Tensor]) -> torch.Tensor:
         """
@@ -155,8 +140,7 @@ class EquilibriumLoss(nn.Module):
             if self.jacobian_weight:
                 total = total + self.jacobian_weight * jac_reg(gx, x)
         if self.contraction_weight:
-            iterated = self._network[0].fixed_point_map(target["moving"], target["fixed"])
-            total = total + self.contraction_weight * self._contraction(g, iterated, x.detach())
+            total = total + self.contraction_weight * self._contraction(g, x.detach())
         return total
 
 

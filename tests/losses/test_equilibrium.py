@@ -126,36 +126,3 @@ def test_random_changes_go_on_from_a_checkpoint() -> None:
     assert [float(first(prediction, target).detach()) for _ in range(2)] == values[:2]
     second.load_state_dict(first.state_dict())
     assert [float(second(prediction, target).detach()) for _ in range(2)] == values[2:]
-
-
-@pytest.mark.parametrize("ndim", [2, 3])
-def test_contraction_after_steps_is_that_of_the_slowest_part(ndim: int) -> None:
-    prediction, target = inputs(ndim)
-    network = Linear(1.0)
-    rates = torch.tensor([0.9, *[-0.2] * (ndim - 1)]).view(1, -1, *[1] * ndim)
-    network.fixed_point_map = lambda *_, relaxation=1.0: lambda x: rates * x  # type: ignore[method-assign]
-
-    def values(steps: int) -> list[float]:
-        # so large that nothing counts as forgotten
-        penalty = EquilibriumLoss(
-            Nothing(), network, contraction_weight=1.0, contraction_rms=3e4, contraction_steps=steps
-        )
-        return [float(penalty(prediction, target).detach()) - 5 for _ in range(12)]
-
-    # at once all parts of the change count, by their share in it
-    assert all(0.04 < v < 0.75 for v in values(0))
-    after = values(30)
-    assert sum(v == pytest.approx(0.81, rel=1e-2) for v in after) >= 8 and max(after) < 0.811
-    # the steps on the way are those that are iterated, the last one is a full one
-    slow = torch.tensor([0.2, *[0.9] * (ndim - 1)]).view(1, -1, *[1] * ndim)
-    network.fixed_point_map = lambda *_, relaxation=0.5: lambda x: (rates if relaxation == 1 else slow) * x  # type: ignore[method-assign]
-    assert sum(v == pytest.approx(0.04, rel=5e-2) for v in values(30)) >= 8
-    with pytest.raises(ValueError, match="contraction_steps must be a whole number from 0, got -1"):
-        EquilibriumLoss(Nothing(), network, contraction_steps=-1)
-
-
-def test_what_is_forgotten_counts_no_more() -> None:
-    prediction, target = inputs(2)
-    network = Linear(0.8, 0.5)
-    penalty = EquilibriumLoss(Nothing(), network, contraction_weight=1.0, contraction_rms=1e-5)
-    assert float(penalty(prediction, target).detach()) == pytest.approx(5, abs=1e-3)
