@@ -93,7 +93,7 @@ def test_ablation_trains_and_evaluates(name: str, cohort: Path, tmp_path: Path) 
     overlay = ConfigParser.load_config_file(files[-1])
     changed = {k: v for k, v in overlay.items() if k not in ("random_steps", "update", "backbone_update")}
     assert {k: settings[k] for k in changed} == changed and settings["method"] != "DEQReg-pool"
-    bundle("evaluating", configs("evaluate", 2, f"ablation/{name}"), tmp_path, **common)
+    bundle("evaluating", configs("evaluate", 2, f"ablation/{name}"), tmp_path, **common, split="validation")
     assert json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())["method"] == overlay["method"]
 
 
