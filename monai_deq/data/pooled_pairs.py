@@ -52,6 +52,10 @@ class PooledPairSampler(RandomPairSampler):
     so trained on ``1 / renewal`` times in the mean, whatever the number of slots. With a renewal of 1 the pairs are
     those of :py:class:`RandomPairSampler`.
 
+    With ``starts`` above 1 each draw gives its pair so many times in a row, each with a state of its own, for
+    iterations of one pair that begin in different places, see :py:class:`monai_deq.losses.EquilibriumLoss`. The pool
+    then needs ``slots * starts`` slots, and a batch a multiple of ``starts`` items.
+
     The draws depend on the seed, the epoch and the rank alone, and not on workers or the global random state; those of
     the epochs before are repeated within, so that a resumed training goes on with the same pairs. Each process has
     slots and pairs of its own.
@@ -64,6 +68,7 @@ class PooledPairSampler(RandomPairSampler):
         seed: seed of the draws. Defaults to 0.
         num_replicas: number of processes that share the epoch. Defaults to 1.
         rank: number of this process. Defaults to 0.
+        starts: how often each draw gives its pair. Defaults to 1.
 
     Raises:
         ValueError: When a number is out of range.
@@ -78,15 +83,23 @@ class PooledPairSampler(RandomPairSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        starts: int = 1,
     ) -> None:
         super().__init__(num_subjects, pairs_per_epoch, seed, num_replicas, rank)
         if int(slots) != slots or slots < 1:
             raise ValueError(f"slots must be a whole number of at least 1, got {slots}.")
         if not 0 < renewal <= 1:
             raise ValueError(f"renewal must be in (0, 1], got {renewal}.")
+        if int(starts) != starts or starts < 1:
+            raise ValueError(f"starts must be a whole number of at least 1, got {starts}.")
         self.slots = int(slots)
+        self.starts = int(starts)
         self.renewal = renewal
         self.epoch = 1
+
+    def __len__(self) -> int:
+        """Number of items in an epoch of this process."""
+        return super().__len__() * self.starts
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose draws the next iteration gives; counts from 1, as Ignite does."""
@@ -109,11 +122,12 @@ class PooledPairSampler(RandomPairSampler):
                     held[slot] = PooledPair(*pair, slot, ticket)
                     ticket += 1
                 drawn.append(held[slot])
-        return iter(drawn)
+        n = self.starts
+        return iter(PooledPair(d.fixed, d.moving, d.slot * n + i, d.ticket * n + i) for d in drawn for i in range(n))
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws depend on; the states of a pool mean nothing with other draws."""
-        names = ("num_subjects", "slots", "renewal", "seed")
+        names = ("num_subjects", "slots", "starts", "renewal", "seed")
         return {**{name: getattr(self, name) for name in names}, "draws": len(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -32,10 +32,15 @@ class EquilibriumLoss(nn.Module):
       length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and itself. Two iterations that stand
       apart come together, so that they end in the same place wherever they began. Hutchinson's white noise says little
       of smooth changes, which are those that an iteration is slow to forget. ``g(x)`` counts as given.
+    - agreement: mean over voxels of ``|g(x) - g(y)|^2 / (|x - y|^2 + agreement_rms^2)`` for the displacements ``x``
+      and ``y`` that the iterations of one pair have come to from different starts. Random changes seldom meet the few
+      directions in which a map has two solutions; the difference of two iterations that have settled there is such a
+      direction. Differences far below ``agreement_rms`` count little. The items ``2 i`` and ``2 i + 1`` of a batch must
+      be the same pair, see ``starts`` of :py:class:`monai_deq.data.PooledPairSampler`.
 
-    No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; the
-    first two share one, the Jacobian needs a backward pass of second order, and the contraction a further evaluation
-    without gradients.
+    No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; residual,
+    Jacobian and agreement share one, the Jacobian needs a backward pass of second order, and the contraction a further
+    evaluation without gradients. The paper has none of these.
 
     Args:
         loss: loss of ``(prediction, target)``, e.g. :py:class:`monai_deq.losses.StatesLoss`.
@@ -47,6 +52,8 @@ class EquilibriumLoss(nn.Module):
         contraction_rms: largest RMS length of ``e`` in voxels. Defaults to 3.
         contraction_smoothness: largest smoothness of ``e``, see :py:func:`monai_deq.solvers.random_smooth_ddf`; it is
             drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
+        agreement_weight: weight of the agreement. Defaults to 0.
+        agreement_rms: RMS length in voxels of a difference that counts half. Defaults to 0.3.
         seed: of ``e``. The state of its generator is in ``state_dict()``, for a training that is resumed. Defaults
             to 0.
 
@@ -63,6 +70,8 @@ class EquilibriumLoss(nn.Module):
         contraction_weight: float = 0.0,
         contraction_rms: float = 3.0,
         contraction_smoothness: float = 8.0,
+        agreement_weight: float = 0.0,
+        agreement_rms: float = 0.3,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -70,6 +79,7 @@ class EquilibriumLoss(nn.Module):
             "residual_weight": residual_weight,
             "jacobian_weight": jacobian_weight,
             "contraction_weight": contraction_weight,
+            "agreement_weight": agreement_weight,
         }
         for name, value in weights.items():
             if not value >= 0:
@@ -79,6 +89,8 @@ class EquilibriumLoss(nn.Module):
                 "contraction_rms and contraction_smoothness must be above 0, got "
                 f"{contraction_rms} and {contraction_smoothness}."
             )
+        if not agreement_rms > 0:
+            raise ValueError(f"agreement_rms must be above 0, got {agreement_rms}.")
         if any(weights.values()) and int(getattr(network, "hidden_channels", 0)):
             raise ValueError(
                 "network: the penalties are for maps of the displacement alone, this one has a hidden state."
@@ -91,6 +103,8 @@ class EquilibriumLoss(nn.Module):
         self.contraction_weight = contraction_weight
         self.contraction_rms = contraction_rms
         self.contraction_smoothness = contraction_smoothness
+        self.agreement_weight = agreement_weight
+        self.agreement_rms = agreement_rms
         # not the global one, from which loaders with workers draw more than those without
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -125,20 +139,34 @@ class EquilibriumLoss(nn.Module):
 
         Returns:
             The loss, a scalar.
+
+        Raises:
+            ValueError: When the agreement is asked for and the batch is not made of pairs given twice.
         """
         total = self.loss(prediction, target)
-        weights = (self.residual_weight, self.jacobian_weight, self.contraction_weight)
-        if not any(weights):
+        at_x = (self.residual_weight, self.jacobian_weight, self.agreement_weight)
+        if not (any(at_x) or self.contraction_weight):
             return total
-        g = self._network[0].fixed_point_map(target["moving"], target["fixed"], relaxation=1.0)
+        moving, fixed = target["moving"], target["fixed"]
+        if self.agreement_weight and not (
+            len(fixed) % 2 == 0 and torch.equal(fixed[::2], fixed[1::2]) and torch.equal(moving[::2], moving[1::2])
+        ):
+            raise ValueError(
+                "agreement_weight: each pair must be in the batch twice in a row; give the PooledPairSampler 2 starts "
+                "and the loader an even batch size."
+            )
+        g = self._network[0].fixed_point_map(moving, fixed, relaxation=1.0)
         x = prediction[1].detach()
         if self.jacobian_weight:
             x.requires_grad_()
-        if self.residual_weight or self.jacobian_weight:
+        if any(at_x):
             gx = g(x)
             total = total + self.residual_weight * _mean_square(gx - x.detach()).mean()
             if self.jacobian_weight:
                 total = total + self.jacobian_weight * jac_reg(gx, x)
+            if self.agreement_weight:
+                apart = _mean_square(x.detach()[::2] - x.detach()[1::2]) + self.agreement_rms**2
+                total = total + self.agreement_weight * (_mean_square(gx[::2] - gx[1::2]) / apart).mean()
         if self.contraction_weight:
             total = total + self.contraction_weight * self._contraction(g, x.detach())
         return total

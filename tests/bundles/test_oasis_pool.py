@@ -38,7 +38,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_resumed_training_is_that_of_one_go(spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
-    common = {"dataset_dir": cohort, "lr_decay_power": 0.0}
+    common = {"dataset_dir": cohort, "lr_decay_power": 0.0, "pool_starts": 2, "batch_size": 1}
     whole = train(tmp_path / "whole", spatial_dims, max_epochs=2, **common)
     half = train(tmp_path / "parts", spatial_dims, max_epochs=1, **common)
     assert (half["pool"]["tickets"] >= 0).all() and half["pool"]["states"].abs().max() > 0
@@ -48,7 +48,10 @@ def test_resumed_training_is_that_of_one_go(spatial_dims: int, cohort: Path, tmp
     torch.testing.assert_close(parts["pool"], whole["pool"])
     # the pairs went on from where they stood
     tickets = {int(t) for t in whole["pool"]["tickets"]}
-    assert max(tickets) < 12 - 1
+    assert max(tickets) // 2 < 12 - 1
+    # each pair from two starts, which have not come to the same place after so few steps
+    states = whole["pool"]["states"]
+    assert len(states) == 4 and (states[::2] - states[1::2]).flatten(1).abs().amax(1).min() > 0.1
 
 
 def test_pool_in_a_file_and_with_workers(cohort: Path, tmp_path: Path) -> None:

@@ -61,6 +61,20 @@ def test_epochs_go_on_from_one_another_and_are_the_same_again() -> None:
     assert len(replicas[0]) == len(replicas[1]) == 100 and replicas[0] != replicas[1]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_several_starts_give_each_draw_in_a_row_with_states_of_their_own(replicas: int) -> None:
+    for rank in range(replicas):
+        common = {"epochs": 2, "num_replicas": replicas, "rank": rank}
+        once, thrice = draws(**common), draws(**common, starts=3)
+        assert sum(len(epoch) for epoch in thrice) == 3 * sum(len(epoch) for epoch in once)
+        for one, three in zip(once, thrice, strict=True):
+            for i, pair in enumerate(one):
+                same = three[3 * i : 3 * i + 3]
+                assert {(p.fixed, p.moving) for p in same} == {(pair.fixed, pair.moving)}
+                assert [p.slot for p in same] == [3 * pair.slot + k for k in range(3)]
+                assert [p.ticket for p in same] == [3 * pair.ticket + k for k in range(3)]
+
+
 def test_resuming_with_other_draws_is_refused() -> None:
     state = PooledPairSampler(7, 200, 5).state_dict()
     PooledPairSampler(7, 200, 5).load_state_dict(state)
@@ -83,6 +97,7 @@ def test_an_epoch_under_way_is_not_changed() -> None:
     [
         ({"num_subjects": 1}, "at least 2 subjects"),
         ({"slots": 0}, "slots must be"),
+        ({"starts": 0}, "starts must be a whole number of at least 1, got 0"),
         ({"renewal": 0.0}, "renewal must be in"),
         ({"renewal": 1.1}, "renewal must be in"),
         ({"pairs_per_epoch": 3, "num_replicas": 2}, "multiple of num_replicas=2"),

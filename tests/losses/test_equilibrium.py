@@ -79,11 +79,41 @@ def test_contraction_is_what_remains_of_a_change(ndim: int, smoothness: float) -
     assert all(v == pytest.approx(5 + 2 * 0.64, rel=1e-4) for v in values)
 
 
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_agreement_is_what_remains_of_the_difference_of_two_iterations(ndim: int) -> None:
+    prediction, target = inputs(ndim, batch=4)
+    network = Linear(0.8, 0.5)
+    loss = EquilibriumLoss(Nothing(), network, agreement_weight=2.0, agreement_rms=0.7)(prediction, target)
+    x = prediction[1].detach().double()
+    apart = torch.stack([(x[0] - x[1]).square().sum(0).mean(), (x[2] - x[3]).square().sum(0).mean()])
+    shares = apart / (apart + 0.49)
+    assert float(loss) == pytest.approx(5 + 2 * 0.64 * float(shares.mean()), rel=1e-5)
+    loss.backward()
+    # both iterations are drawn to one another: d(factor^2) once, not half of it
+    assert float(network.factor.grad) == pytest.approx(2 * 1.6 * float(shares.mean()), rel=1e-5)
+    # two iterations that have met cost nothing
+    same = prediction[1].detach()[[0, 0]].requires_grad_()
+    images = {key: image[:2] for key, image in target.items()}
+    assert float(EquilibriumLoss(Nothing(), network, agreement_weight=2.0)((None, same, []), images)) == 5
+
+
+def test_agreement_needs_each_pair_twice() -> None:
+    prediction, target = inputs(2, batch=4)
+    loss = EquilibriumLoss(Nothing(), Linear(0.8), agreement_weight=1.0)
+    loss(prediction, target)
+    for key in ("moving", "fixed"):
+        other = {**target, key: target[key] + torch.tensor([0.0, 0, 0, 1]).reshape(4, 1, 1, 1)}
+        with pytest.raises(ValueError, match="each pair must be in the batch twice in a row; give the PooledPairS"):
+            loss(prediction, other)
+    with pytest.raises(ValueError, match="an even batch size"):
+        loss((None, prediction[1][:3], []), {key: image[:3] for key, image in target.items()})
+
+
 def test_no_gradient_through_the_displacement_and_each_part_counts() -> None:
     prediction, target = inputs(2)
     network = Linear(0.8, 0.5)
     assert float(EquilibriumLoss(Nothing(), network)(prediction, target)) == 5
-    penalty = EquilibriumLoss(Nothing(), network, 1.0, 1.0, 1.0)
+    penalty = EquilibriumLoss(Nothing(), network, 1.0, 1.0, 1.0, agreement_weight=1.0)
     assert list(penalty.parameters()) == []
     loss = penalty(prediction, target)
     loss.backward()
@@ -97,6 +127,8 @@ def test_no_gradient_through_the_displacement_and_each_part_counts() -> None:
         ({"residual_weight": -1.0}, "residual_weight must not be negative, got -1.0"),
         ({"jacobian_weight": math.nan}, "jacobian_weight must not be negative, got nan"),
         ({"contraction_rms": 0.0}, "contraction_rms and contraction_smoothness must be above 0, got 0.0 and 8.0"),
+        ({"agreement_weight": -0.1}, "agreement_weight must not be negative, got -0.1"),
+        ({"agreement_rms": 0.0}, "agreement_rms must be above 0, got 0.0"),
     ],
 )
 def test_refuses(options: dict[str, float], words: str) -> None:
