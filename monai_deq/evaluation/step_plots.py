@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_deq.evaluation.step_table import PANELS, StepCurve
+from monai_deq.evaluation.step_table import PANELS, StepCurve, measured_panels
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
 __all__ = ["step_plots"]
@@ -50,9 +50,14 @@ def step_plots(
     except ImportError as e:
         raise ImportError('Curves need matplotlib: pip install "monai_deq[figures]"') from e
 
-    figure = Figure(figsize=(9.5, 6.0), layout="constrained")
-    axes: Sequence = figure.subplots(2, 2).flatten().tolist()
-    for axis, (key, (title, scale, logarithmic)) in zip(axes, PANELS.items(), strict=True):
+    panels = measured_panels(curves)
+    columns = max(math.ceil(len(panels) / 2), 1)
+    figure = Figure(figsize=(4.7 * columns, 6.0), layout="constrained")
+    axes: Sequence = figure.subplots(2, columns, squeeze=False).flatten().tolist()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, key in zip(axes, panels, strict=False):
+        title, scale, logarithmic = PANELS[key]
         for i, (method, scores) in enumerate(curves.items()):
             curve, colour = scores[key], _COLOURS[i % len(_COLOURS)]
             # residuals lie on a logarithmic axis and far apart: their median

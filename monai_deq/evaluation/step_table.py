@@ -11,12 +11,13 @@ import numpy as np
 
 from monai_deq.evaluation.step_scores import StepScore
 
-__all__ = ["PANELS", "StepCurve", "step_curves", "step_table"]
+__all__ = ["PANELS", "StepCurve", "measured_panels", "step_curves", "step_table"]
 
 #: scores that are drawn: title, factor, whether the axis is logarithmic
 PANELS: dict[str, tuple[str, float, bool]] = {
     "dice": ("Dice (%)", 100.0, False),
     "folded_percent": ("folded voxels (%)", 1.0, False),
+    "similarity": ("local cross-correlation", 1.0, False),
     "residual": ("residual (voxel)", 1.0, True),
     "start_distance": ("distance from a random start's (voxel)", 1.0, True),
 }
@@ -83,6 +84,16 @@ def step_curves(scores: Sequence[StepScore]) -> dict[str, StepCurve]:
             steps, values.mean(axis=0).tolist(), std.tolist(), np.median(values, axis=0).tolist(), len(pairs)
         )
     return out
+
+
+def measured_panels(curves: Mapping[str, Mapping[str, StepCurve]]) -> list[str]:
+    """
+    Scores of ``PANELS`` that any method has; those from a random start only when it was asked for.
+
+    Args:
+        curves: by title of a method, by name of a score, its curve.
+    """
+    return [name for name in PANELS if any(np.isfinite(scores[name].mean).any() for scores in curves.values())]
 
 
 def step_table(curves: Mapping[str, Mapping[str, StepCurve]], trained_steps: Mapping[str, int]) -> str:

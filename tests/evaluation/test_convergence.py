@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 
 from monai_deq.data import write_sample_cohort
 from monai_deq.evaluation import BundleMethod, converge, evaluate_method
+from monai_deq.evaluation.step_plots import step_plots
 from monai_deq.evaluation.step_scores import (
     StepScore,
     default_steps,
@@ -22,7 +23,7 @@ from monai_deq.evaluation.step_scores import (
     score_steps,
     write_step_scores,
 )
-from monai_deq.evaluation.step_table import step_curves, step_table
+from monai_deq.evaluation.step_table import measured_panels, step_curves, step_table
 from monai_deq.networks import load_weights
 from monai_deq.solvers import random_smooth_ddf
 
@@ -145,6 +146,13 @@ def test_curves_and_table(tmp_path: Path) -> None:
     assert "| One | 4 | trained, last | nan |" in step_table({"One": curves}, {"One": 4})
     alone = {"One": step_curves(scores[:3])}
     assert "| One | 2 | trained, best Dice | 75.00 | 1.000 | 0.2000 | 0.5 | 0.25 | 2 |" in step_table(alone, {"One": 2})
+    # a panel for the random start only where there was one
+    without = {"Two": step_curves([s._replace(start_distance=math.nan) for s in scores[:3]])}
+    assert measured_panels(alone) == ["dice", "folded_percent", "similarity", "residual", "start_distance"]
+    assert measured_panels(without) == measured_panels(alone)[:-1]
+    assert measured_panels({**alone, **without}) == measured_panels(alone)
+    for name, drawn in (("five", alone), ("four", without)):
+        assert step_plots(drawn, {"One": 2, "Two": 2}, tmp_path / f"{name}.png").stat().st_size > 10000
     with pytest.raises(ValueError, match="at least one pair"):
         step_curves([])
     (tmp_path / "other.csv").write_text("fixed,moving\n")
