@@ -24,26 +24,36 @@ class UNetUpdate(nn.Module):
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
-        backbone: module that maps ``(B, 2 + ndim, *spatial)`` to ``(B, ndim, *spatial)``. An attribute ``divisor``
+        backbone: module that maps ``(B, 2 + ndim, *spatial)``, or one channel more with ``unwarped_moving``, to
+            ``(B, ndim, *spatial)``. An attribute ``divisor``
             (default 1) tells of which number the spatial sizes must be multiples. Defaults to
-            :py:class:`RegistrationUNet` with ``2 + spatial_dims`` input channels.
+            :py:class:`RegistrationUNet` with as many input channels.
         autocast_dtype: run the backbone under autocast with this dtype, e.g. ``"bfloat16"``; the displacement stays
             float32. Defaults to ``None``: as the caller's autocast has it.
+        unwarped_moving: the input is ``[fixed, warped moving, ddf, moving]``: with the moving image as it is, what the
+            displacement ought to be can be told wherever the iteration stands, and not only what looks better nearby.
+            Not in the paper. Defaults to ``False``.
 
     Raises:
         ValueError: When ``spatial_dims`` or ``autocast_dtype`` is none of these.
     """
 
     def __init__(
-        self, spatial_dims: int = 3, backbone: nn.Module | None = None, autocast_dtype: str | None = None
+        self,
+        spatial_dims: int = 3,
+        backbone: nn.Module | None = None,
+        autocast_dtype: str | None = None,
+        unwarped_moving: bool = False,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
         self.spatial_dims = spatial_dims
         self.autocast_dtype = backbone_autocast_dtype(autocast_dtype)
+        self.unwarped_moving = unwarped_moving
         if backbone is None:
-            backbone = RegistrationUNet(spatial_dims, 2 + spatial_dims, zero_inputs=range(2, 2 + spatial_dims))
+            channels = 2 + spatial_dims + int(unwarped_moving)
+            backbone = RegistrationUNet(spatial_dims, channels, zero_inputs=range(2, 2 + spatial_dims))
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
@@ -59,7 +69,8 @@ class UNetUpdate(nn.Module):
         Raises:
             ValueError: When the backbone returns another shape.
         """
-        x = torch.cat([fixed, warp_by_ddf(moving, ddf), ddf.to(fixed.dtype)], dim=1)
+        unwarped = [moving] if self.unwarped_moving else []
+        x = torch.cat([fixed, warp_by_ddf(moving, ddf), ddf.to(fixed.dtype), *unwarped], dim=1)
         delta = run_backbone(self.backbone, x, self.autocast_dtype)
         if delta.shape != ddf.shape:
             raise ValueError(

@@ -74,6 +74,22 @@ def test_feeds_fixed_warped_ddf(size: tuple[int, ...]) -> None:
     torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(16, 32), (16, 16, 32)])
+def test_feeds_the_unwarped_image_last(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    moving, fixed, ddf = smooth_pair(size)
+    torch.manual_seed(0)
+    update = UNetUpdate(ndim, unwarped_moving=True).double()
+    weight = update.get_parameter("backbone.encoder.0.conv.weight")
+    assert weight.shape[1] == 3 + ndim and bool((weight[:, [0, 1, -1]] != 0).all()) and not weight[:, 2:-1].any()
+    with torch.no_grad():
+        torch.nn.init.normal_(update.get_parameter("backbone.flow.weight"), std=0.1)
+        delta = update(moving, fixed, ddf)
+        expected = update.backbone(torch.cat([fixed, Warp()(moving, ddf), ddf, moving], dim=1))
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [(9, 7), (8, 5), (5, 3, 4)])
 def test_any_size(size: tuple[int, ...]) -> None:
     moving, fixed, ddf = smooth_pair(size)
