@@ -42,7 +42,8 @@ def write_checkpoint(name: str, results: Path, spatial_dims: int = 2, seed: int 
     path = results / name / "models" / "model.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(parser.get_parsed_content("network_def").state_dict(), path)
-    path.with_suffix(".json").write_text(json.dumps({"spatial_size": None, "val_steps": 1, "max_steps": 2, **settings}))
+    own = {"spatial_size": None, "val_steps": 1, "max_steps": 2, "unwarped_moving": parser["unwarped_moving"]}
+    path.with_suffix(".json").write_text(json.dumps({**own, **settings}))
     return path
 
 
