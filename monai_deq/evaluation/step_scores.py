@@ -120,6 +120,7 @@ def score_steps(
             if random_start_rms:
                 shape = (1, fixed.ndim - 2, *fixed.shape[2:])
                 start = random_smooth_ddf(shape, random_start_rms, seed=index, device=fixed.device)
+                start = getattr(network, "coarse_solution", lambda m, f, x: x)(moving, fixed, start)
                 other, _ = network.solve_state(moving, fixed, start, **first)
             for step in range(1, max(marks) + 1):
                 ddf = state[:, : fixed.ndim - 2]

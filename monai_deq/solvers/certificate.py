@@ -234,6 +234,8 @@ def certify(
         shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
             start = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
+            # where coarser networks come first the iteration begins with the coarsest
+            start = getattr(network, "coarse_solution", lambda m, f, x: x)(moving, fixed, start)
             other, _ = network.solve_state(moving, fixed, start, **dict(solve_settings or {}))
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN

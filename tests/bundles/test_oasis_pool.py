@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,16 +17,20 @@ from monai_deq.data import write_sample_cohort
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 
 
-def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
-    files = ["train.json", *(["slices.json"] if spatial_dims == 2 else [])]
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "training", "--config_file"]
+def bundle(run_id: str, config: str, folder: Path, spatial_dims: int, **overrides: object) -> None:
+    files = [f"{config}.json", *(["slices.json"] if spatial_dims == 2 else [])]
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id, "--config_file"]
     command.append(str([str(BUNDLE / f) for f in files]))
-    settings = {"bundle_root": folder, "split_sizes": "[2,2,1]", "pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2}
-    for key, value in {**settings, "pool_renewal": 0.3, "val_steps": 4, **overrides}.items():
+    for key, value in {"bundle_root": folder, "split_sizes": "[2,2,1]", **overrides}.items():
         command += [f"--{key}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+
+def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
+    settings = {"pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2, "pool_renewal": 0.3, "val_steps": 4}
+    bundle("training", "train", folder, spatial_dims, **{**settings, **overrides})
     return torch.load(folder / "models" / "last.pt", weights_only=True)
 
 
@@ -61,3 +66,23 @@ def test_pool_in_a_file_and_with_workers(cohort: Path, tmp_path: Path) -> None:
     other = train(tmp_path / "other", 2, num_workers=1, pool_folder=tmp_path / "scratch", **common)
     torch.testing.assert_close(other["network"], plain["network"])
     assert len(other["pool"]["states"]) == 0 and list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_from_coarse_to_fine(spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
+    sizes = ([18, 16], [36, 32]) if spatial_dims == 2 else ([9, 8, 10], [18, 16, 20])
+    common = {"dataset_dir": cohort, "max_epochs": 1, "coarse_steps": 3}
+    train(tmp_path / "half", spatial_dims, spatial_size=sizes[0], **common)
+    weights = tmp_path / "half" / "models" / "model.pt"
+    # a part of the pairs start where the coarser network leaves them
+    levels = {"coarser_levels": 1, "coarse_weights": weights, "random_start_share": 0.3}
+    network = train(tmp_path / "full", spatial_dims, spatial_size=sizes[1], **common, **levels)["network"]
+    half = torch.load(weights, weights_only=True)
+    for name, value in half.items():
+        torch.testing.assert_close(network[f"coarse.{name}"], value, rtol=0, atol=0)
+    assert any(not torch.equal(network[name], value) for name, value in half.items())
+    bundle("evaluating", "evaluate", tmp_path / "full", spatial_dims, dataset_dir=cohort, split="validation")
+    levels = {"coarse.update", "update"}
+    assert {name.rsplit(".backbone", 1)[0] for name in network} == levels
+    summary = json.loads((tmp_path / "full" / "eval" / "evaluation_summary.json").read_text())
+    assert summary["num_pairs"] == 2 and summary["summary"]["dice"]["mean"] > 0

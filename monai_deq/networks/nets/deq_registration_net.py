@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
+from monai_deq.networks.blocks import UNetUpdate, check_ddf, warp_by_ddf
 from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, relaxed, state_map
+from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
 from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
 
 __all__ = ["DEQRegistrationNet"]
@@ -52,6 +53,11 @@ class DEQRegistrationNet(nn.Module):
             that reach as far as they can in ``phantom_steps`` steps, and such steps end up overshooting by their own
             length, again and again; shorter ones come to rest. Not in the paper. Defaults to 1.
 
+        coarse: network of the same kind that registers the pair at half the size, by means of two voxels along each
+            axis, and may itself have a coarser one. Where its iteration comes to rest is where this one starts, unless
+            it is given a start; its own settings say how far it goes. It is taken as trained: no gradient goes through
+            it. Not in the paper. Defaults to ``None``: the iteration starts from zero.
+
     Raises:
         ValueError: When an argument is out of its range.
 
@@ -79,6 +85,7 @@ class DEQRegistrationNet(nn.Module):
         solver: str = "plain",
         solver_options: dict[str, Any] | None = None,
         relaxation: float = 1.0,
+        coarse: DEQRegistrationNet | None = None,
     ) -> None:
         super().__init__()
         if not 0 < relaxation <= 1:
@@ -110,6 +117,9 @@ class DEQRegistrationNet(nn.Module):
         self.tolerance = tolerance
         self.relative_tolerance = relative_tolerance
         self.relaxation = relaxation
+        self.coarse = coarse
+        if coarse is not None:
+            coarse.requires_grad_(False)
         self.solver = solver
         self.solver_options = check_solver_options(solver, solver_options)
         # In TorchDEQ n_states counts the final state too.
@@ -144,6 +154,34 @@ class DEQRegistrationNet(nn.Module):
         check_pair(moving, fixed)
         return relaxed(state_map(self.update, moving, fixed), self.relaxation if relaxation is None else relaxation)
 
+    def coarse_solution(
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """
+        Where the iteration starts, without gradients: the solutions of the coarser networks, each the start of the
+        next, brought to the full size.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: displacement that the coarsest network starts from, here at full size, ``(B, ndim,
+                *spatial)``. Defaults to zero.
+
+        Returns:
+            ``(B, ndim, *spatial)`` in voxels; without a coarser network the argument itself.
+        """
+        if self.coarse is None:
+            return initial_ddf
+        check_pair(moving, fixed)
+        with torch.no_grad():
+            smaller = coarser(moving), coarser(fixed)
+            start = None
+            if initial_ddf is not None:
+                check_ddf(fixed, initial_ddf)
+                start = coarser_ddf(initial_ddf)
+            ddf, _ = self.coarse.solve(*smaller, self.coarse.coarse_solution(*smaller, start))
+            return finer(ddf, fixed.shape[2:])
+
     def solve_state(
         self,
         moving: torch.Tensor,
@@ -157,13 +195,15 @@ class DEQRegistrationNet(nn.Module):
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to zero.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
+                the coarser network, or zero.
             kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
 
         Returns:
             The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
         """
         g = self.fixed_point_map(moving, fixed)
+        initial_ddf = self.coarse_solution(moving, fixed) if initial_ddf is None else initial_ddf
         settings: dict[str, Any] = {
             "solver": self.solver,
             "max_steps": self.max_steps,
@@ -187,7 +227,8 @@ class DEQRegistrationNet(nn.Module):
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to zero.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
+                the coarser network, or zero.
             kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
 
         Returns:
@@ -208,7 +249,7 @@ class DEQRegistrationNet(nn.Module):
         Args:
             moving: ``(B, 1, *spatial)``, intensities in [0, 1].
             fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to zero.
+            initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to the solution of the coarser network, or zero.
             max_steps: step limit of this solve. Defaults to the network's own.
 
         Returns:
@@ -222,6 +263,7 @@ class DEQRegistrationNet(nn.Module):
         if not self.training:
             ddf, _ = self.solve(moving, fixed, initial_ddf, **({} if max_steps is None else {"max_steps": max_steps}))
             return warp_by_ddf(moving, ddf), ddf
+        initial_ddf = self.coarse_solution(moving, fixed) if initial_ddf is None else initial_ddf
         full, short = self.fixed_point_map(moving, fixed, 1.0), self.fixed_point_map(moving, fixed)
         state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
         options = {

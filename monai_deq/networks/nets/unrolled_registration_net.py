@@ -9,34 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
 from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
+from monai_deq.networks.nets.pyramid import coarser, finer
 from monai_deq.solvers import SolverRecord, solve_fixed_point
 
 __all__ = ["UnrolledRegistrationNet"]
-
-_LINEAR = {2: "bilinear", 3: "trilinear"}
-_AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-def _coarser(image: torch.Tensor) -> torch.Tensor:
-    """Half the size, rounded up: means of two voxels along each axis; a last odd voxel stands alone."""
-    # an axis of one voxel is left as it is
-    window = [min(n, 2) for n in image.shape[2:]]
-    return _AVERAGE[image.ndim - 2](image, window, ceil_mode=True, count_include_pad=False)
-
-
-def _finer(state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """A displacement (and a hidden state behind it) on the grid twice as fine, cropped to ``size``."""
-    ndim = state.ndim - 2
-    # without align_corners the finer voxels lie symmetrically in the coarse ones: displacements double, exactly
-    fine = F.interpolate(state, scale_factor=2, mode=_LINEAR[ndim], align_corners=False)
-    fine = fine[(..., *(slice(n) for n in size))]  # type: ignore[index]
-    # an axis of one voxel was not halved
-    factors = fine.new_tensor([1 if n == m else 2 for n, m in zip(size, state.shape[2:], strict=True)])
-    return torch.cat([factors.view(1, -1, *[1] * ndim) * fine[:, :ndim], fine[:, ndim:]], dim=1)
 
 
 class UnrolledRegistrationNet(nn.Module):
@@ -111,7 +90,7 @@ class UnrolledRegistrationNet(nn.Module):
         """The image on each level, from coarse to fine."""
         images = [image]
         while len(images) < len(self.steps):
-            images.insert(0, _coarser(images[0]))
+            images.insert(0, coarser(images[0]))
         return images
 
     def _start(
@@ -127,14 +106,14 @@ class UnrolledRegistrationNet(nn.Module):
             for _ in range(n):
                 state = g(state)
                 states.append(state)
-            state = _finer(state, fixeds[level + 1].shape[2:])
+            state = finer(state, fixeds[level + 1].shape[2:])
         return state, states
 
     def _full_size(self, state: torch.Tensor, level: int, fixeds: list[torch.Tensor]) -> torch.Tensor:
         """Displacement of a state of a level on the full grid."""
         ddf = state[:, : state.ndim - 2]
         for fixed in fixeds[level + 1 :]:
-            ddf = _finer(ddf, fixed.shape[2:])
+            ddf = finer(ddf, fixed.shape[2:])
         return ddf
 
     def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

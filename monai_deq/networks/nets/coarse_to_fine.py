@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equilibrium networks one behind the other, from coarse to fine."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from monai_deq.networks.nets.deq_registration_net import DEQRegistrationNet
+from monai_deq.networks.utils import load_weights
+
+__all__ = ["coarse_to_fine"]
+
+
+def coarse_to_fine(
+    network: DEQRegistrationNet, num_levels: int = 1, max_steps: int = 48, weights: str | Path | None = None
+) -> DEQRegistrationNet:
+    """
+    Put copies of a network before it, each for half the size of the next; see ``coarse`` of
+    :py:class:`DEQRegistrationNet`.
+
+    Args:
+        network: the network of the full size, without a coarser one.
+        num_levels: number of sizes, this one included. Defaults to 1: the network as it is.
+        max_steps: step limit of each coarser network. Defaults to 48.
+        weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size. It becomes the coarser
+            network, and its finest update is what this network's begins with. Defaults to ``None``: all weights are
+            those of the network.
+
+    Returns:
+        The network itself, with coarser ones.
+
+    Raises:
+        ValueError: When ``num_levels`` or ``max_steps`` is below 1, or there are weights and no coarser network.
+    """
+    if int(num_levels) != num_levels or num_levels < 1:
+        raise ValueError(f"num_levels must be a whole number of at least 1, got {num_levels}.")
+    if int(max_steps) != max_steps or max_steps < 1:
+        raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps}.")
+    if num_levels == 1:
+        if weights is not None:
+            raise ValueError("weights are those of a coarser network, and num_levels is 1: there is none.")
+        return network
+    coarse = coarse_to_fine(copy.deepcopy(network), num_levels - 1, max_steps)
+    coarse.max_steps, coarse.num_states = int(max_steps), 0
+    if weights is not None:
+        load_weights(coarse, weights)
+        network.update.load_state_dict(coarse.update.state_dict())
+    network.coarse = coarse.requires_grad_(False)
+    return network

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Equilibrium networks one behind the other: grids, starts, weights, and what is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
+from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
+from monai_deq.solvers import certify
+
+SIZES = [(9, 14), (16, 12), (5, 8, 7)]
+
+
+class Pull(torch.nn.Module):
+    """Moves the displacement a share of the way to ``fixed - moving``, or not at all."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(share))
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return self.share * (fixed - moving - ddf)
+
+
+def net(share: float, coarse: DEQRegistrationNet | None = None, **kwargs: Any) -> DEQRegistrationNet:
+    settings = {"max_steps": 60, "tolerance": 1e-6, "num_states": 0, **kwargs}
+    return DEQRegistrationNet(Pull(share), coarse=coarse, **settings)
+
+
+def pair(size: tuple[int, ...], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.rand(2, batch, 1, *size, generator=torch.Generator().manual_seed(3)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1, 6), (4, 1, 3)])
+def test_displacements_halve_and_double(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    values = torch.arange(1.0, 1 + ndim).view(1, ndim, *[1] * ndim)
+    shift = values.expand(2, ndim, *size)
+    coarse = coarser_ddf(shift)
+    assert coarse.shape[2:] == tuple(-(-n // 2) for n in size)
+    # an axis of one voxel is not halved
+    halves = torch.tensor([1.0 if n == 1 else 0.5 for n in size]).view(1, ndim, *[1] * ndim)
+    torch.testing.assert_close(coarse, (values * halves).expand_as(coarse))
+    torch.testing.assert_close(finer(coarse, size), shift)
+
+
+@pytest.mark.parametrize("size", [(16, 12), (8, 6, 4)])
+def test_a_linear_displacement_is_that_of_the_coarse_points(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    grid = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in size], indexing="ij"))
+    matrix = torch.randn(ndim, ndim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ddf = torch.einsum("ij,j...->i...", matrix, grid)[None]
+    coarse_grid = torch.stack(torch.meshgrid(*[torch.arange(n // 2, dtype=torch.float64) for n in size], indexing="ij"))
+    # the centre of coarse voxel i lies at 2 i + 1/2
+    expected = torch.einsum("ij,j...->i...", matrix, 2 * coarse_grid + 0.5)[None] / 2
+    torch.testing.assert_close(coarser_ddf(ddf), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_starts_where_the_coarser_networks_come_to_rest(size: tuple[int, ...], training: bool) -> None:
+    ndim = len(size)
+    moving, fixed = pair(size)
+    network = net(0.0, net(0.5), phantom_steps=1).train(training)
+    expected = finer((coarser(fixed) - coarser(moving)).expand(-1, ndim, *coarser(fixed).shape[2:]), size)
+    torch.testing.assert_close(network(moving, fixed)[1], expected, rtol=0, atol=1e-5)
+    # a third level: its solution is the start of the second, which does not move
+    network = net(0.0, net(0.0, net(0.5)), phantom_steps=1).train(training)
+    small = coarser(coarser(fixed)) - coarser(coarser(moving))
+    small = small.expand(-1, ndim, *small.shape[2:])
+    expected = finer(finer(small, coarser(fixed).shape[2:]), size)
+    torch.testing.assert_close(network(moving, fixed)[1], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_given_start_leaves_the_coarser_networks_out(size: tuple[int, ...], training: bool) -> None:
+    moving, fixed = pair(size)
+    start = torch.randn(2, len(size), *size, generator=torch.Generator().manual_seed(1))
+    network = net(0.0, net(0.5), phantom_steps=1).train(training)
+    torch.testing.assert_close(network(moving, fixed, start)[1], start)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_start_for_the_coarsest(size: tuple[int, ...]) -> None:
+    moving, fixed = pair(size)
+    start = torch.randn(2, len(size), *size, generator=torch.Generator().manual_seed(1))
+    assert net(0.0).coarse_solution(moving, fixed, start) is start
+    assert net(0.0).coarse_solution(moving, fixed) is None
+    kept = net(0.5, net(0.0, net(0.0))).coarse_solution(moving, fixed, start)
+    coarse = coarser_ddf(start)
+    torch.testing.assert_close(kept, finer(finer(coarser_ddf(coarse), coarse.shape[2:]), size))
+    with pytest.raises(ValueError, match="shape"):
+        net(0.5, net(0.0)).coarse_solution(moving, fixed, start[:, :1])
+
+
+def test_random_starts_of_a_certificate_begin_with_the_coarsest() -> None:
+    moving, fixed = pair((16, 12))
+    for network, low, high in ((net(0.0), 2.9, 3.1), (net(0.0, net(0.5)), 0.0, 1e-4)):
+        state, record = network.solve_state(moving, fixed)
+        certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
+        assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]
+
+
+def unet(ndim: int) -> DEQRegistrationNet:
+    backbone = RegistrationUNet(ndim, 2 + ndim, None, (2, 3), (3,), (2,), flow_std=0.05)
+    return DEQRegistrationNet(UNetUpdate(ndim, backbone), max_steps=4, num_states=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_finest_network_alone_is_trained(size: tuple[int, ...]) -> None:
+    network = coarse_to_fine(unet(len(size)), 3, 5).train()
+    assert network.coarse.max_steps == network.coarse.coarse.max_steps == 5 and network.coarse.coarse.coarse is None
+    assert network.max_steps == 4
+    assert all(p.requires_grad == (not n.startswith("coarse.")) for n, p in network.named_parameters())
+    moving, fixed = pair(size)
+    _, ddf, _ = network(moving, fixed)
+    assert ddf.shape == (2, len(size), *size)
+    ddf.square().mean().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_weights_of_the_size_before(ndim: int, tmp_path: Path) -> None:
+    trained = coarse_to_fine(unet(ndim), 2)
+    torch.manual_seed(1)
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save(trained.state_dict(), tmp_path / "half.pt")
+    network = coarse_to_fine(unet(ndim), 3, weights=tmp_path / "half.pt")
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(network.coarse.state_dict()[name], value, rtol=0, atol=0)
+    for name, value in trained.update.state_dict().items():
+        torch.testing.assert_close(network.update.state_dict()[name], value, rtol=0, atol=0)
+    # tensors of its own: training the finest leaves the coarser as it is
+    with torch.no_grad():
+        next(network.update.parameters()).add_(1)
+    first = next(iter(trained.update.state_dict()))
+    torch.testing.assert_close(network.coarse.update.state_dict()[first], trained.update.state_dict()[first])
+    with pytest.raises(ValueError, match="of another architecture"):
+        coarse_to_fine(unet(ndim), 2, weights=tmp_path / "half.pt")
+
+
+def test_refuses() -> None:
+    plain = unet(2)
+    assert coarse_to_fine(plain) is plain and plain.coarse is None
+    with pytest.raises(ValueError, match="num_levels must be a whole number of at least 1, got 0"):
+        coarse_to_fine(plain, 0)
+    with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, got 2.5"):
+        coarse_to_fine(plain, 2, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_levels is 1"):
+        coarse_to_fine(plain, 1, weights="half.pt")
