@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn as nn
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents, PrepareBatch
 
@@ -58,7 +59,8 @@ class PreparePooledPairBatch(PreparePairBatch):
     """
     :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
     ``network(moving, fixed, initial_ddf)``. Where all pairs of the batch are new and start from zero it is called as
-    ``network(moving, fixed)``, so that a network with coarser levels begins at these.
+    ``network(moving, fixed)``, so that a network with coarser levels begins at these; in a batch with others, new ones
+    start from the ``network``'s ``coarse_solution``.
 
     Args:
         pool: where the displacements are kept; :py:class:`monai_deq.handlers.StatePoolUpdater` writes them back.
@@ -70,6 +72,8 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_smoothness: their smoothness, see :py:func:`monai_deq.solvers.random_smooth_ddf`. Defaults to 8.
         random_steps: smallest and largest number of steps of an iteration, drawn uniformly for each batch and given to
             the network as ``max_steps``. Defaults to ``None``: the network's own.
+        network: the network that is trained, asked for its ``coarse_solution`` if it has one. Defaults to ``None``:
+            new pairs in a batch with others start from zero.
 
     Raises:
         ValueError: When a number is out of its range.
@@ -84,6 +88,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_rms: float = 3.0,
         random_smoothness: float = 8.0,
         random_steps: Sequence[int] | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         super().__init__(moving_key, fixed_key)
         if not 0 <= random_share <= 1:
@@ -100,6 +105,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         self.random_share = random_share
         self.random_rms = random_rms
         self.random_smoothness = random_smoothness
+        self.coarse_solution = getattr(getattr(network, "module", network), "coarse_solution", None)
 
     def __call__(  # type: ignore[override]
         self,
@@ -123,6 +129,11 @@ class PreparePooledPairBatch(PreparePairBatch):
                 shape = (1, *ddf.shape[1:])
                 ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, ticket)
                 met[i] = True
+        new = [i for i, known in enumerate(met) if not known]
+        if new and len(new) < len(met) and self.coarse_solution is not None:
+            start = self.coarse_solution(moving[new], fixed[new])
+            if start is not None:
+                ddf[new] = start.to(ddf)
         if self.random_steps is not None:
             low, high = (int(n) for n in self.random_steps)
             settings = {**settings, "max_steps": int(torch.randint(low, high + 1, (1,)))}

@@ -282,6 +282,27 @@ def test_new_pairs_may_start_anywhere_and_run_for_any_number_of_steps(ndim: int)
     assert len(PreparePooledPairBatch(StatePool(count))(batch)[2]) == 1
 
 
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_new_pairs_among_others_start_from_the_coarse_solution(ndim: int) -> None:
+    class Coarse(torch.nn.Module):
+        def coarse_solution(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+            return (10 * fixed + moving).expand(-1, ndim, *fixed.shape[2:])
+
+    size = (6, 5, 4)[:ndim]
+    fixed = torch.arange(4.0).view(4, 1, *[1] * ndim).expand(4, 1, *size)
+    batch = {"moving": fixed + 1, "fixed": fixed, "slot": torch.arange(4), "ticket": torch.arange(4)}
+    pool = StatePool(4)
+    pool.put([0, 2], [0, 2], torch.full((2, ndim, *size), 0.5))
+    expected = torch.tensor([0.5, 12, 0.5, 34]).view(4, 1, *[1] * ndim).expand(4, ndim, *size)
+    torch.testing.assert_close(PreparePooledPairBatch(pool, network=Coarse())(batch)[2][1], expected)
+    # a network without coarser ones, and none at all
+    for network in (DEQRegistrationNet(ShiftByBrightness(), num_states=0), None):
+        ddf = PreparePooledPairBatch(pool, network=network)(batch)[2][1]
+        assert float(ddf[1::2].abs().max()) == 0 and float(ddf[::2].min()) == 0.5
+    # all of them new: the network finds its start itself
+    assert len(PreparePooledPairBatch(StatePool(4), network=Coarse())(batch)[2]) == 1
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

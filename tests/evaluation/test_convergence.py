@@ -37,30 +37,43 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def write_checkpoint(name: str, results: Path, spatial_dims: int) -> None:
+def write_checkpoint(name: str, results: Path, spatial_dims: int, coarser_levels: int = 0) -> None:
     """Weights that move the images, without training."""
     overlays = ["slices.json"] if spatial_dims == 2 else []
     parser = ConfigParser()
     parser.read_config([str(BUNDLE / f) for f in ("train.json", *overlays, f"methods/{name}.json")])
-    parser.update({"max_steps": 2, "num_states": 0})
+    parser.update({"max_steps": 2, "num_states": 0, "unwarped_moving": False})
     torch.manual_seed(0)
     weights = parser.get_parsed_content("network_def").state_dict()
     for key, value in weights.items():
         if key.endswith("weight"):
             value.add_(max(0.3 * float(value.std()), 0.05) * torch.randn_like(value))
+    for level in range(1, coarser_levels + 1):
+        # smaller steps, which do not lead out of the image
+        weights.update({"coarse." * level + k: 0.7 * v for k, v in weights.items() if k.startswith("update")})
     path = results / name / "models" / "model.pt"
     path.parent.mkdir(parents=True)
     torch.save(weights, path)
-    path.with_suffix(".json").write_text(json.dumps({"spatial_size": None, "val_steps": 2, "max_steps": 2}))
+    settings = {"spatial_size": None, "val_steps": 2, "max_steps": 2, "coarser_levels": coarser_levels}
+    path.with_suffix(".json").write_text(json.dumps({**settings, "coarse_steps": 3}))
 
 
 @pytest.mark.parametrize(
-    "name, spatial_dims", [("deqreg", 2), ("deqreg", 3), ("riir", 2), ("gradirn", 2), ("unrolling", 3)]
+    "name, spatial_dims, coarser_levels",
+    [
+        ("deqreg", 2, 0),
+        ("deqreg", 3, 0),
+        ("deqreg_pool", 2, 2),
+        ("deqreg_pool", 3, 1),
+        ("riir", 2, 0),
+        ("gradirn", 2, 0),
+        ("unrolling", 3, 0),
+    ],
 )
 def test_scores_are_those_of_an_evaluation_that_stops_there(
-    name: str, spatial_dims: int, cohort: Path, tmp_path: Path
+    name: str, spatial_dims: int, coarser_levels: int, cohort: Path, tmp_path: Path
 ) -> None:
-    write_checkpoint(name, tmp_path, spatial_dims)
+    write_checkpoint(name, tmp_path, spatial_dims, coarser_levels)
     overlays = ["slices.json"] if spatial_dims == 2 else []
     settings = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2], "tolerance": 0.0}
     method = BundleMethod(name, BUNDLE, tmp_path / name, overlays, settings)
@@ -98,6 +111,8 @@ def start_distance(method: BundleMethod, steps: int) -> float:
     first, _ = network.solve(moving, fixed, **settings)
     start = random_smooth_ddf((1, ndim, *fixed.shape[2:]), 3.0, seed=0)
     assert float(start.square().sum(dim=1).mean().sqrt()) == pytest.approx(3, rel=1e-5)
+    if hasattr(network, "coarse_solution"):
+        start = network.coarse_solution(moving, fixed, start)
     second, _ = network.solve(moving, fixed, start, **settings)
     return float((first - second).square().sum(dim=1).mean().sqrt())
 

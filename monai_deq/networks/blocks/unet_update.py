@@ -9,6 +9,7 @@ import torch.nn as nn
 from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone
 from monai_deq.networks.blocks.unet import RegistrationUNet
 from monai_deq.networks.blocks.warp import warp_by_ddf
+from monai_deq.utils import as_flag
 
 __all__ = ["UNetUpdate"]
 
@@ -35,7 +36,7 @@ class UNetUpdate(nn.Module):
             Not in the paper. Defaults to ``False``.
 
     Raises:
-        ValueError: When ``spatial_dims`` or ``autocast_dtype`` is none of these.
+        ValueError: When ``spatial_dims``, ``autocast_dtype`` or ``unwarped_moving`` is none of these.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class UNetUpdate(nn.Module):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
         self.spatial_dims = spatial_dims
         self.autocast_dtype = backbone_autocast_dtype(autocast_dtype)
-        self.unwarped_moving = unwarped_moving
+        self.unwarped_moving = as_flag(unwarped_moving, "unwarped_moving")
         if backbone is None:
-            channels = 2 + spatial_dims + int(unwarped_moving)
+            channels = 2 + spatial_dims + int(self.unwarped_moving)
             backbone = RegistrationUNet(spatial_dims, channels, zero_inputs=range(2, 2 + spatial_dims))
         self.backbone = backbone
 

@@ -139,6 +139,10 @@ def test_wrong_arguments() -> None:
         UNetUpdate(1)
     with pytest.raises(ValueError, match="autocast_dtype must be .*, got 'half'"):
         UNetUpdate(2, autocast_dtype="half")
+    with pytest.raises(ValueError, match="unwarped_moving must be true or false, got 'on'"):
+        UNetUpdate(2, unwarped_moving="on")  # type: ignore[arg-type]
+    # as the command line of monai.bundle hands it on
+    assert UNetUpdate(2, unwarped_moving="false").unwarped_moving is False  # type: ignore[arg-type]
     moving, fixed, ddf = smooth_pair((4, 6))
     with pytest.raises(ValueError, match=r"\(2, 2, 4, 6\), got \(2, 4, 4, 6\)"):
         UNetUpdate(2, torch.nn.Identity())(moving, fixed, ddf)
