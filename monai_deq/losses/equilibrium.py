@@ -31,7 +31,9 @@ class EquilibriumLoss(nn.Module):
     - contraction: mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2`` for a random smooth displacement ``e`` whose RMS
       length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and itself. Two iterations that stand
       apart come together, so that they end in the same place wherever they began. Hutchinson's white noise says little
-      of smooth changes, which are those that an iteration is slow to forget. ``g(x)`` counts as given.
+      of smooth changes, which are those that an iteration is slow to forget. ``g(x)`` counts as given. A share
+      ``contraction_along_step`` of the draws takes for ``e`` the step ``g(x) - x`` itself, made longer: after many
+      steps it points along the change that dies out slowest, which random ones seldom meet.
     - agreement: mean over voxels of ``|g(x) - g(y)|^2 / (|x - y|^2 + agreement_rms^2)`` for the displacements ``x``
       and ``y`` that the iterations of one pair have come to from different starts. Random changes seldom meet the few
       directions in which a map has two solutions; the difference of two iterations that have settled there is such a
@@ -50,6 +52,8 @@ class EquilibriumLoss(nn.Module):
         jacobian_weight: weight of the Jacobian. Defaults to 0.
         contraction_weight: weight of the contraction. Defaults to 0.
         contraction_rms: largest RMS length of ``e`` in voxels. Defaults to 3.
+        contraction_along_step: share of the draws, in [0, 1], in which ``e`` is parallel to the step; then it is the
+            longest displacement of ``e`` whose length is drawn. Defaults to 0.
         contraction_smoothness: largest smoothness of ``e``, see :py:func:`monai_deq.solvers.random_smooth_ddf`; it is
             drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
         agreement_weight: weight of the agreement. Defaults to 0.
@@ -70,6 +74,7 @@ class EquilibriumLoss(nn.Module):
         contraction_weight: float = 0.0,
         contraction_rms: float = 3.0,
         contraction_smoothness: float = 8.0,
+        contraction_along_step: float = 0.0,
         agreement_weight: float = 0.0,
         agreement_rms: float = 0.3,
         seed: int = 0,
@@ -89,6 +94,8 @@ class EquilibriumLoss(nn.Module):
                 "contraction_rms and contraction_smoothness must be above 0, got "
                 f"{contraction_rms} and {contraction_smoothness}."
             )
+        if not 0 <= contraction_along_step <= 1:
+            raise ValueError(f"contraction_along_step must be in [0, 1], got {contraction_along_step}.")
         if not agreement_rms > 0:
             raise ValueError(f"agreement_rms must be above 0, got {agreement_rms}.")
         if any(weights.values()) and int(getattr(network, "hidden_channels", 0)):
@@ -103,6 +110,7 @@ class EquilibriumLoss(nn.Module):
         self.contraction_weight = contraction_weight
         self.contraction_rms = contraction_rms
         self.contraction_smoothness = contraction_smoothness
+        self.contraction_along_step = contraction_along_step
         self.agreement_weight = agreement_weight
         self.agreement_rms = agreement_rms
         # not the global one, from which loaders with workers draw more than those without
@@ -120,16 +128,20 @@ class EquilibriumLoss(nn.Module):
         self.generator.set_state(state)
 
     def _contraction(self, g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        low, high = torch.rand(2, generator=self.generator).tolist()
-        e = random_smooth_ddf(
-            x.shape,
-            self.contraction_rms * _SMALLEST**low,
-            self.contraction_smoothness * _FINEST**high,
-            int(torch.randint(2**31, (1,), generator=self.generator)),
-        ).to(x)
+        low, high, kind = torch.rand(3, generator=self.generator).tolist()
+        seed = int(torch.randint(2**31, (1,), generator=self.generator))
+        length = self.contraction_rms * _SMALLEST**low
         with torch.no_grad():
             gx = g(x)
-        return (_mean_square(g(x + e) - gx) / _mean_square(e)).mean()
+        if kind < self.contraction_along_step:
+            step = gx - x
+            longest = step.norm(dim=1).flatten(1).amax(dim=1).clamp_min(torch.finfo(step.dtype).tiny)
+            e = step * (length / longest).reshape(-1, *[1] * (x.ndim - 1))
+        else:
+            e = random_smooth_ddf(x.shape, length, self.contraction_smoothness * _FINEST**high, seed).to(x)
+        # a map that has stopped for good takes no step
+        size = _mean_square(e)
+        return (_mean_square(g(x + e) - gx) / size.where(size > 0, 1.0)).mean()
 
     def forward(self, prediction: Any, target: dict[str, torch.Tensor]) -> torch.Tensor:
         """

@@ -71,7 +71,7 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     # the paper's systems without what is ours
     own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0}
     assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in own.items())
-    # iterations in pairs are for data larger than the sample cohort
+    # an option, see methods/ablation/agreement.json
     assert settings["pool_starts"] == 1 and settings["agreement_weight"] == 0.0
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
     assert all(torch.isfinite(w).all() for w in weights.get("network", weights).values())

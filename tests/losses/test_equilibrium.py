@@ -80,6 +80,31 @@ def test_contraction_is_what_remains_of_a_change(ndim: int, smoothness: float) -
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
+def test_contraction_along_the_step_meets_the_slowest_change(ndim: int) -> None:
+    prediction, target = inputs(ndim)
+    factors = torch.tensor([0.9] + [0.2] * (ndim - 1)).reshape(1, ndim, *[1] * ndim)
+    x = prediction[1].detach()
+    x[:, 1:] = 1.0  # these components have come to rest, the first one has not
+    given: list[torch.Tensor] = []
+
+    def g(y: torch.Tensor) -> torch.Tensor:
+        given.append(y.detach())
+        return 1 + factors * (y - 1)
+
+    network = Linear(0.0)
+    network.fixed_point_map = lambda *_, relaxation=1.0: g  # type: ignore[method-assign]
+    penalty = EquilibriumLoss(Nothing(), network, contraction_weight=2.0, contraction_along_step=1.0)
+    values = [float(penalty((None, x, []), target)) for _ in range(8)]
+    assert values == pytest.approx([5 + 2 * 0.81] * 8, rel=1e-4)
+    longest = [float((y - x).norm(dim=1).amax()) for y in given[1::2]]
+    assert len(set(longest)) == 8 and min(longest) > 0.099 and max(longest) < 3.001 and max(longest) > 0.5
+    other = EquilibriumLoss(Nothing(), network, contraction_weight=2.0)
+    assert 5 < float(other((None, x, []), target)) < 5 + 2 * 0.7
+    # at rest there is no step to go along
+    assert float(penalty((None, torch.ones_like(x), []), target)) == 5
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
 def test_agreement_is_what_remains_of_the_difference_of_two_iterations(ndim: int) -> None:
     prediction, target = inputs(ndim, batch=4)
     network = Linear(0.8, 0.5)
@@ -127,6 +152,7 @@ def test_no_gradient_through_the_displacement_and_each_part_counts() -> None:
         ({"residual_weight": -1.0}, "residual_weight must not be negative, got -1.0"),
         ({"jacobian_weight": math.nan}, "jacobian_weight must not be negative, got nan"),
         ({"contraction_rms": 0.0}, "contraction_rms and contraction_smoothness must be above 0, got 0.0 and 8.0"),
+        ({"contraction_along_step": 1.5}, r"contraction_along_step must be in \[0, 1\], got 1.5"),
         ({"agreement_weight": -0.1}, "agreement_weight must not be negative, got -0.1"),
         ({"agreement_rms": 0.0}, "agreement_rms must be above 0, got 0.0"),
     ],
