@@ -32,6 +32,7 @@ def converge(
     max_steps: int = 96,
     split: str = "validation",
     random_start_rms: float = 3.0,
+    table_steps: Sequence[int] = (),
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     **overrides: Any,
@@ -53,6 +54,8 @@ def converge(
         split: part of the data set. Defaults to ``"validation"`` (paper, Table 2).
         random_start_rms: RMS length in voxels of the random smooth displacement from which each pair is iterated a
             second time, see :py:func:`score_steps`; 0 saves that half of the time. Defaults to 3.
+        table_steps: steps for which the table has rows too, of those that are scored (see :py:func:`default_steps`).
+            Defaults to none.
         output_dir: folder of table and figure. Defaults to ``results_dir``.
         overwrite: replace existing ones. Defaults to ``False``.
         overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
@@ -68,6 +71,9 @@ def converge(
     methods = [methods] if isinstance(methods, str) else list(methods)
     overlays = [overlays] if isinstance(overlays, (str, Path)) else list(overlays)
     steps = default_steps(max_steps)
+    table_steps = [table_steps] if isinstance(table_steps, int) else list(table_steps)
+    if not set(table_steps) <= set(steps):
+        raise ValueError(f"table_steps must be among the steps that are scored, {steps}, got {table_steps}.")
     results_dir = Path(results_dir)
     output_dir = results_dir if output_dir is None else Path(output_dir)
     files = [output_dir / f"convergence.{s}" for s in ("md", "png")]
@@ -102,7 +108,9 @@ def converge(
         except Exception as e:  # whatever it is, the other methods still have their curves
             logger.error(f"{overlay} failed", exc_info=e)
             failures[overlay] = root_cause(e)
-    text = step_table(curves, trained_steps) + "".join(f"\n{name} failed: {why}\n" for name, why in failures.items())
+    text = step_table(curves, trained_steps, table_steps) + "".join(
+        f"\n{name} failed: {why}\n" for name, why in failures.items()
+    )
     with replace_file(files[0]) as path:
         path.write_text(text)
     if not optional_import("matplotlib")[1]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from monai_deq.evaluation.step_scores import StepScore
 
-__all__ = ["PANELS", "StepCurve", "measured_panels", "step_curves", "step_table"]
+__all__ = ["LIMITS", "PANELS", "StepCurve", "measured_panels", "step_curves", "step_table"]
 
 #: scores that are drawn: title, factor, whether the axis is logarithmic
 PANELS: dict[str, tuple[str, float, bool]] = {
@@ -21,6 +21,8 @@ PANELS: dict[str, tuple[str, float, bool]] = {
     "residual": ("residual (voxel)", 1.0, True),
     "start_distance": ("distance from a random start's (voxel)", 1.0, True),
 }
+#: what counts as standing still, and as the same solution, in voxels
+LIMITS: dict[str, float] = {"residual": 0.005, "start_distance": 0.05}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class StepCurve:
         mean: mean over the pairs after each; NaN where a pair had no score.
         std: sample standard deviation.
         median: median over the pairs after each, NaN likewise.
+        within: share of the pairs at or below the score's limit in ``LIMITS``, 0 where it has none; a pair without a
+            score is not.
         pairs: number of pairs.
     """
 
@@ -40,6 +44,7 @@ class StepCurve:
     mean: list[float]
     std: list[float]
     median: list[float]
+    within: list[float]
     pairs: int
 
     def at(self, step: int) -> float:
@@ -80,8 +85,10 @@ def step_curves(scores: Sequence[StepScore]) -> dict[str, StepCurve]:
             if s.step in steps:
                 values[pairs.index((s.fixed, s.moving)), steps.index(s.step)] = getattr(s, name)
         std = values.std(axis=0, ddof=1) if len(pairs) > 1 else np.full(len(steps), np.nan)
+        within = (values <= LIMITS.get(name, -math.inf)).mean(axis=0)
+        median = np.median(values, axis=0)
         out[name] = StepCurve(
-            steps, values.mean(axis=0).tolist(), std.tolist(), np.median(values, axis=0).tolist(), len(pairs)
+            steps, values.mean(axis=0).tolist(), std.tolist(), median.tolist(), within.tolist(), len(pairs)
         )
     return out
 
@@ -96,34 +103,48 @@ def measured_panels(curves: Mapping[str, Mapping[str, StepCurve]]) -> list[str]:
     return [name for name in PANELS if any(np.isfinite(scores[name].mean).any() for scores in curves.values())]
 
 
-def step_table(curves: Mapping[str, Mapping[str, StepCurve]], trained_steps: Mapping[str, int]) -> str:
+def step_table(
+    curves: Mapping[str, Mapping[str, StepCurve]], trained_steps: Mapping[str, int], steps: Sequence[int] = ()
+) -> str:
     """
     The paper's Table 2 as Markdown, with what tells a fixed point: each method at the steps of its training, at its
     best Dice, and at the last step. Dice, folded voxels and similarity are means over the pairs, residual and start
-    distance medians.
+    distance medians, with the share of the pairs within ``LIMITS``.
 
     Args:
         curves: by title of a method, by name of a score, its curve.
         trained_steps: by title, the steps that the method was trained with.
+        steps: further steps. Defaults to none.
     """
-    lines = [
-        "| method | steps | | Dice % | folded % | similarity | residual | relative residual | start distance |",
-        f"| --- | ---: | --- |{' ---: |' * 6}",
-    ]
+    residual, distance = (f"<= {LIMITS[k]:g} (% of pairs)" for k in ("residual", "start_distance"))
+    names = ["Dice %", "folded %", "similarity", "residual", residual, "relative residual", "start distance", distance]
+    lines = [f"| method | steps | | {' | '.join(names)} |", f"| --- | ---: | --- |{' ---: |' * len(names)}"]
     for title, scores in curves.items():
-        steps, best = scores["dice"].steps, scores["dice"].best
-        words = {trained_steps[title]: ["trained"]}
+        scored, best = scores["dice"].steps, scores["dice"].best
+        words: dict[int, list[str]] = {trained_steps[title]: ["trained"]}
         words.setdefault(best, []).append("best Dice")
-        words.setdefault(steps[-1], []).append("last")
+        words.setdefault(scored[-1], []).append("last")
+        for step in steps:
+            words.setdefault(step, [])
         for step in sorted(words):
-            cells = ["-"] * 6
-            if step in steps:
-                at = steps.index(step)
+            cells = ["-"] * len(names)
+            if step in scored:
+                at = scored.index(step)
+                medians, shares = (
+                    {k: getattr(scores[k], part)[at] for k in ("residual", "relative_residual", "start_distance")}
+                    for part in ("median", "within")
+                )
                 cells = [
                     f"{100 * scores['dice'].mean[at]:.2f}",
                     f"{scores['folded_percent'].mean[at]:.3f}",
                     f"{scores['similarity'].mean[at]:.4f}",
-                    *(f"{scores[k].median[at]:.2g}" for k in ("residual", "relative_residual", "start_distance")),
+                    f"{medians['residual']:.2g}",
+                    f"{100 * shares['residual']:.0f}",
+                    f"{medians['relative_residual']:.2g}",
+                    f"{medians['start_distance']:.2g}",
+                    f"{100 * shares['start_distance']:.0f}",
                 ]
+                if not math.isfinite(medians["start_distance"]):  # no random starts, or a pair that was lost
+                    cells[-2:] = ["-", "-"]
             lines.append(f"| {title} | {step} | {', '.join(words[step])} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
-_OWN = {"network", "trainer", "best_epoch", "best_metric", "rng_state", "scaler"}
+_OWN = {"network", "averaged", "trainer", "best_epoch", "best_metric", "rng_state", "scaler"}
 
 
 class TrainingCheckpoint:
     """
     After each epoch writes ``last.pt``, all that is needed to go on (network, optimizer and what else is named, state
     of the trainer and of its gradient scaler, best validation score, random state of the CPU), and, when the validation
-    score is the best so far, ``model.pt``, the weights of the network alone.
+    score is the best so far, ``model.pt``, the weights of the network alone, or those of its running mean.
 
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
     resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler
@@ -41,6 +41,11 @@ class TrainingCheckpoint:
         resume: go on from ``last.pt`` where there is one. Defaults to ``False``.
         overwrite: start anew over an existing checkpoint. Defaults to ``False``.
         weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
+        weights_without: beginning of the names of weights that ``weights`` leave as they are, see
+            :py:func:`monai_deq.networks.load_weights`. Defaults to none.
+        averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it starts
+            from the same weights, its weights are in ``last.pt`` too, and ``model.pt`` has them. The validator should
+            score it. Defaults to none.
         settings: what evaluation and inference should know of the training (e.g. the image size), written beside
             ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`.
 
@@ -59,6 +64,8 @@ class TrainingCheckpoint:
         resume: bool = False,
         overwrite: bool = False,
         weights: str | Path | None = None,
+        weights_without: str | None = None,
+        averaged: torch.nn.Module | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.resume, self.overwrite = as_flag(resume, "resume"), as_flag(overwrite, "overwrite")
@@ -70,6 +77,8 @@ class TrainingCheckpoint:
         self.objects = dict(objects or {})
         self.validator = validator
         self.weights = weights
+        self.weights_without = weights_without
+        self.averaged = averaged
         self.settings = dict(settings or {})
         taken = _OWN & set(self.objects)
         if taken:
@@ -103,12 +112,14 @@ class TrainingCheckpoint:
         if self.resume:
             self.logger.info(f"nothing to resume in {self.last_path.parent}: training starts from the beginning")
         if self.weights:
-            load_weights(self.network, self.weights)
+            load_weights(self.network, self.weights, self.weights_without)
+            if self.averaged is not None:
+                self.averaged.load_state_dict(self.network.state_dict())
             self.logger.info(f"training starts from the weights in {self.weights}")
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = (_OWN - {"scaler"} | set(self.objects)) - set(checkpoint)
+        absent = (_OWN - {"averaged", "scaler"} | set(self.objects)) - set(checkpoint)
         if absent:
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         trainer = checkpoint["trainer"]
@@ -118,6 +129,9 @@ class TrainingCheckpoint:
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
             )
         load_weights(self.network, self.last_path)
+        if self.averaged is not None:
+            # begun without a mean: from here on
+            self.averaged.load_state_dict(checkpoint.get("averaged") or self.network.state_dict())
         for name, item in self.objects.items():
             item.load_state_dict(checkpoint[name])
         scaler = getattr(engine, "scaler", None)
@@ -146,6 +160,7 @@ class TrainingCheckpoint:
         scaler = getattr(engine, "scaler", None)
         checkpoint = {
             "network": self.network.state_dict(),
+            "averaged": {} if self.averaged is None else self.averaged.state_dict(),
             **{name: item.state_dict() for name, item in self.objects.items()},
             "trainer": {
                 "epoch": engine.state.epoch,
@@ -159,7 +174,7 @@ class TrainingCheckpoint:
         }
         if best_epoch == engine.state.epoch:
             with replace_file(self.best_path) as path:
-                torch.save(checkpoint["network"], path)
+                torch.save(checkpoint["averaged"] or checkpoint["network"], path)
             with replace_file(self.best_path.with_suffix(".json")) as path:
                 path.write_text(json.dumps({**self.settings, "epoch": best_epoch}, indent=2) + "\n")
             self.logger.info(f"best validation score so far: wrote {self.best_path}")

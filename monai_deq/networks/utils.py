@@ -38,13 +38,15 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
     return checkpoint
 
 
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(network: nn.Module, path: str | Path, without: str | None = None) -> nn.Module:
     """
     Load the weights of a network in place.
 
     Args:
         network: the network.
         path: checkpoint file: a state dict, or a training checkpoint that has one under ``"network"``.
+        without: beginning of the names of weights that stay as they are, whether the checkpoint has them or not, such
+            as ``"coarse."``. Defaults to none.
 
     Returns:
         The network.
@@ -58,6 +60,9 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     if not isinstance(state, Mapping):
         raise ValueError(f'{path} holds a {type(state).__name__} under "network", expected a dictionary of weights.')
     own = network.state_dict()
+    if without:
+        own = {k: v for k, v in own.items() if not k.startswith(without)}
+        state = {k: v for k, v in state.items() if not k.startswith(without)}
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
     shapes = [
@@ -75,7 +80,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
             f"the checkpoint {path} is of another architecture than {type(network).__name__}: weights "
             f"{'; '.join(parts)}. Use the configuration (2-D or 3-D, channels, method) it was trained with."
         )
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=not without)
     return network
 
 

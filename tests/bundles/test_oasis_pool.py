@@ -59,6 +59,32 @@ def test_resumed_training_is_that_of_one_go(spatial_dims: int, cohort: Path, tmp
     assert len(states) == 4 and (states[::2] - states[1::2]).flatten(1).abs().amax(1).min() > 0.1
 
 
+def test_running_mean_of_the_weights(cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": cohort, "lr_decay_power": 0.0, "batch_size": 1, "ema_momentum": 0.25}
+    one = {**common, "pairs_per_epoch": 1, "max_epochs": 1}
+    first = train(tmp_path / "first", 2, **one)
+    # from given weights the mean begins with them
+    start = tmp_path / "first" / "models" / "last.pt"
+    second = train(tmp_path / "second", 2, weights=start, **one)
+    for name, weight in second["network"].items():
+        mean = 0.75 * first["network"][name] + 0.25 * weight
+        torch.testing.assert_close(second["averaged"][name], mean)
+    assert any(not torch.equal(second["averaged"][k], w) for k, w in second["network"].items())
+    best = torch.load(tmp_path / "second" / "models" / "model.pt", weights_only=True)
+    torch.testing.assert_close(best, second["averaged"], rtol=0, atol=0)
+    # resumed as if in one go; begun without a mean, it starts where the training stands
+    whole = train(tmp_path / "whole", 2, max_epochs=2, **common)
+    train(tmp_path / "parts", 2, max_epochs=1, **common)
+    parts = train(tmp_path / "parts", 2, max_epochs=2, resume=True, **common)
+    for key in ("network", "averaged"):
+        torch.testing.assert_close(parts[key], whole[key])
+    without = train(tmp_path / "without", 2, **{**one, "ema_momentum": "$None"})
+    assert without["averaged"] == {}
+    late = train(tmp_path / "without", 2, **{**one, "max_epochs": 2, "resume": True})
+    for name, weight in late["network"].items():
+        torch.testing.assert_close(late["averaged"][name], 0.75 * without["network"][name] + 0.25 * weight)
+
+
 def test_pool_in_a_file_and_with_workers(cohort: Path, tmp_path: Path) -> None:
     common = {"dataset_dir": cohort, "max_epochs": 1}
     (tmp_path / "scratch").mkdir()
@@ -81,8 +107,15 @@ def test_from_coarse_to_fine(spatial_dims: int, cohort: Path, tmp_path: Path) ->
     for name, value in half.items():
         torch.testing.assert_close(network[f"coarse.{name}"], value, rtol=0, atol=0)
     assert any(not torch.equal(network[name], value) for name, value in half.items())
+    # a network of the full size that was trained alone
+    alone = {name: value + 1e-3 for name, value in half.items()}
+    torch.save(alone, tmp_path / "alone.pt")
+    both = {"weights": tmp_path / "alone.pt", "learning_rate": 0.0}
+    network = train(tmp_path / "both", spatial_dims, spatial_size=sizes[1], **common, **levels, **both)["network"]
+    for name, value in half.items():
+        torch.testing.assert_close(network[f"coarse.{name}"], value, rtol=0, atol=0)
+        torch.testing.assert_close(network[name], alone[name], rtol=0, atol=0)
     bundle("evaluating", "evaluate", tmp_path / "full", spatial_dims, dataset_dir=cohort, split="validation")
-    levels = {"coarse.update", "update"}
-    assert {name.rsplit(".backbone", 1)[0] for name in network} == levels
+    assert {name.rsplit(".backbone", 1)[0] for name in network} == {"coarse.update", "update"}
     summary = json.loads((tmp_path / "full" / "eval" / "evaluation_summary.json").read_text())
     assert summary["num_pairs"] == 2 and summary["summary"]["dice"]["mean"] > 0

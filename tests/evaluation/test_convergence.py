@@ -152,15 +152,28 @@ def test_curves_and_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(dice.std, [np.std([0.5, 0.25], ddof=1), np.std([0.75, 0.5], ddof=1), math.nan])
     table = step_table({"One": curves}, {"One": 1}).splitlines()
     np.testing.assert_allclose(curves["residual"].median, [2.0, 1.0, math.nan])
+    assert table[0].count(" <= 0.005 (% of pairs) |") == table[0].count(" <= 0.05 (% of pairs) |") == 1
     assert table[2:] == [
-        "| One | 1 | trained | 37.50 | 0.250 | 0.2000 | 2 | 0.5 | nan |",
-        "| One | 2 | best Dice | 62.50 | 0.750 | 0.3000 | 1 | 0.25 | nan |",
-        "| One | 4 | last | nan | nan | nan | nan | nan | nan |",
+        "| One | 1 | trained | 37.50 | 0.250 | 0.2000 | 2 | 0 | 0.5 | - | - |",
+        "| One | 2 | best Dice | 62.50 | 0.750 | 0.3000 | 1 | 0 | 0.25 | - | - |",
+        "| One | 4 | last | nan | nan | nan | nan | 0 | nan | - | - |",
     ]
-    assert "| One | 3 | trained | - | - | - | - | - | - |" in step_table({"One": curves}, {"One": 3})
+    assert f"| One | 3 | trained |{' - |' * 8}" in step_table({"One": curves}, {"One": 3})
     assert "| One | 4 | trained, last | nan |" in step_table({"One": curves}, {"One": 4})
     alone = {"One": step_curves(scores[:3])}
-    assert "| One | 2 | trained, best Dice | 75.00 | 1.000 | 0.2000 | 0.5 | 0.25 | 2 |" in step_table(alone, {"One": 2})
+    row = "75.00 | 1.000 | 0.2000 | 0.5 | 0 | 0.25 | 2 | 0 |"
+    assert f"| One | 2 | trained, best Dice | {row}" in step_table(alone, {"One": 2})
+    assert f"| One | 2 | best Dice | {row}" in (asked := step_table(alone, {"One": 4}, [2, 1]))
+    assert [line.split(" | ")[1:3] for line in asked.splitlines()[2:]] == [
+        ["1", ""],
+        ["2", "best Dice"],
+        ["4", "trained, last"],
+    ]
+    # a pair that was lost stands still nowhere
+    still = [s._replace(residual=0.005, start_distance=0.05) for s in scores]
+    halves = step_curves([s if s.fixed == "a" else s._replace(residual=0.0051, start_distance=0.06) for s in still])
+    assert halves["residual"].within == halves["start_distance"].within == [0.5] * 3
+    assert step_curves(still)["residual"].within == [1.0, 1.0, 0.5]
     # a panel for the random start only where there was one
     without = {"Two": step_curves([s._replace(start_distance=math.nan) for s in scores[:3]])}
     assert measured_panels(alone) == ["dice", "folded_percent", "similarity", "residual", "start_distance"]
@@ -195,6 +208,8 @@ def test_study(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "affine failed: TypeError" in text and "riir failed: FileNotFoundError" in text
     assert text.count("\n| DEQReg | 2 | trained") == 1
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"table_steps must be among the steps that are scored, .*, got \[6\]"):
+        converge(BUNDLE, tmp_path, methods, table_steps=[6], output_dir=tmp_path / "other", **arguments)
     with pytest.raises(FileExistsError, match="convergence.md"):
         converge(BUNDLE, tmp_path, methods, **arguments)
     scored.clear()

@@ -35,6 +35,24 @@ def test_loads_in_place(tmp_path: Path, spatial_dims: int, form: str) -> None:
     assert all(map(torch.equal, weights(source), weights(network)))
 
 
+def test_leaves_weights_as_they_are(tmp_path: Path) -> None:
+    source, network = unet(), unet()
+    prefix = next(iter(source.state_dict())).split(".")[0] + "."
+    before, own = source.state_dict(), {k: v.clone() for k, v in network.state_dict().items()}
+    for name, state in {
+        "with them": before,
+        "without them": {k: v for k, v in before.items() if not k.startswith(prefix)},
+    }.items():
+        torch.save(state, tmp_path / "model.pt")
+        load_weights(network, tmp_path / "model.pt", without=prefix)
+        kept = {k: torch.equal(v, own[k]) for k, v in network.state_dict().items() if k.startswith(prefix)}
+        assert kept and all(kept.values()), name
+        assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items() if k not in kept), name
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="missing"):
+        load_weights(network, tmp_path / "model.pt", without=prefix)
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [
