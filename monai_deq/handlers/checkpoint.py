@@ -43,9 +43,9 @@ class TrainingCheckpoint:
         weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
         weights_without: beginning of the names of weights that ``weights`` leave as they are, see
             :py:func:`monai_deq.networks.load_weights`. Defaults to none.
-        averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it starts
-            from the same weights, its weights are in ``last.pt`` too, and ``model.pt`` has them. The validator should
-            score it. Defaults to none.
+        averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it
+            starts from the same weights, its weights are in ``last.pt`` too, and ``model.pt`` has them. The validator
+            should score it. Defaults to none.
         settings: what evaluation and inference should know of the training (e.g. the image size), written beside
             ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`.
 
