@@ -15,6 +15,8 @@ from monai_deq.utils import as_flag, refuse_existing, replace_file
 __all__ = ["step_plots"]
 
 # Okabe and Ito's palette
+#: an iteration that diverges goes on to 1e30 voxels, and nothing would be seen of the others
+_LARGEST = 100.0
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 
 
@@ -26,7 +28,8 @@ def step_plots(
 ) -> Path:
     """
     Draw one panel a score: the mean over the pairs with a band of one standard error (of a residual or a distance the
-    median), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best Dice.
+    median, up to 100 voxels), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best
+    Dice.
 
     Args:
         curves: by title of a method, by name of a score, its curve.
@@ -73,6 +76,7 @@ def step_plots(
         axis.set_xscale("log")
         if logarithmic:
             axis.set_yscale("log")
+            axis.set_ylim(top=min(axis.get_ylim()[1], _LARGEST))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -139,7 +140,7 @@ def toy_scores() -> list[StepScore]:
     ]
 
 
-def test_curves_and_table(tmp_path: Path) -> None:
+def test_curves_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = toy_scores()
     write_step_scores(scores, tmp_path / "scores.csv")
     again = read_step_scores(tmp_path / "scores.csv")
@@ -181,6 +182,14 @@ def test_curves_and_table(tmp_path: Path) -> None:
     assert measured_panels({**alone, **without}) == measured_panels(alone)
     for name, drawn in (("five", alone), ("four", without)):
         assert step_plots(drawn, {"One": 2, "Two": 2}, tmp_path / f"{name}.png").stat().st_size > 10000
+    drawn_axes: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn_axes.extend(figure.axes))
+    huge = {"Lost": step_curves([s._replace(residual=1e30, folded_percent=1e3) for s in scores[:3]]), **without}
+    with contextlib.suppress(FileNotFoundError):  # nothing was written
+        step_plots(huge, {"Lost": 2, "Two": 2}, tmp_path / "huge.png")
+    limits = {axis.get_title(): axis.get_ylim() for axis in drawn_axes}
+    assert limits["residual (voxel)"][0] < 0.25 and limits["residual (voxel)"][1] == 100
+    assert limits["folded voxels (%)"][1] > 1000
     with pytest.raises(ValueError, match="at least one pair"):
         step_curves([])
     (tmp_path / "other.csv").write_text("fixed,moving\n")
