@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.utils import as_flag
 
 __all__ = ["RegistrationLoss", "StatesLoss"]
 
@@ -72,15 +74,19 @@ class StatesLoss(nn.Module):
         loss: loss of ``(warped, fixed, ddf)``, e.g. :py:class:`RegistrationLoss`.
         gamma: weight of each intermediate state: one number for all (Eq. 9), or one number for each (Eq. 4).
             Defaults to 0.5.
+        use_checkpoint: keep nothing of each loss but its arguments for the backward pass, and evaluate it again there:
+            the memory of one loss instead of that of all states, for about the time of one more evaluation each. The
+            loss must give the same value again. Defaults to ``False``.
 
     Raises:
-        ValueError: When a weight is negative.
+        ValueError: When a weight is negative, or ``use_checkpoint`` is neither true nor false.
     """
 
-    def __init__(self, loss: nn.Module, gamma: float | Sequence[float] = 0.5) -> None:
+    def __init__(self, loss: nn.Module, gamma: float | Sequence[float] = 0.5, use_checkpoint: bool = False) -> None:
         super().__init__()
         self.loss = loss
         self.gamma = gamma
+        self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
         if any(w < 0 for w in self.weights(1 if isinstance(gamma, (int, float)) else len(gamma))):
             raise ValueError(f"gamma must not be negative, got {gamma}.")
 
@@ -122,7 +128,15 @@ class StatesLoss(nn.Module):
             )
         warped, ddf, states = prediction
         fixed, moving = target["fixed"], target["moving"]
-        total = self.loss(warped, fixed, ddf)
+        total = self._run(self.loss, warped, fixed, ddf)
         for weight, state in zip(self.weights(len(states)), states, strict=True):
-            total = total + weight * self.loss(warp_by_ddf(moving, state), fixed, state)
+            total = total + weight * self._run(self._at_state, moving, fixed, state)
         return total
+
+    def _at_state(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return self.loss(warp_by_ddf(moving, ddf), fixed, ddf)  # type: ignore[no-any-return]
+
+    def _run(self, func: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(func, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return func(*args)

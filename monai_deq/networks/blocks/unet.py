@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from monai.networks.blocks import Convolution, UpSample
 from monai.networks.layers import Conv, Pool
+from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
+from monai_deq.utils import as_flag
 
 __all__ = ["RegistrationUNet"]
 
@@ -37,9 +41,14 @@ class RegistrationUNet(nn.Module):
             first displacement is next to zero. Defaults to 1e-5.
         zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
             Defaults to none.
+        use_checkpoint: keep only the input for the backward pass, and compute what the layers made of it again there:
+            the layers at full resolution in parts along the last axis, one part at a time, the others together. The
+            result is the same. Defaults to ``False``.
+        checkpoint_parts: number of these parts. More of them need less memory, and more time where they meet: each
+            reaches as many voxels beyond its ends as there are convolutions at full resolution. Defaults to 4.
 
     Raises:
-        ValueError: When the channels do not describe a U-Net.
+        ValueError: When the channels do not describe a U-Net, or another argument is out of its range.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class RegistrationUNet(nn.Module):
         final_channels: Sequence[int] = (16, 16),
         flow_std: float = 1e-5,
         zero_inputs: Sequence[int] = (),
+        use_checkpoint: bool = False,
+        checkpoint_parts: int = 4,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -61,6 +72,10 @@ class RegistrationUNet(nn.Module):
                 "decoder_channels must have one entry fewer than encoder_channels (at least 2), "
                 f"got {len(decoder_channels)} and {len(encoder_channels)}."
             )
+        if int(checkpoint_parts) != checkpoint_parts or checkpoint_parts < 1:
+            raise ValueError(f"checkpoint_parts must be a whole number of at least 1, got {checkpoint_parts}.")
+        self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
+        self.checkpoint_parts = int(checkpoint_parts)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = spatial_dims if out_channels is None else out_channels
@@ -107,13 +122,81 @@ class RegistrationUNet(nn.Module):
             )
         if any(n % self.divisor for n in x.shape[2:]):
             raise ValueError(f"spatial sizes must be multiples of {self.divisor}, got {tuple(x.shape[2:])}.")
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return self._forward_in_parts(x)
+        skip = self.encoder[0](x)
+        return self.flow(self.final(self._join(-1, self.up(self._below(self.down(skip))), skip)))
+
+    def _below(self, x: torch.Tensor) -> torch.Tensor:
+        """The levels below the full resolution: from what goes down into them to what comes up."""
         skips = []
-        for i, layer in enumerate(self.encoder):
-            if i:
-                x = self.down(x)
-            x = layer(x)
+        for i, layer in enumerate(self.encoder[1:]):
+            x = layer(self.down(x) if i else x)
             skips.append(x)
         skips.pop()
-        for layer in self.decoder:
-            x = layer(torch.cat([self.up(x), skips.pop()], dim=1))
-        return self.flow(self.final(x))
+        for i in range(len(self.decoder) - 1):
+            x = self._join(i, self.up(x), skips.pop())
+        return x
+
+    def _join(self, i: int, below: torch.Tensor, skip: torch.Tensor, cut: tuple[bool, bool] = (False, False)) -> Any:
+        """
+        A decoder layer: the convolution of ``[below, skip]`` as the sum of two, without a copy of both in one tensor.
+        """
+        layer: Any = self.decoder[i]
+        weight, n = layer.conv.weight, below.shape[1]
+        return layer.adn(
+            _convolve(below, weight[:, :n], layer.conv.bias, cut) + _convolve(skip, weight[:, n:], None, cut)
+        )
+
+    def _forward_in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[-1]
+        parts = min(self.checkpoint_parts, n // 2)
+        # at even places: there the pooling can be cut
+        ends = [2 * (n // 2 * i // parts) for i in range(parts + 1)]
+        bounds = list(zip(ends[:-1], ends[1:], strict=True))
+        down = torch.cat([checkpoint(self._down_part, x, *b, use_reentrant=False) for b in bounds], dim=-1)
+        below = checkpoint(self._below, down, use_reentrant=False)
+        out = [checkpoint(self._full_resolution_part, x, below, *b, use_reentrant=False) for b in bounds]
+        return torch.cat(out, dim=-1)
+
+    def _down_part(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """What goes down to half the resolution between two places of the last axis."""
+        n = x.shape[-1]
+        low, high = max(start - 1, 0), min(stop + 1, n)
+        return self.down(_layer(self.encoder[0], x[..., low:high], (low > 0, high < n)))  # type: ignore[no-any-return]
+
+    def _full_resolution_part(self, x: torch.Tensor, below: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The displacement between two places of the last axis, from the input and what comes up from below."""
+        n, reach = x.shape[-1], 3 + len(self.final)
+        low, high = max(start - reach, 0), min(stop + reach, n)
+        cut = (low > 0, high < n)
+        skip = _layer(self.encoder[0], x[..., low:high], cut)
+        # each convolution takes a voxel off at each end that is not the image's
+        low, high = low + cut[0], high - cut[1]
+        up = self.up(below[..., low // 2 : (high + 1) // 2])[..., low % 2 : low % 2 + high - low]
+        x = self._join(-1, up, skip, cut)
+        for layer in self.final:
+            x = _layer(layer, x, cut)
+        x = _convolve(x, self.flow.weight, self.flow.bias, cut)
+        low += cut[0] * (2 + len(self.final))
+        return x[..., start - low : stop - low]
+
+
+def _layer(layer: Any, x: torch.Tensor, cut: tuple[bool, bool]) -> torch.Tensor:
+    """A layer of the U-Net, convolution and activation, on a part of an image; see :py:func:`_convolve`."""
+    return layer.adn(_convolve(x, layer.conv.weight, layer.conv.bias, cut))  # type: ignore[no-any-return]
+
+
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cut: tuple[bool, bool] = (False, False)
+) -> torch.Tensor:
+    """
+    Convolution with a kernel of 3 and zeros around the image; at an end of the last axis that is cut from a larger
+    image the output is a voxel shorter.
+    """
+    ndim = x.ndim - 2
+    conv: Any = F.conv2d if ndim == 2 else F.conv3d
+    if not any(cut):
+        return conv(x, weight, bias, padding=1)
+    x = F.pad(x, (int(not cut[0]), int(not cut[1]))) if not all(cut) else x
+    return conv(x, weight, bias, padding=(1,) * (ndim - 1) + (0,))

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import UNetUpdate, check_ddf, warp_by_ddf
-from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, relaxed, state_map
+from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, recomputed, relaxed, state_map
 from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
 from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
+from monai_deq.utils import as_flag
 
 __all__ = ["DEQRegistrationNet"]
 
@@ -52,7 +53,11 @@ class DEQRegistrationNet(nn.Module):
             ``g(phi) = phi + alpha f_theta(moving, fixed, phi)``. The fixed points are the same. Training rewards steps
             that reach as far as they can in ``phantom_steps`` steps, and such steps end up overshooting by their own
             length, again and again; shorter ones come to rest. Not in the paper. Defaults to 1.
-
+        use_checkpoint: keep nothing of a step in training but the state it starts from, and evaluate it again in the
+            backward pass, one step at a time: the memory of one step whatever ``num_states`` and ``phantom_steps``
+            are, for one more evaluation of each. It needs an update that gives the same again, without batch
+            statistics or spectral normalisation, whose power iteration goes on at each evaluation. Defaults to
+            ``False``.
         coarse: network of the same kind that registers the pair at half the size, by means of two voxels along each
             axis, and may itself have a coarser one. Where its iteration comes to rest is where this one starts, unless
             it is given a start; its own settings say how far it goes. It is taken as trained: no gradient goes through
@@ -85,6 +90,7 @@ class DEQRegistrationNet(nn.Module):
         solver: str = "plain",
         solver_options: dict[str, Any] | None = None,
         relaxation: float = 1.0,
+        use_checkpoint: bool = False,
         coarse: DEQRegistrationNet | None = None,
     ) -> None:
         super().__init__()
@@ -117,6 +123,7 @@ class DEQRegistrationNet(nn.Module):
         self.tolerance = tolerance
         self.relative_tolerance = relative_tolerance
         self.relaxation = relaxation
+        self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
         self.coarse = coarse
         if coarse is not None:
             coarse.requires_grad_(False)
@@ -152,7 +159,8 @@ class DEQRegistrationNet(nn.Module):
             Function of a state ``(B, ndim + hidden_channels, *spatial)``.
         """
         check_pair(moving, fixed)
-        return relaxed(state_map(self.update, moving, fixed), self.relaxation if relaxation is None else relaxation)
+        g = relaxed(state_map(self.update, moving, fixed), self.relaxation if relaxation is None else relaxation)
+        return recomputed(g) if self.use_checkpoint and self.training else g
 
     def coarse_solution(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None

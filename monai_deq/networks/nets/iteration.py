@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = ["check_pair", "hidden_channels", "initial_state", "relaxed", "state_map"]
+__all__ = ["check_pair", "hidden_channels", "initial_state", "recomputed", "relaxed", "state_map"]
 
 
 def hidden_channels(update: nn.Module) -> int:
@@ -94,6 +95,20 @@ def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> C
         return torch.cat([ddf + delta.to(ddf.dtype), hidden.to(ddf.dtype)], dim=1)
 
     return g_hidden if hidden_channels(update) else g
+
+
+def recomputed(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    The same map, of which nothing but the argument is kept for the backward pass: there it is evaluated again.
+
+    Args:
+        func: the map.
+    """
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(func, x, use_reentrant=False) if torch.is_grad_enabled() else func(x)  # type: ignore[no-any-return]
+
+    return call
 
 
 def relaxed(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -73,11 +73,32 @@ def test_other_channels() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "parts"), [((16, 48), 3), ((32, 16), 50), ((16, 16, 16), 1), ((16, 32, 16), 2), ((16, 16, 64), 4)]
+)
+def test_parts_that_are_computed_again_are_the_whole(size: tuple[int, ...], parts: int) -> None:
+    torch.manual_seed(0)
+    ndim = len(size)
+    whole = RegistrationUNet(ndim, 2 + ndim, flow_std=1.0).double()
+    in_parts = RegistrationUNet(ndim, 2 + ndim, use_checkpoint=True, checkpoint_parts=parts).double()
+    in_parts.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 2 + ndim, *size, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, ndim, *size, dtype=torch.float64)
+    results = []
+    for net in (whole, in_parts):
+        y = net(x)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), [x, *net.parameters()])])
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"spatial_dims": 4}, "spatial_dims must be 2 or 3, got 4"),
         ({"encoder_channels": (4,), "decoder_channels": ()}, "at least 2"),
         ({"encoder_channels": (4, 4, 4)}, "4 and 3"),
+        ({"use_checkpoint": 2}, "use_checkpoint"),
+        ({"checkpoint_parts": 0}, "checkpoint_parts must be a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
