@@ -58,8 +58,10 @@ class EquilibriumLoss(nn.Module):
             drawn log-uniformly between a sixteenth of this number and itself. Defaults to 8.
         agreement_weight: weight of the agreement. Defaults to 0.
         agreement_rms: RMS length in voxels of a difference that counts half. Defaults to 0.3.
-        seed: of ``e``. The state of its generator is in ``state_dict()``, for a training that is resumed. Defaults
-            to 0.
+        warmup_steps: number of calls in training mode over which the weights of the penalties rise linearly from
+            zero. A network that has learned nothing yet meets all of them best by staying where it is. Defaults to 0.
+        seed: of ``e``. The state of its generator is in ``state_dict()`` with the number of calls, for a training that
+            is resumed. Defaults to 0.
 
     Raises:
         ValueError: When a number is out of its range, or a penalty is asked for and the network has a hidden state.
@@ -77,6 +79,7 @@ class EquilibriumLoss(nn.Module):
         contraction_along_step: float = 0.0,
         agreement_weight: float = 0.0,
         agreement_rms: float = 0.3,
+        warmup_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -98,6 +101,8 @@ class EquilibriumLoss(nn.Module):
             raise ValueError(f"contraction_along_step must be in [0, 1], got {contraction_along_step}.")
         if not agreement_rms > 0:
             raise ValueError(f"agreement_rms must be above 0, got {agreement_rms}.")
+        if int(warmup_steps) != warmup_steps or warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be a whole number, not negative, got {warmup_steps}.")
         if any(weights.values()) and int(getattr(network, "hidden_channels", 0)):
             raise ValueError(
                 "network: the penalties are for maps of the displacement alone, this one has a hidden state."
@@ -113,19 +118,23 @@ class EquilibriumLoss(nn.Module):
         self.contraction_along_step = contraction_along_step
         self.agreement_weight = agreement_weight
         self.agreement_rms = agreement_rms
+        self.warmup_steps = int(warmup_steps)
+        #: number of calls in training mode
+        self.calls = 0
         # not the global one, from which loaders with workers draw more than those without
         self.generator = torch.Generator().manual_seed(seed)
 
-    def get_extra_state(self) -> torch.Tensor:
-        """State of the random numbers, for ``state_dict()``."""
-        return self.generator.get_state()
+    def get_extra_state(self) -> dict[str, Any]:
+        """State of the random numbers and number of calls, for ``state_dict()``."""
+        return {"generator": self.generator.get_state(), "calls": self.calls}
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """
         Args:
             state: what :py:meth:`get_extra_state` returned.
         """
-        self.generator.set_state(state)
+        self.generator.set_state(state["generator"])
+        self.calls = state["calls"]
 
     def _contraction(self, g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         low, high, kind = torch.rand(3, generator=self.generator).tolist()
@@ -159,6 +168,12 @@ class EquilibriumLoss(nn.Module):
         at_x = (self.residual_weight, self.jacobian_weight, self.agreement_weight)
         if not (any(at_x) or self.contraction_weight):
             return total
+        warmth = min(self.calls / self.warmup_steps, 1.0) if self.warmup_steps else 1.0
+        self.calls += int(self.training)
+        return total + warmth * self._penalties(prediction[1].detach(), target)
+
+    def _penalties(self, x: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        total: Any = 0
         moving, fixed = target["moving"], target["fixed"]
         if self.agreement_weight and not (
             len(fixed) % 2 == 0 and torch.equal(fixed[::2], fixed[1::2]) and torch.equal(moving[::2], moving[1::2])
@@ -168,10 +183,9 @@ class EquilibriumLoss(nn.Module):
                 "and the loader an even batch size."
             )
         g = self._network[0].fixed_point_map(moving, fixed, relaxation=1.0)
-        x = prediction[1].detach()
         if self.jacobian_weight:
             x.requires_grad_()
-        if any(at_x):
+        if self.residual_weight or self.jacobian_weight or self.agreement_weight:
             gx = g(x)
             total = total + self.residual_weight * _mean_square(gx - x.detach()).mean()
             if self.jacobian_weight:
@@ -181,7 +195,7 @@ class EquilibriumLoss(nn.Module):
                 total = total + self.agreement_weight * (_mean_square(gx[::2] - gx[1::2]) / apart).mean()
         if self.contraction_weight:
             total = total + self.contraction_weight * self._contraction(g, x.detach())
-        return total
+        return total  # type: ignore[no-any-return]
 
 
 def _mean_square(ddf: torch.Tensor) -> torch.Tensor:

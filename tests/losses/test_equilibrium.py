@@ -155,6 +155,7 @@ def test_no_gradient_through_the_displacement_and_each_part_counts() -> None:
         ({"contraction_along_step": 1.5}, r"contraction_along_step must be in \[0, 1\], got 1.5"),
         ({"agreement_weight": -0.1}, "agreement_weight must not be negative, got -0.1"),
         ({"agreement_rms": 0.0}, "agreement_rms must be above 0, got 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number, not negative, got -1"),
     ],
 )
 def test_refuses(options: dict[str, float], words: str) -> None:
@@ -168,6 +169,25 @@ def test_refuses_a_hidden_state_only_where_a_penalty_is_asked_for() -> None:
     EquilibriumLoss(Nothing(), network)
     with pytest.raises(ValueError, match="network: the penalties are for maps of the displacement alone"):
         EquilibriumLoss(Nothing(), network, contraction_weight=0.1)
+
+
+def test_penalties_warm_up() -> None:
+    prediction, target = inputs(2)
+
+    def new() -> EquilibriumLoss:
+        return EquilibriumLoss(Nothing(), Linear(0.0, 0.5), residual_weight=3.0, warmup_steps=4)
+
+    full = float(EquilibriumLoss(Nothing(), Linear(0.0, 0.5), residual_weight=3.0)(prediction, target)) - 5
+    expected = [5 + full * share for share in (0, 0.25, 0.5, 0.75, 1, 1)]
+    loss = new()
+    assert [float(loss(prediction, target)) for _ in range(6)] == pytest.approx(expected, rel=1e-5)
+    # a validation does not count, and a resumed training goes on
+    loss, resumed = new(), new()
+    for _ in range(2):
+        loss(prediction, target)
+    assert [float(loss.eval()(prediction, target)) for _ in range(2)] == pytest.approx([expected[2]] * 2, rel=1e-5)
+    resumed.load_state_dict(loss.state_dict())
+    assert [float(resumed(prediction, target)) for _ in range(2)] == pytest.approx(expected[2:4], rel=1e-5)
 
 
 def test_random_changes_go_on_from_a_checkpoint() -> None:
