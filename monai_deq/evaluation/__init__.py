@@ -8,6 +8,8 @@ from .compare import METHODS, METRICS, compare
 from .comparison_table import ComparisonTable
 from .convergence import ITERATED_METHODS, converge
 from .memory import TrainingMemory, live_tensors, saved_for_backward, training_memory
+from .memory_benchmark import MEMORY_CASES, MemoryCase, MemoryRow, measure_memory, memory_table
+from .memory_plot import memory_plot
 from .method_costs import measure_costs
 from .method_evaluation import BundleMethod, evaluate_method
 from .method_results import METRIC_COLUMNS, MethodResult, MetricColumn, read_pair_results
@@ -19,11 +21,14 @@ from .timing import Timing, time_side_by_side
 
 __all__ = [
     "ITERATED_METHODS",
+    "MEMORY_CASES",
     "METHODS",
     "METRICS",
     "METRIC_COLUMNS",
     "BundleMethod",
     "ComparisonTable",
+    "MemoryCase",
+    "MemoryRow",
     "MethodResult",
     "MetricColumn",
     "StepCurve",
@@ -37,6 +42,9 @@ __all__ = [
     "holm_correction",
     "live_tensors",
     "measure_costs",
+    "measure_memory",
+    "memory_plot",
+    "memory_table",
     "paired_wilcoxon",
     "read_pair_results",
     "saved_for_backward",

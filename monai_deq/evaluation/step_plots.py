@@ -14,10 +14,10 @@ from monai_deq.utils import as_flag, refuse_existing, replace_file
 
 __all__ = ["step_plots"]
 
-# Okabe and Ito's palette
 #: an iteration that diverges goes on to 1e30 voxels, and nothing would be seen of the others
 _LARGEST = 100.0
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+#: Okabe and Ito's palette, and a grey
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
 
 
 def step_plots(
@@ -62,7 +62,7 @@ def step_plots(
     for axis, key in zip(axes, panels, strict=False):
         title, scale, logarithmic = PANELS[key]
         for i, (method, scores) in enumerate(curves.items()):
-            curve, colour = scores[key], _COLOURS[i % len(_COLOURS)]
+            curve, colour = scores[key], COLOURS[i % len(COLOURS)]
             # residuals lie on a logarithmic axis and far apart: their median
             steps, mean = np.asarray(curve.steps), scale * np.asarray(curve.median if logarithmic else curve.mean)
             error = scale * np.asarray(curve.std) / math.sqrt(max(curve.pairs, 1))
