@@ -73,7 +73,7 @@ class PairResultsSaver:
         labels: Mapping[int, str],
         label_set: str,
         prefix: str = "evaluation",
-        columns: Sequence[str] = ("steps", "residual", "relative_residual", "converged", "reason"),
+        columns: Sequence[str] = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason"),
         optional_columns: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
         info: Mapping[str, Any] | None = None,
         overwrite: bool = False,

@@ -56,7 +56,8 @@ class FixedPointInferer(Inferer):
             initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to zero.
 
         Returns:
-            ``warped`` and ``ddf``, and per item the tensors ``steps``, ``residual``, ``relative_residual`` (at the
+            ``warped`` and ``ddf``, and per item the tensors ``steps``, ``evaluations`` (those at smaller sizes by their
+            share of the voxels), ``residual``, ``relative_residual`` (at the
             last step) and ``converged``, and the list ``reason``. With a certificate the residuals are those at the
             solution itself, and there are the list ``verdict`` (of a classical method its ``reason``) and, where asked
             for, the tensors ``spectral_radius`` and ``start_distance``.
@@ -71,6 +72,7 @@ class FixedPointInferer(Inferer):
             "warped": warped,
             "ddf": ddf,
             "steps": record.steps,
+            "evaluations": record.evaluations(fixed.ndim - 2),
             "residual": record.final_residual,
             "relative_residual": record.final_relative_residual,
             "converged": record.converged,

@@ -185,6 +185,7 @@ class _Anderson:
         self.gx: list[torch.Tensor] = []
         self.fx: list[torch.Tensor] = []
         self.valid: list[torch.Tensor] = []
+        self.gram: torch.Tensor | None = None
         self.best: torch.Tensor | None = None
 
     def __call__(self, gx: torch.Tensor, fx: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -201,18 +202,13 @@ class _Anderson:
         if len(self.fx) > self.window:
             for history in (self.gx, self.fx, self.valid):
                 history.pop(0)  # type: ignore[attr-defined]
+        gram = self._extended_gram()
         n = len(self.fx)
         if n == 1:
             return gx
 
         # minimise |sum_j w_j f_j|^2 + regularization * sum_j w_j^2 |f_j|^2 under sum_j w_j = 1; with each f_j scaled to
         # length one the system is well conditioned, however fast the residuals have fallen, and free of units
-        gram = gx.new_zeros(gx.shape[0], n, n, dtype=torch.float64)
-        flat = [f.flatten(1) for f in self.fx]
-        for i in range(n):
-            for j in range(i, n):
-                # not a matrix product, which autocast or TF32 would do in half precision
-                gram[:, i, j] = gram[:, j, i] = (flat[i] * flat[j]).sum(dim=1, dtype=torch.float64)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         usable = torch.stack(self.valid, dim=1) & (diagonal > 0)
         scale = torch.where(usable, diagonal.rsqrt(), torch.zeros_like(diagonal))
@@ -228,8 +224,20 @@ class _Anderson:
         weights = torch.where(solved[:, None], weights, newest).to(gx.dtype)
         out = _per_item(weights[:, 0], gx) * self.gx[0]
         for i in range(1, n):
-            out = out + _per_item(weights[:, i], gx) * self.gx[i]
+            out.addcmul_(_per_item(weights[:, i], gx), self.gx[i])
         return out
+
+    def _extended_gram(self) -> torch.Tensor:
+        """Inner products of the residuals kept, ``(B, n, n)``: those of the newest are new, the others are known."""
+        n, newest = len(self.fx), self.fx[-1].flatten(1)
+        gram = newest.new_zeros(len(newest), n, n, dtype=torch.float64)
+        if self.gram is not None and n > 1:
+            gram[:, :-1, :-1] = self.gram[:, 1 - n :, 1 - n :]
+        for i, f in enumerate(self.fx):
+            # not a matrix product, which autocast or TF32 would do in half precision
+            gram[:, i, -1] = gram[:, -1, i] = (f.flatten(1) * newest).sum(dim=1, dtype=torch.float64)
+        self.gram = gram
+        return gram
 
 
 def anderson_solver(

@@ -33,6 +33,8 @@ class SolverRecord:
         relative_residual: ``(B, N)``, ``|g(x_k) - x_k| / |g(x_k)|``; NaN after the item had stopped.
         converged: ``(B,)``, whether the item met a tolerance.
         reason: why each item stopped, one of the values of :py:class:`StopReason`.
+        coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the
+            one before. Empty where there was none.
     """
 
     steps: torch.Tensor
@@ -40,6 +42,7 @@ class SolverRecord:
     relative_residual: torch.Tensor
     converged: torch.Tensor
     reason: tuple[str, ...]
+    coarse_steps: tuple[torch.Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.reason)
@@ -53,6 +56,18 @@ class SolverRecord:
     def final_relative_residual(self) -> torch.Tensor:
         """``(B,)``, the last relative residual measured for each item (NaN when there is none)."""
         return self._last(self.relative_residual)
+
+    def evaluations(self, spatial_dims: int) -> torch.Tensor:
+        """
+        What the solve has cost, ``(B,)``: evaluations of the map, those at a smaller size by their share of the voxels.
+
+        Args:
+            spatial_dims: 2 or 3.
+        """
+        total = self.steps.double()
+        for level, steps in enumerate(self.coarse_steps, start=1):
+            total = total + steps / 2.0 ** (spatial_dims * level)
+        return total
 
     def _last(self, trace: torch.Tensor) -> torch.Tensor:
         last = self.steps.clamp(1, max(trace.shape[1], 1)) - 1
@@ -77,6 +92,7 @@ class SolverRecord:
             "relative_residual": number(self.final_relative_residual[index]),
             "converged": bool(self.converged[index]),
             "reason": self.reason[index],
+            "coarse_steps": [int(steps[index]) for steps in self.coarse_steps],
             "residual_trace": [number(v) for v in self.residual[index, :n]],
             "relative_residual_trace": [number(v) for v in self.relative_residual[index, :n]],
         }

@@ -95,7 +95,8 @@ class FixedPointSolver(Transform):
 
         Returns:
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
-            ``steps``, ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a
+            ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
+            ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a
             certificate the fields of :py:class:`monai_deq.solvers.Certificate` too, with the residuals at the solution
             itself.
 
@@ -123,6 +124,7 @@ class FixedPointSolver(Transform):
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
         warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
         words = record.item(0)
+        words["evaluations"] = float(record.evaluations(ddf.ndim - 1)[0])
         if certificates is not None:
             words.update(certificates[0].as_dict())
         elif self.certificate is not None:

@@ -86,7 +86,7 @@ class SaveRegistrationd(MapTransform):
         ddf_key: str = "ddf",
         label_key: str = "warped_label",
         name_keys: Sequence[str] = ("moving_subject", "fixed_subject"),
-        record_keys: Sequence[str] = ("steps", "residual", "relative_residual", "converged", "reason"),
+        record_keys: Sequence[str] = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason"),
         record_key: str = "record",
         optional_record_keys: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
     ) -> None:

@@ -40,6 +40,7 @@ def make_item(name: str, fixed: tuple[int, int], warped: tuple[int, int], folded
         "warped_label": label_map(*warped),
         "ddf": ddf,
         "steps": torch.tensor(int(name)),
+        "evaluations": torch.tensor(1.5 * int(name)),
         "residual": torch.tensor(0.5 ** int(name), dtype=torch.float64),
         "relative_residual": torch.tensor(NAN if name == "2" else 0.25),
         "converged": torch.tensor(name != "3"),
@@ -104,7 +105,7 @@ def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, caps
     rows = read_csv(saver.csv_path)
     assert list(rows[0]) == [
         *("fixed", "moving", "dice", "folded_percent"),
-        *("steps", "residual", "relative_residual", "converged", "reason", "dice_3", "dice_8"),
+        *("steps", "evaluations", "residual", "relative_residual", "converged", "reason", "dice_3", "dice_8"),
     ]
     assert [(r["fixed"], r["moving"], r["steps"]) for r in rows] == [
         ("f1", "m1", "1"),
@@ -129,6 +130,7 @@ def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, caps
         "dice": (mean(MEANS[:2]), stdev(MEANS[:2]), 2),
         "folded_percent": (100 / 3, stdev(FOLDED), 3),
         "steps": (2, 1, 3),
+        "evaluations": (3, 1.5, 3),
         "residual": (mean(residuals), stdev(residuals), 3),
         "relative_residual": (0.25, 0, 2),
         "converged": (2 / 3, stdev([1, 1, 0]), 3),

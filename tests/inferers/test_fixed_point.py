@@ -43,7 +43,7 @@ def test_each_item_has_its_own_record(ndim: int) -> None:
     brightness = (0.2, 3.0, 500.0, float("inf"))
     moving, fixed = make_batch(ndim, brightness)
     out = FixedPointInferer(max_steps=8)(moving, make_network(), fixed)
-    assert set(out) == {"warped", "ddf", "steps", "residual", "relative_residual", "converged", "reason"}
+    assert set(out) == {"warped", "ddf", "steps", "evaluations", "residual", "relative_residual", "converged", "reason"}
     # residual of step k: 0.5^k * brightness * sqrt(ndim), to be at most 0.1
     root = ndim**0.5
     steps = [next((k for k in range(1, 9) if 0.5**k * b * root <= 0.1), 8) for b in brightness[:3]]

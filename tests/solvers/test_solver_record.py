@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def test_items_as_json() -> None:
         "relative_residual": pytest.approx(0.1),
         "converged": False,
         "reason": "step limit",
+        "coarse_steps": [],
         "residual_trace": [3.0, 2.0, 1.0],
         "relative_residual_trace": [None, pytest.approx(0.2), pytest.approx(0.1)],
     }
@@ -49,10 +51,19 @@ def test_items_as_json() -> None:
         "relative_residual": None,
         "converged": False,
         "reason": "non-finite",
+        "coarse_steps": [],
         "residual_trace": [],
         "relative_residual_trace": [],
     }
     assert items[3]["residual"] == 5.0 and items[3]["residual_trace"] == [4.0, 5.0]
+
+
+def test_evaluations_at_smaller_sizes_count_by_their_voxels() -> None:
+    r = replace(record(), coarse_steps=(torch.tensor([8, 4, 0, 1]), torch.tensor([16, 2, 0, 0])))
+    assert record().evaluations(2).tolist() == [3, 1, 0, 2]
+    assert r.evaluations(2).tolist() == [3 + 2 + 1, 1 + 1 + 0.125, 0, 2.25]
+    assert r.evaluations(3).tolist() == [3 + 1 + 0.25, 1 + 0.5 + 2 / 64, 0, 2.125]
+    assert r.item(0)["coarse_steps"] == [8, 16]
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])

@@ -8,12 +8,18 @@ from pathlib import Path
 
 from monai_deq.networks.nets.deq_registration_net import DEQRegistrationNet
 from monai_deq.networks.utils import load_weights
+from monai_deq.solvers import torchdeq_name
 
 __all__ = ["coarse_to_fine"]
 
 
 def coarse_to_fine(
-    network: DEQRegistrationNet, num_levels: int = 1, max_steps: int = 48, weights: str | Path | None = None
+    network: DEQRegistrationNet,
+    num_levels: int = 1,
+    max_steps: int = 48,
+    weights: str | Path | None = None,
+    tolerance: float | None = None,
+    solver: str | None = None,
 ) -> DEQRegistrationNet:
     """
     Put copies of a network before it, each for half the size of the next; see ``coarse`` of
@@ -26,23 +32,35 @@ def coarse_to_fine(
         weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size. It becomes the coarser
             network, and its finest update is what this network's begins with. Defaults to ``None``: all weights are
             those of the network.
+        tolerance: RMS residual, in voxels of its own grid, at which a coarser network stops. Defaults to ``None``: the
+            network's.
+        solver: solver of the coarser networks, with its defaults. Defaults to ``None``: the network's.
 
     Returns:
         The network itself, with coarser ones.
 
     Raises:
-        ValueError: When ``num_levels`` or ``max_steps`` is below 1, or there are weights and no coarser network.
+        ValueError: When ``num_levels`` or ``max_steps`` is below 1, ``tolerance`` is negative, there is no such
+            ``solver``, or there are weights and no coarser network.
     """
     if int(num_levels) != num_levels or num_levels < 1:
         raise ValueError(f"num_levels must be a whole number of at least 1, got {num_levels}.")
     if int(max_steps) != max_steps or max_steps < 1:
         raise ValueError(f"max_steps must be a whole number of at least 1, got {max_steps}.")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}.")
+    if solver is not None:
+        torchdeq_name(solver)
     if num_levels == 1:
         if weights is not None:
             raise ValueError("weights are those of a coarser network, and num_levels is 1: there is none.")
         return network
-    coarse = coarse_to_fine(copy.deepcopy(network), num_levels - 1, max_steps)
+    coarse = coarse_to_fine(copy.deepcopy(network), num_levels - 1, max_steps, None, tolerance, solver)
     coarse.max_steps, coarse.num_states = int(max_steps), 0
+    if tolerance is not None:
+        coarse.tolerance = float(tolerance)
+    if solver is not None and solver != coarse.solver:
+        coarse.solver, coarse.solver_options = solver, {}
     if weights is not None:
         load_weights(coarse, weights)
         network.update.load_state_dict(coarse.update.state_dict())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -178,8 +179,14 @@ class DEQRegistrationNet(nn.Module):
         Returns:
             ``(B, ndim, *spatial)`` in voxels; without a coarser network the argument itself.
         """
+        return self._coarse_start(moving, fixed, initial_ddf)[0]
+
+    def _coarse_start(
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """The start with the steps of the solves behind it, from the finest of them to the coarsest."""
         if self.coarse is None:
-            return initial_ddf
+            return initial_ddf, ()
         check_pair(moving, fixed)
         with torch.no_grad():
             smaller = coarser(moving), coarser(fixed)
@@ -187,8 +194,9 @@ class DEQRegistrationNet(nn.Module):
             if initial_ddf is not None:
                 check_ddf(fixed, initial_ddf)
                 start = coarser_ddf(initial_ddf)
-            ddf, _ = self.coarse.solve(*smaller, self.coarse.coarse_solution(*smaller, start))
-            return finer(ddf, fixed.shape[2:])
+            start, steps = self.coarse._coarse_start(*smaller, start)
+            ddf, record = self.coarse.solve(*smaller, start)
+            return finer(ddf, fixed.shape[2:]), (record.steps, *steps)
 
     def solve_state(
         self,
@@ -211,7 +219,9 @@ class DEQRegistrationNet(nn.Module):
             The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
         """
         g = self.fixed_point_map(moving, fixed)
-        initial_ddf = self.coarse_solution(moving, fixed) if initial_ddf is None else initial_ddf
+        coarse_steps: tuple[torch.Tensor, ...] = ()
+        if initial_ddf is None:
+            initial_ddf, coarse_steps = self._coarse_start(moving, fixed)
         settings: dict[str, Any] = {
             "solver": self.solver,
             "max_steps": self.max_steps,
@@ -220,7 +230,9 @@ class DEQRegistrationNet(nn.Module):
             "solver_options": self.solver_options if kwargs.get("solver", self.solver) == self.solver else None,
             "ddf_channels": fixed.ndim - 2 if self.hidden_channels else None,
         }
-        return solve_fixed_point(g, initial_state(fixed, initial_ddf, self.hidden_channels), **{**settings, **kwargs})
+        state = initial_state(fixed, initial_ddf, self.hidden_channels)
+        state, record = solve_fixed_point(g, state, **{**settings, **kwargs})
+        return state, replace(record, coarse_steps=coarse_steps)
 
     def solve(
         self,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -158,7 +159,7 @@ class UnrolledRegistrationNet(nn.Module):
         g = self.fixed_point_map(moving, fixed)
         with torch.no_grad():
             state, _ = self._start(self._pyramid(moving), self._pyramid(fixed), initial_ddf)
-        return solve_fixed_point(
+        state, record = solve_fixed_point(
             g,
             state,
             max_steps=self.steps[-1] if max_steps is None else max_steps,
@@ -166,6 +167,8 @@ class UnrolledRegistrationNet(nn.Module):
             ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
             **kwargs,
         )
+        levels = self.steps[-2::-1] if initial_ddf is None else ()
+        return state, replace(record, coarse_steps=tuple(torch.full_like(record.steps, n) for n in levels))
 
     def solve(
         self,

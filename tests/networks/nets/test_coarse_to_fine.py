@@ -147,6 +147,35 @@ def test_weights_of_the_size_before(ndim: int, tmp_path: Path) -> None:
         coarse_to_fine(unet(ndim), 2, weights=tmp_path / "half.pt")
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_steps_of_all_sizes_are_counted(size: tuple[int, ...]) -> None:
+    moving, fixed = pair(size)
+    # halves what is missing at each step, until a step is at most the tolerance
+    network = net(0.0, net(0.5, net(0.5, max_steps=4, tolerance=0.0), tolerance=1e-3), max_steps=7, tolerance=0.0)
+    _, record = network.solve(moving, fixed)
+    # nothing moves at full size: there the first step ends it
+    assert record.steps.tolist() == [1, 1]
+    half, quarter = record.coarse_steps
+    assert quarter.tolist() == [4, 4]
+    for i, steps in enumerate(half.tolist()):
+        single = net(0.5, net(0.5, max_steps=4, tolerance=0.0), tolerance=1e-3)
+        pairs = coarser(moving[i : i + 1]), coarser(fixed[i : i + 1])
+        assert single.solve(*pairs)[1].steps.tolist() == [steps]
+    expected = 1 + half.double() / 2 ** len(size) + 4 / 4 ** len(size)
+    torch.testing.assert_close(record.evaluations(len(size)), expected)
+    # from a given start there is nothing before
+    assert network.solve(moving, fixed, torch.zeros(2, len(size), *size))[1].coarse_steps == ()
+
+
+def test_solver_and_tolerance_of_the_coarser_networks() -> None:
+    network = coarse_to_fine(unet(2), 3, tolerance=0.02, solver="anderson")
+    for coarse in (network.coarse, network.coarse.coarse):
+        assert (coarse.tolerance, coarse.solver, coarse.solver_options) == (0.02, "anderson", {})
+    assert (network.tolerance, network.solver) == (1e-3, "plain")
+    own = coarse_to_fine(DEQRegistrationNet(unet(2).update, solver="anderson", solver_options={"window": 2}), 2)
+    assert (own.coarse.tolerance, own.coarse.solver_options) == (1e-3, {"window": 2})
+
+
 def test_refuses() -> None:
     plain = unet(2)
     assert coarse_to_fine(plain) is plain and plain.coarse is None
@@ -154,5 +183,9 @@ def test_refuses() -> None:
         coarse_to_fine(plain, 0)
     with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, got 2.5"):
         coarse_to_fine(plain, 2, 2.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tolerance must not be negative, got -1"):
+        coarse_to_fine(plain, 2, tolerance=-1)
+    with pytest.raises(ValueError, match="unknown solver 'newton'"):
+        coarse_to_fine(plain, 2, solver="newton")
     with pytest.raises(ValueError, match="num_levels is 1"):
         coarse_to_fine(plain, 1, weights="half.pt")
