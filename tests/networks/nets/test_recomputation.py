@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +129,23 @@ def test_nothing_is_evaluated_twice_without_gradients() -> None:
     plain = network(2, False).double().eval()(moving, fixed)
     assert len(calls) == 5
     torch.testing.assert_close(net(moving, fixed), plain, rtol=0, atol=0)
+
+
+def test_gradients_under_distributed_data_parallel(tmp_path: Path) -> None:
+    # a group of one process: its hooks see every use of a parameter in the backward pass
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        moving, fixed = pair((18, 21))
+        grads = []
+        for use_checkpoint in (False, True):
+            net = network(2, use_checkpoint).double().train()
+            loss = StatesLoss(RegistrationLoss(2), use_checkpoint=use_checkpoint)
+            parallel = torch.nn.parallel.DistributedDataParallel(net)
+            loss(parallel(moving, fixed), {"moving": moving, "fixed": fixed}).backward()
+            grads.append([p.grad for p in net.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    alone = loss_and_gradients((18, 21), False, {})[1:]
+    for got, plain, expected in zip(grads[1], grads[0], alone, strict=True):
+        torch.testing.assert_close(got, plain, rtol=0, atol=1e-11 * float(plain.abs().max()))
+        torch.testing.assert_close(plain, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
