@@ -13,6 +13,7 @@ from .memory_plot import memory_plot
 from .method_costs import measure_costs
 from .method_evaluation import BundleMethod, evaluate_method
 from .method_results import METRIC_COLUMNS, MethodResult, MetricColumn, read_pair_results
+from .speed_benchmark import SPEED_CASES, SpeedRow, measure_speed, speed_table
 from .statistics import holm_correction, paired_wilcoxon
 from .step_plots import step_plots
 from .step_scores import StepScore, score_steps
@@ -31,6 +32,8 @@ __all__ = [
     "MemoryRow",
     "MethodResult",
     "MetricColumn",
+    "SPEED_CASES",
+    "SpeedRow",
     "StepCurve",
     "StepScore",
     "Timing",
@@ -45,10 +48,12 @@ __all__ = [
     "measure_memory",
     "memory_plot",
     "memory_table",
+    "measure_speed",
     "paired_wilcoxon",
     "read_pair_results",
     "saved_for_backward",
     "score_steps",
+    "speed_table",
     "step_curves",
     "step_plots",
     "step_table",

@@ -8,10 +8,12 @@ import logging
 from monai_deq.evaluation.compare import compare
 from monai_deq.evaluation.convergence import converge
 from monai_deq.evaluation.memory_benchmark import measure_memory
+from monai_deq.evaluation.speed_benchmark import measure_speed
 
 if __name__ == "__main__":
     import fire
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
     # the table is printed by compare itself
-    fire.Fire({"compare": compare, "converge": converge, "memory": measure_memory}, serialize=lambda _: None)
+    commands = {"compare": compare, "converge": converge, "memory": measure_memory, "speed": measure_speed}
+    fire.Fire(commands, serialize=lambda _: None)

@@ -17,9 +17,40 @@ from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
 from monai_deq.networks import load_weights
 
-__all__ = ["measure_costs"]
+__all__ = ["FirstPair", "measure_costs"]
 
 _TRAINING_SETTINGS = ("max_steps", "num_states", "gamma", "phantom_steps", "phantom_damping", "tolerance")
+
+
+class FirstPair:
+    """
+    The first pair of a method's evaluation, on its device, with the network and inferer that register it.
+
+    Args:
+        method: the method, trained or without training.
+        overrides: further entries of its evaluation configuration.
+    """
+
+    def __init__(self, method: BundleMethod, **overrides: Any) -> None:
+        evaluation = method.parser("evaluate", **overrides)
+        self.device = torch.device(evaluation.get_parsed_content("device"))
+        # one pair is enough: not the whole split is loaded
+        subjects = evaluation.get_parsed_content("subjects")
+        evaluation["subjects"] = subjects[:2]
+        evaluation["certificate"] = None  # it costs evaluations of the map that no registration needs
+        evaluation.parse(reset=True)
+        batch = next(iter(DataLoader(evaluation.get_parsed_content("dataset"), batch_size=1)))
+        self.moving, self.target, (self.fixed,), _ = PreparePairBatch()(batch, self.device)
+        self.network = evaluation.get_parsed_content("network").eval()
+        self.inferer = evaluation.get_parsed_content("inferer")
+        self.amp = bool(evaluation.get_parsed_content("amp"))
+        if method.checkpoint is not None:
+            load_weights(self.network, method.checkpoint)
+
+    def register(self) -> None:
+        """Register the pair."""
+        with torch.autocast(self.device.type, enabled=self.amp):
+            self.inferer(self.moving, self.network, self.fixed)
 
 
 def measure_costs(
@@ -47,21 +78,8 @@ def measure_costs(
     for name, method in methods.items():
         try:
             logger.info(f"{name}: training memory")
-            evaluation = method.parser("evaluate", **(overrides or {}).get(name, {}))
-            device = torch.device(evaluation.get_parsed_content("device"))
-            # one pair is enough: not the whole split is loaded
-            subjects = evaluation.get_parsed_content("subjects")
-            evaluation["subjects"] = subjects[:2]
-            evaluation["certificate"] = None  # it costs evaluations of the map that no registration needs
-            evaluation.parse(reset=True)
-            batch = next(iter(DataLoader(evaluation.get_parsed_content("dataset"), batch_size=1)))
-            moving, target, (fixed,), _ = PreparePairBatch()(batch, device)
-            network = evaluation.get_parsed_content("network").eval()
-            inferer = evaluation.get_parsed_content("inferer")
-            amp = bool(evaluation.get_parsed_content("amp"))
-            if method.checkpoint is not None:
-                load_weights(network, method.checkpoint)
-            infer[name] = _inference(inferer, network, moving, fixed, amp)
+            first = FirstPair(method, **(overrides or {}).get(name, {}))
+            device, infer[name] = first.device, first.register
             if method.checkpoint is None:
                 continue
             trained_with = method.trained_with()
@@ -73,7 +91,7 @@ def measure_costs(
             costs[name]["parameters"] = sum(p.numel() for p in trained.parameters())
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # the rounds are of one and the same network
-            step = _gradient_step(trained, loss, moving, fixed, target, amp)
+            step = _gradient_step(trained, loss, first.moving, first.fixed, first.target, first.amp)
             step()  # makes what is made once and kept, such as sampling grids
             memory = training_memory(step, [*trained.parameters(), *trained.buffers()], device)
             costs[name]["saved_memory_mb"] = memory.saved_bytes / 1e6
@@ -90,16 +108,6 @@ def measure_costs(
         for name, timing in time_side_by_side(functions, rounds=rounds, device=device).items():
             costs[name][key] = timing.median if timing.failure is None else f"failed: {timing.failure}"
     return costs
-
-
-def _inference(
-    inferer: Any, network: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, amp: bool
-) -> Callable[[], Any]:
-    def infer() -> None:
-        with torch.autocast(moving.device.type, enabled=amp):
-            inferer(moving, network, fixed)
-
-    return infer
 
 
 def _gradient_step(
