@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets of brain MRI and their pairing for registration."""
+"""Data sets of brain MRI and lung CT, and their pairing for registration."""
 
 from __future__ import annotations
 
 from .caching import cached_subjects
 from .grid import Grid, check_same_grid, grid_of, source_of
+from .learn2reg import Learn2RegDataset, find_learn2reg
+from .learn2reg_split import split_pairs
 from .oasis import (
     LEARN2REG_OASIS,
     NEURITE_OASIS,
@@ -27,6 +29,7 @@ __all__ = [
     "SEG24_LABELS",
     "SEG35_LABELS",
     "Grid",
+    "Learn2RegDataset",
     "OasisDataset",
     "PairDataset",
     "PooledPair",
@@ -36,6 +39,7 @@ __all__ = [
     "StatePool",
     "cached_subjects",
     "check_same_grid",
+    "find_learn2reg",
     "find_oasis",
     "fixed_pairs",
     "grid_of",
@@ -48,6 +52,7 @@ __all__ = [
     "sample_dataset_dir",
     "scan_pairs",
     "source_of",
+    "split_pairs",
     "split_scan_pairs",
     "split_subjects",
     "write_sample_cohort",

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from monai_deq.data.split import PARTS, part_sizes, shorten
+
 __all__ = [
     "LEARN2REG_OASIS",
     "NEURITE_OASIS",
@@ -36,7 +38,6 @@ logger = logging.getLogger("monai_deq")
 
 NEURITE_OASIS = "neurite-OASIS"
 LEARN2REG_OASIS = "Learn2Reg OASIS"
-PARTS = ("training", "validation", "test")
 
 _SIDE_35 = (
     "Cerebral-White-Matter",
@@ -156,14 +157,9 @@ def find_oasis(dataset_dir: str | Path, spatial_dims: int = 3) -> OasisDataset:
     found = sorted(p.name + "/" * p.is_dir() for p in root.iterdir())
     raise FileNotFoundError(
         f"No OASIS data set in {str(root)!r}. Looked for folders OASIS_OAS1_NNNN_MR1/ (neurite-OASIS) and for "
-        f"imagesTr/ with OASIS_dataset.json (Learn2Reg OASIS); found {_shorten(found) if found else 'nothing'}. "
+        f"imagesTr/ with OASIS_dataset.json (Learn2Reg OASIS); found {shorten(found) if found else 'nothing'}. "
         "Give the folder that directly holds these."
     )
-
-
-def _shorten(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
@@ -174,7 +170,7 @@ def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
         named = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         repeated = sorted({n for n in named if named.count(n) > 1}) if len(set(named)) < len(named) else []
         if repeated:
-            raise ValueError(f"{list_file} names a subject twice: {_shorten(repeated)}.")
+            raise ValueError(f"{list_file} names a subject twice: {shorten(repeated)}.")
         source = "subjects.txt"
         unlisted = len(set(folders) - set(named))
     else:
@@ -189,7 +185,7 @@ def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
             broken.append(str(image))
     if broken:
         raise FileNotFoundError(
-            f"{len(broken)} subject(s) have {label_name} but no image; missing: {_shorten(broken)}. "
+            f"{len(broken)} subject(s) have {label_name} but no image; missing: {shorten(broken)}. "
             "Download these again, or remove the subjects from subjects.txt."
         )
     if not subjects:
@@ -223,7 +219,7 @@ def _find_learn2reg(root: Path, spatial_dims: int) -> OasisDataset:
     if len(candidates) > 1 and root / "OASIS_dataset.json" in candidates:
         candidates = [root / "OASIS_dataset.json"]
     if len(candidates) != 1:
-        found = _shorten([c.name for c in candidates]) if candidates else "none"
+        found = shorten([c.name for c in candidates]) if candidates else "none"
         raise FileNotFoundError(f"{str(root)!r} must hold one OASIS_dataset.json (Learn2Reg layout); found {found}.")
     json_file = candidates[0]
     try:
@@ -280,13 +276,13 @@ def _find_learn2reg(root: Path, spatial_dims: int) -> OasisDataset:
     val_pairs, test_pairs = add_pairs("registration_val"), add_pairs("registration_test")
     if missing_files:
         raise FileNotFoundError(
-            f"{json_file} names {len(missing_files)} file(s) that are missing: {_shorten(missing_files)}. "
+            f"{json_file} names {len(missing_files)} file(s) that are missing: {shorten(missing_files)}. "
             "Unpack the data set whole."
         )
     names = [s["subject"] for s in subjects.values()]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"{json_file} names two images of one subject: {_shorten([n for n in names if names.count(n) > 1])}."
+            f"{json_file} names two images of one subject: {shorten([n for n in names if names.count(n) > 1])}."
         )
     held_out = {s["subject"] for pair in (*val_pairs, *test_pairs) for s in pair.values()}
     kept = [s for s in training if s["subject"] not in held_out]
@@ -337,40 +333,15 @@ def split_subjects(
             if unlabelled:
                 raise ValueError(
                     f"The {part} part needs segmentations, but {len(unlabelled)} of its {len(split[part])} subjects "
-                    f"have none: {_shorten(unlabelled)}. Choose other subjects by `lists`, or set require_labels=False."
+                    f"have none: {shorten(unlabelled)}. Choose other subjects by `lists`, or set require_labels=False."
                 )
     return split
 
 
 def _split_by_sizes(dataset: OasisDataset, sizes: Sequence[int | None]) -> dict[str, list[dict[str, Any]]]:
-    if len(sizes) != len(PARTS):
-        raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {list(sizes)}.")
-    for size in sizes:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ValueError(f"sizes must be non-negative integers or None, got {list(sizes)}.")
-    if sum(size is None for size in sizes) > 1:
-        raise ValueError(f"at most one of sizes may be None (all that remain), got {list(sizes)}.")
-    found = len(dataset.subjects)
-    remain = found - sum(size for size in sizes if size is not None)
-    if remain < 0 or (remain == 0 and None in sizes):
-        raise ValueError(
-            f"sizes {list(sizes)} (training, validation, test) need more subjects than the {found} with "
-            f"{dataset.spatial_dims}-D images in {str(dataset.root)!r}. Name sizes that fit, in the order training, "
-            "validation, test; one may be None (null in JSON) for all that remain; or name the subjects by `lists`."
-        )
-    counts = [remain if size is None else size for size in sizes]
-    if None in sizes:
-        logger.info(
-            "sizes %s of %d subjects: %s takes the remaining %d",
-            list(sizes),
-            found,
-            PARTS[list(sizes).index(None)],
-            remain,
-        )
-    elif remain:
-        logger.info("sizes %s of %d subjects: the last %d are not used", list(sizes), found, remain)
+    where = f"with {dataset.spatial_dims}-D images in {str(dataset.root)!r}"
     split, start = {}, 0
-    for part, count in zip(PARTS, counts, strict=True):
+    for part, count in part_sizes(sizes, len(dataset.subjects), "subjects", where).items():
         split[part] = dataset.subjects[start : start + count]
         start += count
     return split
@@ -393,18 +364,18 @@ def _split_by_lists(dataset: OasisDataset, lists: Mapping[str, Sequence[str | in
         if absent:
             raise ValueError(
                 f"lists[{part!r}] names {len(absent)} subject(s) without a {dataset.spatial_dims}-D image in "
-                f"{str(dataset.root)!r}: {_shorten(absent)}. Found {len(dataset.subjects)} subjects: "
-                f"{_shorten([s['subject'] for s in dataset.subjects])}."
+                f"{str(dataset.root)!r}: {shorten(absent)}. Found {len(dataset.subjects)} subjects: "
+                f"{shorten([s['subject'] for s in dataset.subjects])}."
             )
         split[part] = [by_id[i] for i in wanted]
         names = [s["subject"] for s in split[part]]
         if len(set(names)) < len(names):
             raise ValueError(
-                f"lists[{part!r}] names a subject twice: {_shorten([n for n in names if names.count(n) > 1])}."
+                f"lists[{part!r}] names a subject twice: {shorten([n for n in names if names.count(n) > 1])}."
             )
     for i, a in enumerate(PARTS):
         for b in PARTS[i + 1 :]:
             both = sorted({s["subject"] for s in split[a]} & {s["subject"] for s in split[b]})
             if both:
-                logger.warning("%d subject(s) are listed for both %s and %s: %s", len(both), a, b, _shorten(both))
+                logger.warning("%d subject(s) are listed for both %s and %s: %s", len(both), a, b, shorten(both))
     return split
