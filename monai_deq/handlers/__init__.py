@@ -15,6 +15,7 @@ from .pair_results import PairResultsSaver
 from .set_epoch import SamplerEpochSetter
 from .state_pool_updater import StatePoolUpdater
 from .std_log_jacobian import StdLogJacobian
+from .target_registration_error import TargetRegistrationError
 
 __all__ = [
     "EpochMeanLoss",
@@ -28,6 +29,7 @@ __all__ = [
     "SamplerEpochSetter",
     "StatePoolUpdater",
     "StdLogJacobian",
+    "TargetRegistrationError",
     "TrainingCheckpoint",
     "WeightsLoader",
 ]

@@ -5,24 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.utils import MetricReduction
 
 from monai_deq.metrics.label_overlap import _check_labels, compute_label_hausdorff
 from monai_deq.metrics.reduced_metric import ReducedIterationMetric
+from monai_deq.metrics.spacing import affine_spacing
 
 __all__ = ["LabelHausdorffMetric"]
-
-
-def _spacing(affine: torch.Tensor, ndim: int) -> list[float]:
-    """
-    Voxel size along each array axis in mm. MONAI's ``pixdim`` of a 2-D image reads the upper left corner of a 4x4
-    affine, which is wrong for a slice that does not lie in x and y; the length of the whole column is right for any.
-    """
-    columns = np.asarray(affine, dtype=np.float64)[:-1, :ndim]
-    return np.linalg.norm(columns, axis=0).tolist()
 
 
 class LabelHausdorffMetric(ReducedIterationMetric):
@@ -65,7 +56,7 @@ class LabelHausdorffMetric(ReducedIterationMetric):
         affines = y.affine if y.affine.ndim == 3 else y.affine.expand(len(y), -1, -1)
         scores = [
             compute_label_hausdorff(
-                y_pred[i : i + 1], y[i : i + 1], self.labels, _spacing(affine, y.ndim - 2), self.percentile
+                y_pred[i : i + 1], y[i : i + 1], self.labels, affine_spacing(affine, y.ndim - 2), self.percentile
             )
             for i, affine in enumerate(affines)
         ]

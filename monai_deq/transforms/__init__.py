@@ -19,6 +19,7 @@ from .load_subject import (
 from .resample_ddf import ResampleDDF, ResampleDDFD, ResampleDDFd, ResampleDDFDict
 from .save_registration import SaveRegistrationD, SaveRegistrationd, SaveRegistrationDict, save_nifti
 from .warp import WarpByDDFD, WarpByDDFd, WarpByDDFDict
+from .warp_points import WarpPointsByDDF, WarpPointsByDDFD, WarpPointsByDDFd, WarpPointsByDDFDict
 
 __all__ = [
     "CheckedCompose",
@@ -45,6 +46,10 @@ __all__ = [
     "WarpByDDFD",
     "WarpByDDFDict",
     "WarpByDDFd",
+    "WarpPointsByDDF",
+    "WarpPointsByDDFD",
+    "WarpPointsByDDFDict",
+    "WarpPointsByDDFd",
     "load_ddf",
     "load_pair_transforms",
     "load_subject_transforms",

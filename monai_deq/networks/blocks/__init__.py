@@ -12,17 +12,22 @@ from .unet import RegistrationUNet
 from .unet_update import UNetUpdate
 from .voxelmorph_update import VoxelMorphUpdate
 from .warp import DDFWarp, check_ddf, warp_by_ddf
+from .warp_points import OutsidePoints, check_outside, points_outside, warp_points_by_ddf
 
 __all__ = [
     "ConvGRUCell",
     "DDFWarp",
     "GradientUpdate",
+    "OutsidePoints",
     "RecurrentUpdate",
     "RegistrationCNN",
     "RegistrationUNet",
     "UNetUpdate",
     "VoxelMorphUpdate",
     "check_ddf",
+    "check_outside",
+    "points_outside",
     "similarity_gradient",
     "warp_by_ddf",
+    "warp_points_by_ddf",
 ]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target registration error (TRE): how far corresponding landmarks lie apart after registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.utils import MetricReduction, convert_to_tensor
+
+from monai_deq.metrics.jacobian import check_ddf
+from monai_deq.metrics.reduced_metric import ReducedIterationMetric
+from monai_deq.metrics.spacing import affine_spacing
+from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_points_by_ddf
+
+__all__ = ["TargetRegistrationErrorMetric", "compute_landmark_errors", "compute_target_registration_error"]
+
+
+def _check_percentile(name: str, percentile: float | None) -> None:
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f"{name}: expected None or a number from 0 to 100, got {percentile!r}.")
+
+
+def _check_spacing(spacing: float | Sequence[float] | torch.Tensor, batch: int, ndim: int) -> torch.Tensor:
+    """Voxel sizes ``(1 or B, 1, ndim)`` in mm."""
+    given = torch.as_tensor(spacing, dtype=torch.float64)
+    expected = ((), (ndim,), (batch, ndim))
+    if tuple(given.shape) not in expected or not (torch.isfinite(given) & (given > 0)).all():
+        raise ValueError(
+            f"spacing: expected voxel sizes in mm above 0: one number, {ndim}, or {ndim} for each of {batch} items; "
+            f"got {given.tolist()}."
+        )
+    return given.expand(1, ndim).reshape(-1, 1, ndim) if given.ndim < 2 else given[:, None]
+
+
+def _check_points(name: str, points: Any, expected: tuple[int, ...] | None = None) -> torch.Tensor:
+    if not isinstance(points, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(points).__name__}.")
+    plain: torch.Tensor = convert_to_tensor(points, track_meta=False)
+    if expected is not None and tuple(plain.shape) != expected:
+        raise ValueError(
+            f"{name}: expected shape {expected}, one point for each of the fixed image in the same order, got "
+            f"{tuple(plain.shape)}."
+        )
+    if not torch.isfinite(plain).all():
+        raise ValueError(f"{name}: expected finite coordinates, got NaN or infinity.")
+    return plain.double()
+
+
+def compute_landmark_errors(
+    ddf: torch.Tensor,
+    fixed_points: torch.Tensor,
+    moving_points: torch.Tensor,
+    spacing: float | Sequence[float] | torch.Tensor,
+    outside: OutsidePoints = "refuse",
+) -> torch.Tensor:
+    r"""
+    Distance in mm of each landmark of the moving image from where the field takes the same landmark of the fixed one.
+
+    .. math:: e_n = \left\lVert s \odot \left(p_n + \mathrm{ddf}(p_n) - q_n\right) \right\rVert_2
+
+    with fixed points :math:`p_n`, moving points :math:`q_n` and the voxel size :math:`s`. The pull-back field moves
+    FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`; there the errors
+    are measured. The displacement is interpolated linearly (the program of the Learn2Reg challenge takes cubic splines
+    and no displacement beyond the outermost voxel centres). Computed in float64.
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        fixed_points: landmarks of the fixed image, shape (B, N, ndim), voxel units, coordinate i along array axis i.
+        moving_points: the same landmarks in the moving image, same shape and order; they may lie outside the grid.
+        spacing: voxel size of the moving image in mm: one number, one per axis, or shape (B, ndim).
+        outside: fixed points outside the voxels of the grid are an error with ``"refuse"``; with ``"clamp"`` they move
+            by the displacement of the nearest border point, and their number is logged. Defaults to ``"refuse"``.
+
+    Returns:
+        errors in mm, shape (B, N), float64.
+
+    Raises:
+        TypeError: when ``ddf`` or the points are no tensors.
+        ValueError: when ``ddf`` is not a finite field, the points do not fit it or each other, are not finite or lie
+            outside and are refused, or ``spacing`` or ``outside`` is wrong.
+    """
+    ddf = check_ddf(ddf)
+    fixed_points = _check_points("fixed_points", fixed_points)
+    moving_points = _check_points("moving_points", moving_points, tuple(fixed_points.shape)).to(ddf.device)
+    voxel_size = _check_spacing(spacing, ddf.shape[0], ddf.shape[1]).to(ddf.device)
+    found = warp_points_by_ddf(fixed_points, ddf, outside=outside)
+    return torch.linalg.vector_norm((found - moving_points) * voxel_size, dim=-1)
+
+
+def compute_target_registration_error(
+    ddf: torch.Tensor,
+    fixed_points: torch.Tensor,
+    moving_points: torch.Tensor,
+    spacing: float | Sequence[float] | torch.Tensor,
+    percentile: float | None = None,
+    outside: OutsidePoints = "refuse",
+) -> torch.Tensor:
+    """
+    Mean, or a percentile, of the landmark errors of each pair; see :py:func:`compute_landmark_errors`, also for what is
+    raised.
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        fixed_points: landmarks of the fixed image, shape (B, N, ndim), voxel units.
+        moving_points: the same landmarks in the moving image, same shape and order.
+        spacing: voxel size of the moving image in mm: one number, one per axis, or shape (B, ndim).
+        percentile: percentile over the landmarks of a pair, interpolated linearly, e.g. 95, or 70: what the 30 % worst
+            landmarks exceed. Defaults to None: the mean.
+        outside: ``"refuse"`` or ``"clamp"``. Defaults to ``"refuse"``.
+
+    Returns:
+        errors in mm, shape (B, 1), float64; NaN where there are no landmarks.
+
+    Raises:
+        ValueError: when ``percentile`` is not in 0 to 100.
+    """
+    _check_percentile("percentile", percentile)
+    errors = compute_landmark_errors(ddf, fixed_points, moving_points, spacing, outside)
+    if percentile is None or not errors.shape[1]:
+        return errors.mean(dim=1, keepdim=True)
+    return errors.quantile(percentile / 100, dim=1, keepdim=True)
+
+
+class TargetRegistrationErrorMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_target_registration_error`: mean over the landmarks of a pair, then over the
+    pairs.
+
+    Call it as ``metric(y_pred=ddf, y=fixed_points, moving_points=moving_points)``, batch-first tensors, or lists of
+    tensors without the batch axis, in which pairs may differ in the number of landmarks.
+
+    The robustness of Learn2Reg (TRE30, Hering et al., IEEE TMI 2023: the 30 % most difficult pairs) is
+    ``pair_percentile=70``: 30 % of the pairs have a larger mean error.
+
+    Args:
+        spacing: voxel size in mm, one number or one per axis. Defaults to None: that of ``reference``, or of the field
+            where it is a MetaTensor.
+        percentile: percentile over the landmarks of a pair. Defaults to None: their mean.
+        pair_percentile: percentile over the pairs, in place of ``reduction``. Defaults to None.
+        outside: fixed points outside the grid: ``"refuse"`` or ``"clamp"``, see :py:func:`compute_landmark_errors`.
+            Defaults to ``"refuse"``.
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        get_not_nans: whether ``aggregate`` also returns the number of pairs that have landmarks. Defaults to False.
+
+    Raises:
+        ValueError: when a percentile is not in 0 to 100, or ``outside`` is unknown.
+    """
+
+    def __init__(
+        self,
+        spacing: float | Sequence[float] | None = None,
+        percentile: float | None = None,
+        pair_percentile: float | None = None,
+        outside: OutsidePoints = "refuse",
+        reduction: MetricReduction | str = MetricReduction.MEAN,
+        get_not_nans: bool = False,
+    ) -> None:
+        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
+        _check_percentile("percentile", percentile)
+        _check_percentile("pair_percentile", pair_percentile)
+        check_outside(outside)
+        self.spacing = spacing
+        self.percentile = percentile
+        self.pair_percentile = pair_percentile
+        self.outside = outside
+
+    def _compute_list(  # type: ignore[override]
+        self, y_pred: Any, y: Any = None, moving_points: Any = None, reference: Any = None
+    ) -> torch.Tensor:
+        # MONAI hands keyword arguments whole to every item; here they go item by item
+        for name, items in (("moving_points", moving_points), ("reference", reference)):
+            if items is not None and len(items) != len(y_pred):
+                raise ValueError(f"{name}: expected {len(y_pred)} items, as in y_pred, got {len(items)}.")
+        scores = []
+        for i, ddf in enumerate(y_pred):
+            fixed, moving = (None if items is None else items[i][None] for items in (y, moving_points))
+            image = None if reference is None else reference[i]
+            spacing = self._spacing_of(ddf if image is None else image, ddf.ndim - 1)
+            scores.append(self._score(ddf[None], fixed, moving, spacing))
+        return torch.cat(scores)
+
+    def _compute_tensor(  # type: ignore[override]
+        self,
+        y_pred: torch.Tensor,
+        y: torch.Tensor | None = None,
+        moving_points: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        spacing = self._spacing_of(y_pred if reference is None else reference, y_pred.ndim - 2)
+        return self._score(y_pred, y, moving_points, spacing)
+
+    def _score(
+        self, ddf: torch.Tensor, fixed: torch.Tensor | None, moving: torch.Tensor | None, spacing: Any
+    ) -> torch.Tensor:
+        for name, points in (("y", fixed), ("moving_points", moving)):
+            if points is None:
+                raise ValueError(
+                    f"{name}: expected landmarks, got None. Call metric(y_pred=ddf, y=fixed_points, "
+                    "moving_points=moving_points)."
+                )
+        return compute_target_registration_error(ddf, fixed, moving, spacing, self.percentile, self.outside)  # type: ignore[arg-type]
+
+    def _spacing_of(self, image: torch.Tensor, ndim: int) -> float | Sequence[float] | torch.Tensor:
+        """The metric's own spacing, else that of an image; ``(B, ndim)`` where a batch carries one affine an item."""
+        if self.spacing is not None:
+            return self.spacing
+        if not isinstance(image, MetaTensor):
+            raise ValueError(
+                "spacing: the field carries no affine that tells the voxel size. Give the metric a spacing in mm (1 "
+                "for errors in voxels), or the call a reference image on the field's grid that is a MetaTensor."
+            )
+        if image.affine.ndim == 3:
+            return torch.tensor([affine_spacing(affine, ndim) for affine in image.affine])
+        return affine_spacing(image.affine, ndim)
+
+    def aggregate(
+        self, reduction: MetricReduction | str | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Reduce the scores kept so far: the percentile over the pairs where there is a ``pair_percentile``, else as
+        :py:meth:`monai_deq.metrics.ReducedIterationMetric.aggregate`.
+
+        Args:
+            reduction: one of :py:class:`monai.utils.MetricReduction`, before ``pair_percentile``. Defaults to None.
+
+        Returns:
+            the reduced score in mm, or ``(score, not_nans)`` with ``get_not_nans``.
+
+        Raises:
+            ValueError: when there is no score yet.
+        """
+        if self.pair_percentile is None or reduction is not None:
+            return super().aggregate(reduction)
+        scores = super().aggregate(MetricReduction.NONE)
+        values = (scores[0] if isinstance(scores, tuple) else scores).flatten()
+        reduced = values.nanquantile(self.pair_percentile / 100)
+        return (reduced, (~values.isnan()).sum().to(values)) if self.get_not_nans else reduced
