@@ -4,7 +4,22 @@
 from __future__ import annotations
 
 from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
+from .intensity_window import WindowToUnitRangeD, WindowToUnitRanged, WindowToUnitRangeDict
+from .load_annotated_pair import load_annotated_pair_transforms
 from .load_ddf import LoadDDFD, LoadDDFd, LoadDDFDict, load_ddf
+from .load_keypoints import (
+    CheckSameKeypointsD,
+    CheckSameKeypointsd,
+    CheckSameKeypointsDict,
+    LoadKeypointsD,
+    LoadKeypointsd,
+    LoadKeypointsDict,
+    ResizeKeypointsD,
+    ResizeKeypointsd,
+    ResizeKeypointsDict,
+    load_keypoints,
+    resize_keypoints,
+)
 from .load_pair import load_pair_transforms
 from .load_subject import (
     CheckedCompose,
@@ -22,6 +37,9 @@ from .warp import WarpByDDFD, WarpByDDFd, WarpByDDFDict
 from .warp_points import WarpPointsByDDF, WarpPointsByDDFD, WarpPointsByDDFd, WarpPointsByDDFDict
 
 __all__ = [
+    "CheckSameKeypointsD",
+    "CheckSameKeypointsDict",
+    "CheckSameKeypointsd",
     "CheckedCompose",
     "CheckLabeld",
     "CheckRegistrationImaged",
@@ -34,11 +52,17 @@ __all__ = [
     "LoadDDFD",
     "LoadDDFDict",
     "LoadDDFd",
+    "LoadKeypointsD",
+    "LoadKeypointsDict",
+    "LoadKeypointsd",
     "LoadRegistrationImaged",
     "ResampleDDF",
     "ResampleDDFD",
     "ResampleDDFDict",
     "ResampleDDFd",
+    "ResizeKeypointsD",
+    "ResizeKeypointsDict",
+    "ResizeKeypointsd",
     "SaveRegistrationD",
     "SaveRegistrationDict",
     "SaveRegistrationd",
@@ -50,8 +74,14 @@ __all__ = [
     "WarpPointsByDDFD",
     "WarpPointsByDDFDict",
     "WarpPointsByDDFd",
+    "WindowToUnitRangeD",
+    "WindowToUnitRangeDict",
+    "WindowToUnitRanged",
+    "load_annotated_pair_transforms",
     "load_ddf",
+    "load_keypoints",
     "load_pair_transforms",
     "load_subject_transforms",
+    "resize_keypoints",
     "save_nifti",
 ]
