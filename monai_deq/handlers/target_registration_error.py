@@ -9,7 +9,7 @@ from typing import Any
 from monai.utils import MetricReduction
 
 from monai_deq.handlers.whole_output import WholeOutputMetricHandler
-from monai_deq.metrics import TargetRegistrationErrorMetric
+from monai_deq.metrics import TargetRegistrationErrorForm, TargetRegistrationErrorMetric
 from monai_deq.networks.blocks import OutsidePoints
 
 __all__ = ["TargetRegistrationError"]
@@ -25,6 +25,8 @@ class TargetRegistrationError(WholeOutputMetricHandler):
         percentile: percentile over the landmarks of a pair. Defaults to None: their mean.
         pair_percentile: percentile over the pairs; 70 is Learn2Reg's TRE30. Defaults to None: ``reduction``.
         outside: fixed points outside the grid: ``"refuse"`` or ``"clamp"``. Defaults to ``"refuse"``.
+        form: ``"linear"`` or ``"learn2reg"``, see :py:func:`monai_deq.metrics.compute_landmark_errors`. Defaults to
+            ``"linear"``.
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
         output_transform: takes ``engine.state.output`` to the tuple ``(ddf, fixed_points, moving_points)`` or
             ``(ddf, fixed_points, moving_points, reference)``, whose elements are batch-first tensors or lists of
@@ -42,6 +44,7 @@ class TargetRegistrationError(WholeOutputMetricHandler):
         percentile: float | None = None,
         pair_percentile: float | None = None,
         outside: OutsidePoints = "refuse",
+        form: TargetRegistrationErrorForm = "linear",
         reduction: MetricReduction | str = MetricReduction.MEAN,
         output_transform: Callable = lambda x: x,
         save_details: bool = True,
@@ -52,6 +55,7 @@ class TargetRegistrationError(WholeOutputMetricHandler):
                 percentile=percentile,
                 pair_percentile=pair_percentile,
                 outside=outside,
+                form=form,
                 reduction=reduction,
             ),
             output_transform=output_transform,

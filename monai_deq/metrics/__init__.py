@@ -11,6 +11,7 @@ from .non_diffeomorphic_volume import NonDiffeomorphicVolumeMetric, compute_non_
 from .reduced_metric import ReducedIterationMetric
 from .std_log_jacobian import StdLogJacobianForm, StdLogJacobianMetric, compute_std_log_jacobian
 from .target_registration_error import (
+    TargetRegistrationErrorForm,
     TargetRegistrationErrorMetric,
     compute_landmark_errors,
     compute_target_registration_error,
@@ -24,6 +25,7 @@ __all__ = [
     "ReducedIterationMetric",
     "StdLogJacobianForm",
     "StdLogJacobianMetric",
+    "TargetRegistrationErrorForm",
     "TargetRegistrationErrorMetric",
     "compute_folded_voxels",
     "compute_label_dice",

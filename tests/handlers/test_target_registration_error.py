@@ -71,6 +71,13 @@ def test_arguments_are_passed_on() -> None:
     state = engine.run([(ddf, fixed, moving)])
     np.testing.assert_allclose(state.metrics["tre"], [2.0])
     assert not hasattr(state, "metric_details")
+    # a field that the two forms interpolate differently
+    ddf[:, 1, 2] = 8
+    inner = torch.tensor([[[1.5, 1.0]]])
+    values = [
+        run(TargetRegistrationError(spacing=1, form=f), [(ddf, inner, inner)])[0] for f in ("linear", "learn2reg")
+    ]
+    assert values[0] == pytest.approx(4) and values[1] > 4.1
     with pytest.raises(ValueError, match="1 of 3 points lie outside"):
         run(TargetRegistrationError(spacing=1), [(ddf, fixed, moving)])
 

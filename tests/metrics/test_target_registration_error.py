@@ -33,10 +33,12 @@ def draw(
     return ddf, fixed, moving
 
 
-def brute_force(ddf: torch.Tensor, fixed: torch.Tensor, moving: torch.Tensor, spacing: Any) -> np.ndarray:
+def brute_force(
+    ddf: torch.Tensor, fixed: torch.Tensor, moving: torch.Tensor, spacing: Any, order: int = 1
+) -> np.ndarray:
     """Errors of one pair, point by point."""
     field, p, q = (tensor.double().numpy() for tensor in (ddf, fixed, moving))
-    displacement = np.stack([ndimage.map_coordinates(channel, p.T, order=1) for channel in field], axis=1)
+    displacement = np.stack([ndimage.map_coordinates(channel, p.T, order=order) for channel in field], axis=1)
     return np.sqrt((((p + displacement - q) * np.asarray(spacing)) ** 2).sum(axis=1))
 
 
@@ -53,6 +55,23 @@ def test_agrees_with_scipy(size: tuple[int, ...]) -> None:
     for percentile in (0, 25, 70, 95, 100):
         score = compute_target_registration_error(ddf, fixed, moving, spacing, percentile)
         np.testing.assert_allclose(score, np.percentile(expected, percentile, axis=1, keepdims=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_form_of_learn2reg(size: tuple[int, ...]) -> None:
+    """Cubic splines; a field that is zero beyond the outermost voxel centres."""
+    ddf, fixed, moving = draw(size)
+    fixed[0, 3] = -0.4
+    expected = np.stack([brute_force(*item, 2.0, order=3) for item in zip(ddf, fixed, moving, strict=True)])
+    errors = compute_landmark_errors(ddf, fixed, moving, 2.0, form="learn2reg")
+    np.testing.assert_allclose(errors, expected, rtol=1e-9)
+    assert float(errors[0, 3]) == pytest.approx(2 * float((fixed[0, 3] - moving[0, 3]).norm()), rel=1e-6)
+    assert not np.allclose(errors, compute_landmark_errors(ddf, fixed, moving, 2.0), rtol=0.01)
+    metric = TargetRegistrationErrorMetric(spacing=2, percentile=70, form="learn2reg")
+    metric(list(ddf), list(fixed), moving_points=list(moving))
+    np.testing.assert_allclose(metric.aggregate(), [np.percentile(expected, 70, axis=1).mean()], rtol=1e-6)
+    nothing = torch.zeros(3, 0, len(size))
+    assert compute_target_registration_error(ddf, nothing, nothing, 1, form="learn2reg").isnan().all()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -115,6 +134,7 @@ def test_no_landmarks_is_no_score() -> None:
         ({"spacing": 0.0}, ValueError, "spacing: expected voxel sizes"),
         ({"spacing": (1.0, float("nan"))}, ValueError, "spacing: expected voxel sizes"),
         ({"outside": "zeros"}, ValueError, "outside: expected"),
+        ({"form": "cubic"}, ValueError, "form: expected 'linear' or 'learn2reg', got 'cubic'"),
         ({"percentile": 101}, ValueError, "percentile: expected None or a number from 0 to 100, got 101"),
     ],
 )
@@ -207,5 +227,7 @@ def test_metric_refuses() -> None:
             TargetRegistrationErrorMetric(**{argument: -1})
     with pytest.raises(ValueError, match="outside: expected"):
         TargetRegistrationErrorMetric(outside="keep")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="form: expected"):
+        TargetRegistrationErrorMetric(form="paper")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds no scores"):
         TargetRegistrationErrorMetric(pair_percentile=70).aggregate()
