@@ -19,7 +19,8 @@ from .oasis import (
 )
 from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
 from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
-from .sample import is_sample, resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
+from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
+from .sample_folder import is_sample
 from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
 from .state_pool import StatePool
 

@@ -9,11 +9,8 @@ are those of the data set. It shows that software works; it says nothing about t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +22,10 @@ from monai.networks.blocks import DVF2DDF
 from scipy.ndimage import gaussian_filter
 
 from monai_deq.data.oasis import SEG24_LABELS, SEG35_LABELS
+from monai_deq.data.sample_folder import write_sample_folder
+from monai_deq.data.sample_shapes import SmoothWaves, ellipsoid_depth
 
-__all__ = ["is_sample", "resolve_dataset_dir", "sample_dataset_dir", "write_sample_cohort"]
+__all__ = ["resolve_dataset_dir", "sample_dataset_dir", "write_sample_cohort"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -92,36 +91,12 @@ class _Shape:
     grey: float
 
 
-class _Waves:
-    """A smooth random field of one wavelength: a sum of plane waves, so that it can be evaluated anywhere."""
-
-    def __init__(self, rng: np.random.Generator, wavelength: float, count: int = 20) -> None:
-        direction = rng.normal(size=(count, 3))
-        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        self.k = (2 * np.pi / wavelength * direction).astype(np.float32)
-        self.phase = rng.uniform(0, 2 * np.pi, count).astype(np.float32)
-
-    def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Values of about zero mean and unit variance at points ``(3, *spatial)`` in mm."""
-        total = np.zeros(points.shape[1:], dtype=np.float32)
-        for k, phase in zip(self.k, self.phase, strict=True):
-            total += np.cos(np.tensordot(k, points, axes=1) + phase)
-        return total * np.float32(np.sqrt(2.0 / len(self.k)))
-
-
 _FOLD_MM = 44.0  # twice the distance from sulcus to sulcus
 # The folds and the fine contrast belong to the anatomy: all subjects share them, hence a seed of their own.
 _anatomy_rng = np.random.default_rng(2025)
-_FOLDS = _Waves(_anatomy_rng, wavelength=_FOLD_MM)
-_FOLIA = _Waves(_anatomy_rng, wavelength=16.0)
-_CONTRAST = _Waves(_anatomy_rng, wavelength=30.0)
-
-
-def _ellipsoid_depth(q: Sequence[np.ndarray], radii: Sequence[np.ndarray | float]) -> np.ndarray:
-    """Depth in mm below the surface of an ellipsoid, negative outside, to first order."""
-    f = np.sqrt(sum((x / r) ** 2 for x, r in zip(q, radii, strict=True)))
-    slope = np.sqrt(sum((x / np.square(r)) ** 2 for x, r in zip(q, radii, strict=True)))
-    return (1.0 - f) * f / np.maximum(slope, 1e-6)
+_FOLDS = SmoothWaves(_anatomy_rng, wavelength=_FOLD_MM)
+_FOLIA = SmoothWaves(_anatomy_rng, wavelength=16.0)
+_CONTRAST = SmoothWaves(_anatomy_rng, wavelength=30.0)
 
 
 def _tube_depth(
@@ -154,16 +129,16 @@ def _anatomy(points: np.ndarray, shape: _Shape) -> tuple[np.ndarray, np.ndarray]
         tissue[inside] = brightness * (shape.white if brightness > 0.33 else shape.grey if brightness > 0.2 else 1.0)
 
     # cerebrum: a dome that is flat below, and a temporal lobe
-    dome = _ellipsoid_depth([a, j - 74.0, k - 106.0], [68.0, np.where(j < 74.0, 56.0, 40.0), 88.0])
-    temporal = _ellipsoid_depth([a - 42.0, j - 113.0, k - 120.0], [23.0, 27.0, 42.0])
+    dome = ellipsoid_depth([a, j - 74.0, k - 106.0], [68.0, np.where(j < 74.0, 56.0, 40.0), 88.0])
+    temporal = ellipsoid_depth([a - 42.0, j - 113.0, k - 120.0], [23.0, 27.0, 42.0])
     cerebrum = np.maximum(dome, temporal)
     # the fissures between the hemispheres (down to the corpus callosum) and above the temporal lobe
     between = np.maximum(a - 1.0, j - (58.0 + 0.018 * (k - 106.0) ** 2))
     sylvian = np.maximum.reduce([np.abs(j - 106.0 - 0.25 * (k - 130.0)) - 1.0, 41.0 - a, 88.0 - k, k - 170.0])
-    cerebellum = _ellipsoid_depth([a, j - 131.0, k - 62.0], [52.0, 28.0, 31.0])
+    cerebellum = ellipsoid_depth([a, j - 131.0, k - 62.0], [52.0, 28.0, 31.0])
     stem = np.maximum(
         _tube_depth(j, a, k, [(104.0, 0.0, 102.0, 13.0), (128.0, 0.0, 96.0, 16.0), (158.0, 0.0, 84.0, 9.0)], 1.0),
-        _ellipsoid_depth([a, j - 128.0, k - 101.0], [17.0, 14.0, 13.0]),
+        ellipsoid_depth([a, j - 128.0, k - 101.0], [17.0, 14.0, 13.0]),
     )
     # fluid fills the fissures and a thin layer around the brain
     fluid_depth = np.maximum.reduce([cerebrum, cerebellum, stem])
@@ -183,12 +158,12 @@ def _anatomy(points: np.ndarray, shape: _Shape) -> tuple[np.ndarray, np.ndarray]
         if name in ("Putamen", "Pallidum"):
             q[0] = q[0] + 0.18 * q[2]  # both diverge to the back
         scale = shape.hippocampus if name == "Amygdala" else shape.nuclei
-        paint(_ellipsoid_depth(q, [scale * r for r in radii]) > 0.0, name)
+        paint(ellipsoid_depth(q, [scale * r for r in radii]) > 0.0, name)
     for name, sections in _TUBES.items():
         scale = {"Caudate": shape.nuclei, "Hippocampus": shape.hippocampus}.get(name, shape.ventricles)
         paint(_tube_depth(k, a, j, sections, scale) > 0.0, name)
-    paint(_ellipsoid_depth([a, j - 101.0, k - 114.0], [3.5 * shape.ventricles, 12.0, 18.0]) > 0.0, "3rd-Ventricle")
-    paint(_ellipsoid_depth([a, j - 129.0, k - 80.0], [8.0 * shape.ventricles, 10.0, 8.0]) > 0.0, "4th-Ventricle")
+    paint(ellipsoid_depth([a, j - 101.0, k - 114.0], [3.5 * shape.ventricles, 12.0, 18.0]) > 0.0, "3rd-Ventricle")
+    paint(ellipsoid_depth([a, j - 129.0, k - 80.0], [8.0 * shape.ventricles, 10.0, 8.0]) > 0.0, "4th-Ventricle")
     # weak contrast inside the tissues that moves with the anatomy, as fibre tracts and cortical areas have
     tissue += np.where(tissue > 0.2, 0.02, 0.0).astype(np.float32) * _CONTRAST(points)
     return labels, tissue
@@ -219,7 +194,7 @@ def _subject(rng: np.random.Generator, shape: _Shape, size: Sequence[int]) -> tu
         points = np.concatenate([points, np.full_like(points[:1], _SLICE_MM)])
     labels, tissue = _anatomy(points, shape)
     inside = tissue > 0
-    bias = np.exp(0.06 * _Waves(rng, wavelength=200.0, count=6)(points))
+    bias = np.exp(0.06 * SmoothWaves(rng, wavelength=200.0, count=6)(points))
     image = gaussian_filter(tissue, 0.5) * bias + rng.normal(scale=0.008, size=size)
     # three decimals: below the noise, and half the size when packed
     return np.where(inside, np.clip(image, 0.0, 1.0), 0.0).astype(np.float32).round(3), labels
@@ -273,46 +248,13 @@ def write_sample_cohort(
     if not 2 <= num_subjects <= 999:
         raise ValueError(f"num_subjects must be in 2..999, got {num_subjects}.")
     parameters = {
-        "generator": "monai_deq",
         "version": VERSION,
         "num_subjects": num_subjects,
         "spatial_size_3d": size3,
         "spatial_size_2d": size2,
         "seed": seed,
     }
-    output = Path(output_dir).expanduser()
-    if _holds(output, parameters):
-        return output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}"
-    temporary.mkdir()
-    try:
-        _write(temporary, parameters)
-        try:
-            os.replace(temporary, output)
-        except OSError:
-            # another process may have written it meanwhile
-            if not _holds(output, parameters):
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output
-
-
-def _holds(output: Path, parameters: dict) -> bool:
-    """Whether a folder holds this cohort; refuses one that holds something else."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if is_sample(output):
-        found = json.loads((output / "sample.json").read_text(encoding="utf-8"))
-        if found == parameters:
-            return True
-        raise FileExistsError(
-            f"{output} holds a sample cohort of other parameters: {found}, wanted {parameters}. Choose another "
-            f"output_dir "
-            "or remove the folder."
-        )
-    raise FileExistsError(f"{output} exists and holds no sample cohort; choose another output_dir.")
+    return write_sample_folder(output_dir, parameters, lambda folder: _write(folder, parameters))
 
 
 def _write(root: Path, parameters: dict) -> None:
@@ -353,22 +295,12 @@ def _write(root: Path, parameters: dict) -> None:
         "say nothing about the accuracy of a method on real images. Parameters: sample.json.\n",
         encoding="utf-8",
     )
-    (root / "sample.json").write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
 
 
 def _save(file: Path, array: np.ndarray, size: Sequence[int]) -> None:
     image = nib.Nifti1Image(array, _affine(size))
     image.header.set_xyzt_units("mm")
     nib.save(image, file)
-
-
-def is_sample(path: str | Path) -> bool:
-    """Whether a folder is a synthetic cohort of :py:func:`write_sample_cohort`; results on it can be marked so."""
-    try:
-        content = json.loads((Path(path).expanduser() / "sample.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("generator") == "monai_deq"
 
 
 def sample_dataset_dir() -> Path:
