@@ -21,6 +21,7 @@ from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pa
 from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
+from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
 from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
 from .state_pool import StatePool
 
@@ -50,11 +51,14 @@ __all__ = [
     "pair_indices",
     "pairs_as_indices",
     "resolve_dataset_dir",
+    "resolve_lung_dataset_dir",
     "sample_dataset_dir",
+    "sample_lung_dataset_dir",
     "scan_pairs",
     "source_of",
     "split_pairs",
     "split_scan_pairs",
     "split_subjects",
     "write_sample_cohort",
+    "write_sample_lung_cohort",
 ]
