@@ -5,6 +5,14 @@ from __future__ import annotations
 
 from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
 from .intensity_window import WindowToUnitRangeD, WindowToUnitRanged, WindowToUnitRangeDict
+from .learn2reg_ddf import (
+    SaveLearn2RegDDFD,
+    SaveLearn2RegDDFd,
+    SaveLearn2RegDDFDict,
+    learn2reg_ddf_name,
+    load_learn2reg_ddf,
+    save_learn2reg_ddf,
+)
 from .load_annotated_pair import load_annotated_pair_transforms
 from .load_ddf import LoadDDFD, LoadDDFd, LoadDDFDict, load_ddf
 from .load_keypoints import (
@@ -63,6 +71,9 @@ __all__ = [
     "ResizeKeypointsD",
     "ResizeKeypointsDict",
     "ResizeKeypointsd",
+    "SaveLearn2RegDDFD",
+    "SaveLearn2RegDDFDict",
+    "SaveLearn2RegDDFd",
     "SaveRegistrationD",
     "SaveRegistrationDict",
     "SaveRegistrationd",
@@ -77,11 +88,14 @@ __all__ = [
     "WindowToUnitRangeD",
     "WindowToUnitRangeDict",
     "WindowToUnitRanged",
+    "learn2reg_ddf_name",
     "load_annotated_pair_transforms",
     "load_ddf",
     "load_keypoints",
+    "load_learn2reg_ddf",
     "load_pair_transforms",
     "load_subject_transforms",
     "resize_keypoints",
+    "save_learn2reg_ddf",
     "save_nifti",
 ]
