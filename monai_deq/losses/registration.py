@@ -24,7 +24,9 @@ class RegistrationLoss(nn.Module):
     Args:
         spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
         weight: ``lambda``. Defaults to 0.1 (paper, OASIS).
-        similarity: loss of ``(warped, fixed)``. Defaults to MONAI's local normalised cross-correlation with window 5.
+        similarity: loss of ``(warped, fixed)``, or of ``(warped, fixed, mask)`` where a mask is given, e.g.
+            :py:class:`monai_deq.losses.MaskedSimilarityLoss`. Defaults to MONAI's local normalised cross-correlation
+            with window 5.
         smoothness: loss of ``ddf``. Defaults to MONAI's diffusion loss, which is not divided by the number of axes
             or the image size.
 
@@ -50,12 +52,16 @@ class RegistrationLoss(nn.Module):
         )
         self.smoothness = DiffusionLoss() if smoothness is None else smoothness
 
-    def forward(self, warped: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, warped: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
             warped: moving image pulled back by ``ddf``, ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
             ddf: ``(B, ndim, *spatial)``, voxels.
+            mask: ``(B, 1, *spatial)`` of the fixed image, for the similarity; the smoothness is that of the whole
+                field. Defaults to ``None``: the similarity is given none.
 
         Returns:
             The loss, a scalar.
@@ -63,7 +69,8 @@ class RegistrationLoss(nn.Module):
         with torch.autocast(device_type=ddf.device.type, enabled=False):
             # float64 stays, for checks of gradients
             warped, fixed, ddf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (warped, fixed, ddf))
-            return self.similarity(warped, fixed) + self.weight * self.smoothness(ddf)
+            images = (warped, fixed) if mask is None else (warped, fixed, mask)
+            return self.similarity(*images) + self.weight * self.smoothness(ddf)
 
 
 class StatesLoss(nn.Module):
@@ -77,14 +84,23 @@ class StatesLoss(nn.Module):
         use_checkpoint: keep nothing of each loss but its arguments for the backward pass, and evaluate it again there:
             the memory of one loss instead of that of all states, for about the time of one more evaluation each. The
             loss must give the same value again. Defaults to ``False``.
+        mask_key: key of the fixed image's mask in the target, which ``loss`` is given as a fourth argument. Defaults to
+            ``None``: it is given none.
 
     Raises:
         ValueError: When a weight is negative, or ``use_checkpoint`` is neither true nor false.
     """
 
-    def __init__(self, loss: nn.Module, gamma: float | Sequence[float] = 0.5, use_checkpoint: bool = False) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        gamma: float | Sequence[float] = 0.5,
+        use_checkpoint: bool = False,
+        mask_key: str | None = None,
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.mask_key = mask_key
         self.gamma = gamma
         self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
         if any(w < 0 for w in self.weights(1 if isinstance(gamma, (int, float)) else len(gamma))):
@@ -114,13 +130,14 @@ class StatesLoss(nn.Module):
         """
         Args:
             prediction: ``(warped, ddf, states)`` as a registration network in training mode returns it.
-            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``.
+            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``, with the mask where ``mask_key`` says.
 
         Returns:
             The loss, a scalar.
 
         Raises:
             ValueError: When the prediction is not of that form.
+            KeyError: When the target lacks the mask.
         """
         if len(prediction) != 3:
             raise ValueError(
@@ -128,13 +145,18 @@ class StatesLoss(nn.Module):
             )
         warped, ddf, states = prediction
         fixed, moving = target["fixed"], target["moving"]
-        total = self._run(self.loss, warped, fixed, ddf)
+        if self.mask_key is not None and self.mask_key not in target:
+            raise KeyError(f"StatesLoss finds no mask {self.mask_key!r} in the target, which has {sorted(target)}.")
+        mask = () if self.mask_key is None else (target[self.mask_key],)
+        total = self._run(self.loss, warped, fixed, ddf, *mask)
         for weight, state in zip(self.weights(len(states)), states, strict=True):
-            total = total + weight * self._run(self._at_state, moving, fixed, state)
+            total = total + weight * self._run(self._at_state, moving, fixed, state, *mask)
         return total
 
-    def _at_state(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        return self.loss(warp_by_ddf(moving, ddf), fixed, ddf)  # type: ignore[no-any-return]
+    def _at_state(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, *mask: torch.Tensor
+    ) -> torch.Tensor:
+        return self.loss(warp_by_ddf(moving, ddf), fixed, ddf, *mask)  # type: ignore[no-any-return]
 
     def _run(self, func: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
         if self.use_checkpoint and torch.is_grad_enabled():

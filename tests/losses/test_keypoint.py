@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distance of corresponding points: closed forms, SciPy's interpolation, gradients, and bad points refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from monai_deq.data import write_sample_lung_cohort
+from monai_deq.losses import KeypointLoss, KeypointSupervisedLoss
+from monai_deq.networks.blocks import warp_by_ddf
+
+SIZES = [(6, 9), (4, 7, 5)]
+SPACINGS = {2: (0.5, 2.0), 3: (1.5, 0.5, 3.0)}
+
+
+def data(size: tuple[int, ...], count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    ndim = len(size)
+    ddf = 2 * torch.randn(2, ndim, *size, dtype=torch.float64, generator=generator)
+    share = torch.rand(2, count, ndim, dtype=torch.float64, generator=generator)
+    fixed = share * torch.tensor(size) - 0.5  # up to the border of the last voxels
+    fixed[:, :2] = fixed[:, :2].round().clamp(min=0)  # on the grid too
+    moving = 4 * torch.randn(2, count, ndim, dtype=torch.float64, generator=generator)
+    return ddf, fixed, moving
+
+
+def by_hand(ddf: torch.Tensor, fixed: torch.Tensor, moving: torch.Tensor, spacing: Any) -> list[float]:
+    values = []
+    for field, x, y in zip(ddf.numpy(), fixed.numpy(), moving.numpy(), strict=True):
+        moved = np.stack([ndimage.map_coordinates(u, x.T, order=1, mode="nearest") for u in field], axis=1)
+        values.append(float(np.mean(np.sum(((x + moved - y) * spacing) ** 2, axis=1))))
+    return values
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("in_mm", [False, True])
+def test_against_scipy(size: tuple[int, ...], in_mm: bool) -> None:
+    ddf, fixed, moving = data(size)
+    spacing = SPACINGS[len(size)] if in_mm else None
+    expected = by_hand(ddf, fixed, moving, np.array(spacing or [1.0]))
+    loss = KeypointLoss(spacing)
+    value = loss(ddf, fixed, moving)
+    assert value.dtype == torch.float64 and value.shape == ()
+    assert value.item() == pytest.approx(np.mean(expected), rel=1e-10)
+    # of different numbers; every pair counts the same
+    few = by_hand(ddf[1:], fixed[1:, :4], moving[1:, :4], np.array(spacing or [1.0]))
+    lists = [fixed[0], fixed[1, :4]], [moving[0], moving[1, :4]]
+    assert loss(ddf, *lists).item() == pytest.approx((expected[0] + few[0]) / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_affine_field_in_closed_form(size: tuple[int, ...]) -> None:
+    # linear interpolation is exact: points go to a known place
+    ndim = len(size)
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(ndim, ndim, dtype=torch.float64, generator=generator)
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).double()
+    ddf = (torch.einsum("ij,j...->i...", matrix, grid) + 0.7).expand(2, -1, *size)
+    fixed = torch.rand(2, 5, ndim, dtype=torch.float64, generator=generator) * (torch.tensor(size) - 1)
+    moved = fixed + fixed @ matrix.T + 0.7
+    assert KeypointLoss()(ddf, fixed, moved).item() == pytest.approx(0, abs=1e-20)
+    away = torch.arange(1, ndim + 1).double()
+    spacing = SPACINGS[ndim]
+    expected = sum((s * a) ** 2 for s, a in zip(spacing, away.tolist(), strict=True))
+    assert KeypointLoss(spacing)(ddf, fixed, moved + away).item() == pytest.approx(expected)
+
+
+def test_points_go_where_the_image_comes_from() -> None:
+    """A bright voxel of the moving image, and the place where the warped image shows it."""
+    moving = torch.zeros(1, 1, 7, 9)
+    moving[0, 0, 2, 6] = 1
+    ddf = torch.tensor([-1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 7, 9)
+    shown = torch.nonzero(warp_by_ddf(moving, ddf)[0, 0] > 0.5).float()[None]
+    assert shown.tolist() == [[[3, 4]]]
+    assert KeypointLoss()(ddf, shown, torch.tensor([[[2.0, 6.0]]])).item() == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradient(size: tuple[int, ...]) -> None:
+    ddf, fixed, moving = data(size, count=3)
+    loss = KeypointLoss(SPACINGS[len(size)])
+    assert torch.autograd.gradcheck(lambda u: loss(u, fixed, moving), ddf.requires_grad_())
+    # descent brings the points together
+    field = torch.zeros_like(ddf).requires_grad_()
+    near = fixed + 0.1 * moving
+    start = loss(field, fixed, near)
+    (slope,) = torch.autograd.grad(start, field)
+    assert loss(-0.01 * slope, fixed, near) < start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_inside(dtype: torch.dtype, autocast: bool) -> None:
+    # at voxel 900 half precision knows half voxels only
+    ddf = torch.full((1, 2, 1000, 3), 0.1, dtype=dtype)
+    fixed = torch.tensor([[[900.3, 1.0]]], dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = KeypointLoss()(ddf, fixed, fixed)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(0.02, rel=2e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_axis_of_one_voxel(axis: int) -> None:
+    size = [5, 5]
+    size[axis] = 1
+    fixed = torch.full((1, 1, 2), 2.0)
+    fixed[..., axis] = 0
+    assert KeypointLoss()(torch.ones(1, 2, *size), fixed, fixed).item() == pytest.approx(2.0)
+
+
+def test_the_true_field_of_the_sample_has_no_loss(tmp_path) -> None:
+    root = write_sample_lung_cohort(tmp_path / "s", num_pairs=(1, 0, 0), spatial_size=(16, 20, 24))
+    file = nib.load(root / "true_ddf" / "disp_0001_0001.nii.gz")
+    ddf = torch.from_numpy(np.asarray(file.dataobj)).movedim(-1, 0)[None]
+    fixed, moving = (
+        torch.from_numpy(np.loadtxt(root / "keypointsTr" / f"NLST_0001_000{i}.csv", delimiter=","))[None]
+        for i in range(2)
+    )
+    loss = KeypointLoss(tuple(float(s) for s in file.header.get_zooms()[:3]))
+    assert loss(ddf, fixed, moving).item() < 1e-8
+    assert loss(torch.zeros_like(ddf), fixed, moving).item() > 20
+    assert loss(-ddf, fixed, moving).item() > 80
+
+
+def test_bad_input_is_refused() -> None:
+    ddf, fixed, moving = data((4, 7, 5))
+    loss = KeypointLoss()
+    with pytest.raises(ValueError, match=r"ddf must have shape .* got \(2, 2, 4, 7, 5\)"):
+        loss(ddf[:, :2], fixed, moving)
+    with pytest.raises(ValueError, match="as many pairs, got 2, 1 and 2"):
+        loss(ddf, fixed[:1], moving)
+    with pytest.raises(ValueError, match="batch item 0 has 11 fixed keypoints, but 10 moving ones"):
+        loss(ddf, fixed, moving[:, :-1])
+    with pytest.raises(ValueError, match=r"moving_keypoints of batch item 0: expected shape \(N, 3\), got \(11, 2\)"):
+        loss(ddf, fixed, moving[..., :2])
+    with pytest.raises(ValueError, match=r"fixed_keypoints of batch item 1: expected shape \(N, 3\), got \(0, 3\)"):
+        loss(ddf, [fixed[0], fixed[1, :0]], [moving[0], moving[1, :0]])
+    bad = moving.clone()
+    bad[1, 2, 0] = float("nan")
+    with pytest.raises(ValueError, match="moving_keypoints of batch item 1: coordinates must be finite"):
+        loss(ddf, fixed, bad)
+    for axis, value in ((0, -0.6), (1, 6.6), (2, 100.0)):
+        outside = fixed.clone()
+        outside[1, 3, axis] = value
+        with pytest.raises(
+            ValueError,
+            match=r"fixed_keypoints of batch item 1: 1 of 11 points lie outside the grid of size \(4, 7, 5\)",
+        ):
+            loss(ddf, outside, moving)
+    for spacing in ((1.0, 0.0), (1.0, -1.0)):
+        with pytest.raises(ValueError, match="spacing must be above zero"):
+            KeypointLoss(spacing)
+    with pytest.raises(ValueError, match="spacing must give 3 numbers"):
+        KeypointLoss((1.0, 1.0))(ddf, fixed, moving)
+
+
+class Norm(torch.nn.Module):
+    def forward(self, prediction: Any, target: dict[str, Any]) -> torch.Tensor:
+        return (prediction[0] - target["fixed"]).square().mean()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_supervised_loss(size: tuple[int, ...]) -> None:
+    ddf, fixed, moving = data(size)
+    spacing = SPACINGS[len(size)]
+    prediction, target = (torch.ones(2, 1), ddf, []), {"fixed": torch.zeros(2, 1)}
+    points = {"fixed_keypoints": fixed, "moving_keypoints": moving}
+    expected = 1 + 0.3 * KeypointLoss(spacing)(ddf, fixed, moving).item()
+    assert KeypointSupervisedLoss(Norm(), 0.3, spacing)(prediction, {**target, **points}).item() == pytest.approx(
+        expected
+    )
+    other = KeypointSupervisedLoss(Norm(), 0.3, spacing, "a", "b")
+    assert other(prediction, {**target, "a": fixed, "b": moving}).item() == pytest.approx(expected)
+    assert KeypointSupervisedLoss(Norm(), 0.0)(prediction, target).item() == 1
+    with pytest.raises(KeyError, match=r"no \['fixed_keypoints', 'moving_keypoints'\] in the target"):
+        KeypointSupervisedLoss(Norm(), 0.3)(prediction, target)
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="weight must not be negative"):
+            KeypointSupervisedLoss(Norm(), weight)
