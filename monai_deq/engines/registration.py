@@ -27,32 +27,44 @@ class PreparePairBatch(PrepareBatch):
         moving_key: key of the moving images. Defaults to ``"moving"``.
         fixed_key: key of the fixed images. Defaults to ``"fixed"``.
         initial_ddf_key: key of the displacements to start from. Defaults to ``"initial_ddf"``.
+        target_keys: keys of what else the loss compares with, put beside the images under the same names: tensors or
+            lists of tensors, e.g. masks and keypoints. Defaults to none.
     """
 
     def __init__(
-        self, moving_key: str = "moving", fixed_key: str = "fixed", initial_ddf_key: str = "initial_ddf"
+        self,
+        moving_key: str = "moving",
+        fixed_key: str = "fixed",
+        initial_ddf_key: str = "initial_ddf",
+        target_keys: Sequence[str] = (),
     ) -> None:
         self.moving_key = moving_key
         self.fixed_key = fixed_key
         self.initial_ddf_key = initial_ddf_key
+        self.target_keys = tuple(target_keys)
 
     def __call__(
         self,
-        batchdata: dict[str, torch.Tensor],
+        batchdata: dict[str, Any],
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...], dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, Any], tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return ``(moving, target, (fixed,), {})`` or ``(moving, target, (fixed, initial_ddf), {})``."""
 
-        def plain(key: str) -> torch.Tensor:
-            image = batchdata[key]
+        def plain(image: Any) -> Any:
+            if isinstance(image, (list, tuple)):
+                return [plain(part) for part in image]
             image = image.as_tensor() if hasattr(image, "as_tensor") else image
             return image.to(device=device, non_blocking=non_blocking, **kwargs)
 
-        moving, fixed = plain(self.moving_key), plain(self.fixed_key)
-        start = (plain(self.initial_ddf_key),) if self.initial_ddf_key in batchdata else ()
-        return moving, {"moving": moving, "fixed": fixed}, (fixed, *start), {}
+        absent = [key for key in self.target_keys if key not in batchdata]
+        if absent:
+            raise KeyError(f"target_keys: the batch has no {absent}, it has {sorted(batchdata)}.")
+        moving, fixed = plain(batchdata[self.moving_key]), plain(batchdata[self.fixed_key])
+        start = (plain(batchdata[self.initial_ddf_key]),) if self.initial_ddf_key in batchdata else ()
+        target = {key: plain(batchdata[key]) for key in self.target_keys}
+        return moving, {**target, "moving": moving, "fixed": fixed}, (fixed, *start), {}
 
 
 class PreparePooledPairBatch(PreparePairBatch):
@@ -74,6 +86,7 @@ class PreparePooledPairBatch(PreparePairBatch):
             the network as ``max_steps``. Defaults to ``None``: the network's own.
         network: the network that is trained, asked for its ``coarse_solution`` if it has one. Defaults to ``None``:
             new pairs in a batch with others start from zero.
+        target_keys: see :py:class:`PreparePairBatch`. Defaults to none.
 
     Raises:
         ValueError: When a number is out of its range.
@@ -89,8 +102,9 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_smoothness: float = 8.0,
         random_steps: Sequence[int] | None = None,
         network: nn.Module | None = None,
+        target_keys: Sequence[str] = (),
     ) -> None:
-        super().__init__(moving_key, fixed_key)
+        super().__init__(moving_key, fixed_key, target_keys=target_keys)
         if not 0 <= random_share <= 1:
             raise ValueError(f"random_share must be in [0, 1], got {random_share}.")
         if not (random_rms >= 0 and random_smoothness > 0):
@@ -109,11 +123,11 @@ class PreparePooledPairBatch(PreparePairBatch):
 
     def __call__(  # type: ignore[override]
         self,
-        batchdata: dict[str, torch.Tensor],
+        batchdata: dict[str, Any],
         device: str | torch.device | None = None,
         non_blocking: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple[torch.Tensor, ...], dict[str, Any]]:
+    ) -> tuple[torch.Tensor, dict[str, Any], tuple[torch.Tensor, ...], dict[str, Any]]:
         """Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings empty or a number of steps."""
         moving, target, (fixed, *_), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
         absent = [key for key in ("slot", "ticket") if key not in batchdata]

@@ -19,7 +19,7 @@ from monai_deq.data import StatePool
 from monai_deq.engines import PreparePairBatch, PreparePooledPairBatch, RegistrationEvaluator
 from monai_deq.handlers import FoldedVoxels, LabelDice, LabelHausdorff, StatePoolUpdater
 from monai_deq.inferers import FixedPointInferer
-from monai_deq.losses import RegistrationLoss, StatesLoss
+from monai_deq.losses import KeypointSupervisedLoss, MaskedSimilarityLoss, RegistrationLoss, StatesLoss
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet
 from monai_deq.transforms import ResampleDDFd, WarpByDDFd
@@ -219,6 +219,50 @@ def test_prepare_batch() -> None:
     start = torch.randn(2, 3, *moving.shape[2:])
     _, _, (_, ddf), _ = PreparePairBatch()({**batch, "initial_ddf": MetaTensor(start)}, dtype=torch.float64)
     assert type(ddf) is torch.Tensor and torch.equal(ddf, start.double())
+
+
+@pytest.mark.parametrize("prepare", [PreparePairBatch, lambda **kwargs: PreparePooledPairBatch(StatePool(2), **kwargs)])
+def test_target_has_what_else_the_loss_wants(prepare: Any) -> None:
+    batch = next(iter(DataLoader(Dataset(make_items(3)), batch_size=2)))
+    points = [MetaTensor(torch.rand(4, 3)), torch.rand(7, 3)]
+    batch |= {"points": points, "slot": torch.arange(2), "ticket": torch.arange(2)}
+    moving, target, *_ = prepare(target_keys=("fixed_label", "points"))(batch, "cpu", dtype=torch.float64)
+    assert target.keys() == {"moving", "fixed", "fixed_label", "points"} and target["moving"] is moving
+    assert type(target["fixed_label"]) is torch.Tensor
+    torch.testing.assert_close(target["fixed_label"], batch["fixed_label"].as_tensor().double())
+    for prepared, given in zip(target["points"], points, strict=True):
+        assert type(prepared) is torch.Tensor and torch.equal(prepared, torch.as_tensor(given).double())
+    with pytest.raises(KeyError, match=r"target_keys: the batch has no \['lung'\]"):
+        prepare(target_keys=("lung",))(batch)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_training_inside_a_mask_with_keypoints(ndim: int) -> None:
+    """The loss of the trainer is that of its parts, computed beside it."""
+    items = make_items(ndim)
+    for i, item in enumerate(items):
+        item["points"] = torch.rand(5, ndim, generator=torch.Generator().manual_seed(i)) * 3
+    network = DEQRegistrationNet(ShiftByBrightness(), max_steps=3, num_states=0, phantom_steps=1)
+    registration = RegistrationLoss(ndim, 0.1, similarity=MaskedSimilarityLoss(ndim))
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=DataLoader(Dataset(items), batch_size=len(items)),
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=KeypointSupervisedLoss(
+            StatesLoss(registration, mask_key="fixed_label"), 0.2, None, "points", "points"
+        ),
+        prepare_batch=PreparePairBatch(target_keys=("fixed_label", "points")),
+        decollate=False,
+    )
+    trainer.run()
+    batch = next(iter(DataLoader(Dataset(items), batch_size=len(items))))
+    batch = {k: torch.as_tensor(batch[k]) for k in ("moving", "fixed", "fixed_label", "points")}
+    warped, ddf, _ = network.train()(batch["moving"], batch["fixed"])
+    expected = registration(warped, batch["fixed"], ddf, batch["fixed_label"])
+    expected = expected + 0.2 * ddf[:, 0, 0].flatten(1)[:, 0].square().mean()  # the same displacement everywhere
+    assert trainer.state.output["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
