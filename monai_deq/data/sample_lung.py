@@ -156,14 +156,14 @@ def _scan(points: np.ndarray, person: _Anatomy, lung_hu: float, voxel: float) ->
     lung = _lung_depth(points, person.radii, person.apart, person.base, person.dome)
     texture = _TEXTURE * person.texture(points.astype(np.float32))
     paint(lung, lung_hu + texture)
-    # oblique fissures in both lungs, and the horizontal one in the right lung in front of it
-    oblique = (c - 30.0 + person.tilt * (60.0 + b) + 0.004 * a * b) / np.hypot(1.0, person.tilt)
-    horizontal = np.where((a < 0.0) & (oblique > 0.0), np.abs(c - 12.0 + 0.1 * b), np.inf)
+    # oblique fissures in both lungs, high in the back, and the horizontal one in the right lung in front of it
+    oblique = (c + 10.0 - person.tilt * b + 0.002 * a * b) / np.hypot(1.0, person.tilt)
+    horizontal = np.where((a < 0.0) & (oblique > 0.0), np.abs(c - 12.0 - 0.1 * b), np.inf)
     share = np.exp(-np.square(np.minimum(np.abs(oblique), horizontal) / (1.0 + 0.4 * voxel))) * inside(lung)
     image += share * (_FISSURE - image)
     near = lung > -voxel
     depth = np.full(a.shape, -np.inf)
-    # a vessel thinner than a voxel still darkens it
+    # a vessel thinner than a voxel still brightens it
     depth[near] = _vessel_depth(points[:, near].T, person.vessels, 0.4 * voxel)
     image += inside(depth) * inside(lung) * (_BLOOD - image)
     return image, lung > 0.0
