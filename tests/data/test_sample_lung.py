@@ -16,12 +16,15 @@ from scipy import ndimage
 
 import monai_deq.data.sample_lung as sample_lung
 from monai_deq.data import (
+    find_learn2reg,
     is_sample,
     resolve_lung_dataset_dir,
     sample_lung_dataset_dir,
     write_sample_cohort,
     write_sample_lung_cohort,
 )
+from monai_deq.metrics import compute_target_registration_error
+from monai_deq.transforms import load_annotated_pair_transforms, load_learn2reg_ddf
 
 TINY = {"num_pairs": (1, 0, 1), "spatial_size": (16, 20, 24)}
 PAIRS = [("Tr", 1), ("Tr", 2), ("Ts", 3)]
@@ -144,6 +147,25 @@ def test_layout(cohort):
     on_disk = {str(p.relative_to(cohort)) for p in cohort.glob("images*/*")}
     assert {entry["image"].removeprefix("./") for entry in listed} == on_disk
     assert "ynthetic" in (cohort / "README.txt").read_text()
+
+
+def test_read_back(cohort):
+    dataset = find_learn2reg(cohort)
+    assert dataset.name == "NLST"
+    parts = (dataset.training, dataset.registration_val, dataset.registration_test)
+    for (where, number), pairs in zip(PAIRS, parts, strict=True):
+        (pair,) = pairs
+        item = load_annotated_pair_transforms()(pair)
+        scans, masks, points, field, spacing = pair_of(cohort, where, number)
+        for role, mask, at in zip(("fixed", "moving"), masks, points, strict=True):
+            assert tuple(item[role].shape) == (1, 48, 32, 64)
+            np.testing.assert_array_equal(item[f"{role}_mask"][0], mask)
+            np.testing.assert_allclose(item[f"{role}_keypoints"], at, atol=1e-5)
+        ddf = load_learn2reg_ddf(cohort / "true_ddf", pair["fixed_subject"], pair["moving_subject"])
+        assert np.array_equal(ddf, field)
+        keypoints = (item[f"{role}_keypoints"][None] for role in ("fixed", "moving"))
+        error = compute_target_registration_error(ddf[None], *keypoints, spacing.tolist())
+        assert error.item() < 1e-4  # keypoints in float32
 
 
 @pytest.mark.parametrize(("where", "number"), PAIRS)
