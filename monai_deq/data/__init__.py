@@ -19,6 +19,7 @@ from .oasis import (
 )
 from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
 from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
+from .resumable_download import check_checksum, parse_checksum, resumable_download
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
@@ -40,6 +41,7 @@ __all__ = [
     "RandomPairSampler",
     "StatePool",
     "cached_subjects",
+    "check_checksum",
     "check_same_grid",
     "find_learn2reg",
     "find_oasis",
@@ -50,8 +52,10 @@ __all__ = [
     "listed_pairs",
     "pair_indices",
     "pairs_as_indices",
+    "parse_checksum",
     "resolve_dataset_dir",
     "resolve_lung_dataset_dir",
+    "resumable_download",
     "sample_dataset_dir",
     "sample_lung_dataset_dir",
     "scan_pairs",
