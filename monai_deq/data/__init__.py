@@ -25,6 +25,7 @@ from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
 from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
 from .state_pool import StatePool
+from .unpack import check_archive, unpack_archive
 
 __all__ = [
     "LEARN2REG_OASIS",
@@ -41,6 +42,7 @@ __all__ = [
     "RandomPairSampler",
     "StatePool",
     "cached_subjects",
+    "check_archive",
     "check_checksum",
     "check_same_grid",
     "find_learn2reg",
@@ -63,6 +65,7 @@ __all__ = [
     "split_pairs",
     "split_scan_pairs",
     "split_subjects",
+    "unpack_archive",
     "write_sample_cohort",
     "write_sample_lung_cohort",
 ]
