@@ -19,6 +19,7 @@ from .oasis import (
 )
 from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
 from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
+from .public_datasets import PUBLIC_DATASETS, PublicDataset, download_dataset
 from .resumable_download import check_checksum, parse_checksum, resumable_download
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
@@ -30,6 +31,7 @@ from .unpack import check_archive, unpack_archive
 __all__ = [
     "LEARN2REG_OASIS",
     "NEURITE_OASIS",
+    "PUBLIC_DATASETS",
     "SEG24_LABELS",
     "SEG35_LABELS",
     "Grid",
@@ -39,12 +41,14 @@ __all__ = [
     "PooledPair",
     "PooledPairDataset",
     "PooledPairSampler",
+    "PublicDataset",
     "RandomPairSampler",
     "StatePool",
     "cached_subjects",
     "check_archive",
     "check_checksum",
     "check_same_grid",
+    "download_dataset",
     "find_learn2reg",
     "find_oasis",
     "fixed_pairs",
