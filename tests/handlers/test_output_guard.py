@@ -14,7 +14,14 @@ from monai_deq.handlers import OutputGuard
 from monai_deq.transforms import SaveRegistrationd
 
 ITEMS = [{"moving_subject": m, "fixed_subject": f} for m, f in ("ab", "bc", "ca")]
-SAID = {"steps": 1, "residual": 0.1, "relative_residual": 0.1, "converged": True, "reason": "tolerance"}
+SAID = {
+    "steps": 1,
+    "evaluations": 1,
+    "residual": 0.1,
+    "relative_residual": 0.1,
+    "converged": True,
+    "reason": "tolerance",
+}
 
 
 def run(saver: SaveRegistrationd) -> list[Any]:
