@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from .caching import cached_subjects
+from .given_pairs import GivenPairDataset, GivenPairSampler, collate_annotated_pairs
 from .grid import Grid, check_same_grid, grid_of, source_of
 from .learn2reg import Learn2RegDataset, find_learn2reg
-from .learn2reg_split import split_pairs
+from .learn2reg_split import keep_annotations, split_pairs
 from .oasis import (
     LEARN2REG_OASIS,
     NEURITE_OASIS,
@@ -17,14 +18,21 @@ from .oasis import (
     label_set,
     split_subjects,
 )
-from .pairs import PairDataset, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
-from .pooled_pairs import PooledPair, PooledPairDataset, PooledPairSampler
+from .pairs import PairDataset, PairSampler, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
+from .pooled_pairs import (
+    PooledGivenPair,
+    PooledGivenPairDataset,
+    PooledGivenPairSampler,
+    PooledPair,
+    PooledPairDataset,
+    PooledPairSampler,
+)
 from .public_datasets import PUBLIC_DATASETS, PublicDataset, download_dataset
 from .resumable_download import check_checksum, parse_checksum, resumable_download
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
-from .scan_pairs import listed_pairs, scan_pairs, split_scan_pairs
+from .scan_pairs import learn2reg_scan_pairs, listed_pairs, scan_pairs, split_scan_pairs
 from .state_pool import StatePool
 from .unpack import check_archive, unpack_archive
 
@@ -34,10 +42,16 @@ __all__ = [
     "PUBLIC_DATASETS",
     "SEG24_LABELS",
     "SEG35_LABELS",
+    "GivenPairDataset",
+    "GivenPairSampler",
     "Grid",
     "Learn2RegDataset",
     "OasisDataset",
     "PairDataset",
+    "PairSampler",
+    "PooledGivenPair",
+    "PooledGivenPairDataset",
+    "PooledGivenPairSampler",
     "PooledPair",
     "PooledPairDataset",
     "PooledPairSampler",
@@ -49,12 +63,15 @@ __all__ = [
     "check_checksum",
     "check_same_grid",
     "download_dataset",
+    "collate_annotated_pairs",
     "find_learn2reg",
     "find_oasis",
     "fixed_pairs",
     "grid_of",
     "is_sample",
+    "keep_annotations",
     "label_set",
+    "learn2reg_scan_pairs",
     "listed_pairs",
     "pair_indices",
     "pairs_as_indices",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subjects that are read and resized once."""
+"""Subjects or pairs that are read and resized once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def cached_subjects(
     ``PersistentDataset`` on disk.
 
     Args:
-        subjects: ``{"subject": name, "image": file, "label": file or None}`` each.
+        subjects: ``{"subject": name, "image": file, "label": file or None}`` each, or pairs with their files.
         transform: loading transforms, without randomness.
         cache_dir: folder of a cache on disk, for data that do not fit into memory. Runs may share it: files are told
             apart by the subject's file names and by the transforms. It is not noticed when a scan itself changes.
@@ -94,5 +94,5 @@ def cached_subjects(
         transform=transform,
         cache_rate=cache_rate,
         num_workers=num_workers,
-        copy_cache=False,  # PairDataset copies what it gives out
+        copy_cache=False,  # PairDataset and GivenPairDataset copy what they give out
     )

@@ -30,6 +30,8 @@ _KNOWN_LISTS = (*_SCAN_LISTS, *_PAIR_LISTS, "test_paired_images")
 # what a scan may have beside its image: word in the JSON file: key in a pair; the folder is the word with "s"
 _ANNOTATIONS = {"mask": "mask", "keypoint": "keypoints", "label": "label"}
 _ROLES = ("fixed", "moving")
+#: keys of a pair for what its scans may have beside their images
+ANNOTATION_KEYS = tuple(f"{role}_{key}" for key in _ANNOTATIONS.values() for role in _ROLES)
 
 
 @dataclass(frozen=True)

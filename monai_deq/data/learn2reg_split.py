@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from monai_deq.data.learn2reg import Learn2RegDataset
+from monai_deq.data.learn2reg import ANNOTATION_KEYS, Learn2RegDataset
 from monai_deq.data.split import PARTS, part_sizes, shorten
 
-__all__ = ["split_pairs"]
+__all__ = ["keep_annotations", "split_pairs"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -94,3 +94,31 @@ def _split_by_lists(
         if len(set(files)) < len(files):
             raise ValueError(f"lists[{part!r}] names a case twice: {shorten(wanted)}.")
     return split
+
+
+def keep_annotations(
+    pairs: Sequence[Mapping[str, Any]], keys: Sequence[str] = (), part: str = "training"
+) -> list[dict[str, Any]]:
+    """The pairs with those of their masks, keypoints and labels that are needed, so that no others are read and kept.
+
+    Args:
+        pairs: pairs as of :py:func:`split_pairs`.
+        keys: the files needed, such as ``"fixed_mask"``. Defaults to none.
+        part: what the pairs are for, for the error. Defaults to ``"training"``.
+
+    Raises:
+        ValueError: When a key is no such file, there is no pair, or one has not all of them.
+    """
+    unknown = sorted(set(keys) - set(ANNOTATION_KEYS))
+    if unknown:
+        raise ValueError(f"keys has {unknown}; expected some of {list(ANNOTATION_KEYS)}.")
+    if not pairs:
+        raise ValueError(f"The {part} part has no pairs. Give it some by `sizes` or `lists`.")
+    for key in keys:
+        without = [pair["case"] for pair in pairs if key not in pair]
+        if without:
+            raise ValueError(
+                f"The {part} part needs {key!r}, but {len(without)} of its {len(pairs)} pairs have none: "
+                f"{shorten(without)}."
+            )
+    return [{k: v for k, v in pair.items() if k in keys or k not in ANNOTATION_KEYS} for pair in pairs]

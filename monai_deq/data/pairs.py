@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from monai_deq.data.grid import check_same_grid
 
-__all__ = ["PairDataset", "RandomPairSampler", "fixed_pairs", "pair_indices", "pairs_as_indices"]
+__all__ = ["PairDataset", "PairSampler", "RandomPairSampler", "fixed_pairs", "pair_indices", "pairs_as_indices"]
 
 
 class SubjectDataset(Sized, Protocol):
@@ -139,12 +140,60 @@ class PairDataset(Dataset):
         return item if self.transform is None else self.transform(item)
 
 
-class RandomPairSampler(Sampler):
-    """Ordered pairs of two different subject indices, fresh for each epoch, the same for the same seed and epoch.
+class PairSampler(Sampler, ABC):
+    """Base of the samplers that draw a number of pairs for each epoch, the same for the same seed and epoch.
 
     The pairs come from a generator of the sampler's own: neither the global random state nor the number of workers
     matters. Call :py:meth:`set_epoch` before each epoch, as with ``torch.utils.data.DistributedSampler``; every replica
-    draws the same list and keeps every ``num_replicas``-th pair of it.
+    draws the same list and keeps every ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
+
+    Args:
+        pairs_per_epoch: pairs that one epoch draws over all replicas, a multiple of ``num_replicas``.
+        seed: seed of the draws. Defaults to 0.
+        num_replicas: number of processes that share the epoch. Defaults to 1.
+        rank: number of this process. Defaults to 0.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        if num_replicas < 1 or not 0 <= rank < num_replicas:
+            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
+        # unequal shares would leave one process waiting for the others at the end of the epoch
+        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
+            raise ValueError(
+                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
+            )
+        self.pairs_per_epoch = pairs_per_epoch
+        self.seed = seed
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose pairs the next iteration draws; counts from 0."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        """Number of pairs that this replica gives in an epoch."""
+        return self.pairs_per_epoch // self.num_replicas
+
+    @abstractmethod
+    def _draw_all(self, generator: torch.Generator) -> list[Any]:
+        """The pairs of an epoch over all replicas."""
+
+    def _draw(self, epoch: int) -> list[Any]:
+        # the generator takes one number; a large odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+        return self._draw_all(generator)[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._draw(self.epoch))
+
+
+class RandomPairSampler(PairSampler):
+    """Ordered pairs of two different subject indices, fresh for each epoch, see :py:class:`PairSampler`.
 
     Args:
         num_subjects: number of subjects, at least 2.
@@ -162,36 +211,11 @@ class RandomPairSampler(Sampler):
     ) -> None:
         if num_subjects < 2:
             raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
-        if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
-        # unequal shares would leave one process waiting for the others at the end of the epoch
-        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
-            raise ValueError(
-                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
-            )
+        super().__init__(pairs_per_epoch, seed, num_replicas, rank)
         self.num_subjects = num_subjects
-        self.pairs_per_epoch = pairs_per_epoch
-        self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose pairs the next iteration draws; counts from 0."""
-        self.epoch = int(epoch)
-
-    def __len__(self) -> int:
-        """Number of pairs that this replica gives in an epoch."""
-        return self.pairs_per_epoch // self.num_replicas
-
-    def _draw(self, epoch: int) -> list[tuple[int, int]]:
-        # the generator takes one number; a large odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+    def _draw_all(self, generator: torch.Generator) -> list[tuple[int, int]]:
         fixed = torch.randint(self.num_subjects, (self.pairs_per_epoch,), generator=generator)
         step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
         moving = (fixed + step) % self.num_subjects
-        pairs = torch.stack([fixed, moving], dim=1)[self.rank :: self.num_replicas]
-        return [(f, m) for f, m in pairs.tolist()]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._draw(self.epoch))
+        return [(f, m) for f, m in torch.stack([fixed, moving], dim=1).tolist()]

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai_deq.data.learn2reg import find_learn2reg
+from monai_deq.data.learn2reg_split import split_pairs
 from monai_deq.data.oasis import find_oasis, split_subjects
 from monai_deq.data.pairs import fixed_pairs
 from monai_deq.data.sample import resolve_dataset_dir
+from monai_deq.data.sample_lung import resolve_lung_dataset_dir
 
-__all__ = ["listed_pairs", "scan_pairs", "split_scan_pairs"]
+__all__ = ["learn2reg_scan_pairs", "listed_pairs", "scan_pairs", "split_scan_pairs"]
 
 _KEYS = ("fixed", "moving", "moving_label", "initial_ddf")
 
@@ -148,4 +151,35 @@ def split_scan_pairs(
         if moving["label"] is not None:
             item["moving_label"] = str(moving["label"])
         items.append(item)
+    return items
+
+
+def learn2reg_scan_pairs(
+    dataset_dir: str | Path | None = None,
+    sizes: Sequence[int | None] | None = (170, 10, 30),
+    lists: Mapping[str, Sequence[str | int]] | None = None,
+    part: str = "test",
+) -> list[dict[str, Any]]:
+    """
+    The pairs of one part of a paired Learn2Reg task, as files to register. Keypoints are not needed; with the moving
+    scan its label map is warped, or its mask where there is no label map.
+
+    Args:
+        dataset_dir: see :py:func:`find_learn2reg`. Defaults to the synthetic sample lung cohort.
+        sizes: see :py:func:`split_pairs`.
+        lists: see :py:func:`split_pairs`.
+        part: ``"training"``, ``"validation"`` or ``"test"``. Defaults to ``"test"``.
+
+    Raises:
+        ValueError: When the part has no pair.
+    """
+    dataset = find_learn2reg(resolve_lung_dataset_dir(dataset_dir))
+    pairs = split_pairs(dataset, sizes, lists, require_keypoints=False)[part]
+    if not pairs:
+        raise ValueError(f"The {part} part has no pairs. Give it some by `sizes` or `lists`.")
+    items = []
+    for pair in pairs:
+        item = {key: str(pair[key]) for key in ("fixed", "moving", "fixed_subject", "moving_subject")}
+        label = pair.get("moving_label", pair.get("moving_mask"))
+        items.append(item if label is None else {**item, "moving_label": str(label)})
     return items

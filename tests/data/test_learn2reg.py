@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from monai_deq.data import find_learn2reg, split_pairs
+from monai_deq.data import find_learn2reg, keep_annotations, learn2reg_scan_pairs, split_pairs
 
 KINDS = {"images": ".nii.gz", "masks": ".nii.gz", "keypoints": ".csv"}
 
@@ -283,3 +283,38 @@ def test_split_needs_keypoints(tmp_path: Path) -> None:
         split_pairs(dataset, [2, 1, 2])
     assert numbers(split_pairs(dataset, [2, 1, 2], require_keypoints=False))[2] == [4, 999]
     assert numbers(split_pairs(dataset, [2, 1, 1]))[2] == [4]
+
+
+def test_only_the_annotations_needed_are_kept(tmp_path: Path) -> None:
+    pairs = split_pairs(find_learn2reg(write_nlst(tmp_path)), None)["training"]
+    plain = keep_annotations(pairs)
+    assert set(plain[0]) == {"fixed", "moving", "fixed_subject", "moving_subject", "case"}
+    kept = keep_annotations(pairs, ["fixed_mask"])
+    assert kept[1] == {**plain[1], "fixed_mask": pairs[1]["fixed_mask"]}
+    assert "moving_mask" in pairs[0]  # the pairs themselves stay whole
+    with pytest.raises(ValueError, match="test part needs 'moving_label', but 3 of its 3 pairs have none: NLST_0001"):
+        keep_annotations(pairs, ["fixed_mask", "moving_label"], "test")
+    with pytest.raises(ValueError, match="training part has no pairs"):
+        keep_annotations([])
+    with pytest.raises(ValueError, match="keys has \\['mask'\\]"):
+        keep_annotations(pairs, ["mask"])
+
+
+def test_scans_to_register(tmp_path: Path) -> None:
+    root = write_nlst(tmp_path, remove=("keypointsTs/NLST_0999_0000.csv", "keypointsTs/NLST_0999_0001.csv"))
+    (item,) = learn2reg_scan_pairs(root, None)
+    assert item == {
+        "fixed": str(root / "imagesTs/NLST_0999_0000.nii.gz"),
+        "moving": str(root / "imagesTs/NLST_0999_0001.nii.gz"),
+        "fixed_subject": "NLST_0999_0000",
+        "moving_subject": "NLST_0999_0001",
+        "moving_label": str(root / "masksTs/NLST_0999_0001.nii.gz"),
+    }
+    for folder in ("labelsTr", "masksTr"):
+        (root / folder).mkdir(exist_ok=True)
+        for number in (0, 1):
+            (root / folder / f"NLST_0001_{number:04d}.nii.gz").touch()
+    (item,) = learn2reg_scan_pairs(root, lists={"test": [1]})
+    assert item["moving_label"] == str(root / "labelsTr/NLST_0001_0001.nii.gz")
+    with pytest.raises(ValueError, match="validation part has no pairs"):
+        learn2reg_scan_pairs(root, lists={"test": [1]}, part="validation")

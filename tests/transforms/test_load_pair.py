@@ -189,3 +189,13 @@ def test_written_scan_has_its_own_size_and_intensities(tmp_path: Path, ndim: int
     np.testing.assert_allclose(field.get_fdata()[..., 0], 2)
     np.testing.assert_allclose(field.get_fdata()[..., 1:], 0)
     assert json.loads((tmp_path / "out" / "m_to_f_record.json").read_text())["steps"] == 2
+
+
+def test_intensities_in_a_window(tmp_path: Path) -> None:
+    item = make_pair(tmp_path, 3)
+    loaded = load_pair_transforms(3, window=(-1000, 200))(item)
+    hu = ct(SIZES[3], 1).astype(np.float64)
+    np.testing.assert_allclose(loaded["fixed"][0], (hu.clip(-1000, 200) + 1000) / 1200, atol=1e-6)
+    np.testing.assert_array_equal(loaded["fixed_scan"][0], hu)
+    with pytest.raises(ValueError, match="no intensity is inside the window"):
+        load_pair_transforms(3, window=(3000, 4000))(item)
