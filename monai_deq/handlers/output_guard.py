@@ -11,7 +11,7 @@ from ignite.engine import Events
 if TYPE_CHECKING:
     from ignite.engine import Engine
 
-    from monai_deq.transforms import SaveRegistrationd
+    from monai_deq.transforms import SaveLearn2RegDDFd, SaveRegistrationd
 
 __all__ = ["OutputGuard"]
 
@@ -25,7 +25,7 @@ class OutputGuard:
         data: items with the names that the files are called after.
     """
 
-    def __init__(self, saver: SaveRegistrationd, data: Sequence[Mapping[Any, Any]]) -> None:
+    def __init__(self, saver: SaveRegistrationd | SaveLearn2RegDDFd, data: Sequence[Mapping[Any, Any]]) -> None:
         self.saver = saver
         self.data = data
 

@@ -61,9 +61,12 @@ class PairResultsSaver:
         optional_columns: the same, where the output has them.
         info: what else the summary should state (data set, checkpoint, ...).
         overwrite: replace existing files. Defaults to ``False``.
+        percentiles: percentile over the pairs by name of a metric, put beside its mean as ``"p<percentile>"``, e.g.
+            ``{"tre": 70}`` for the error that 30 % of the pairs exceed. Defaults to none.
 
     Raises:
         TypeError: When ``info`` holds what JSON does not know.
+        ValueError: When a percentile is not in 0 to 100 or of no metric.
     """
 
     def __init__(
@@ -77,12 +80,17 @@ class PairResultsSaver:
         optional_columns: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
         info: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        percentiles: Mapping[str, float] | None = None,
     ) -> None:
         self.csv_path = Path(output_dir) / f"{prefix}_pairs.csv"
         self.json_path = Path(output_dir) / f"{prefix}_summary.json"
         self.metrics = tuple(metrics)
         self.labels = dict(labels)
         self.label_set = label_set
+        self.percentiles = dict(percentiles or {})
+        wrong = {k: v for k, v in self.percentiles.items() if k not in self.metrics or not 0 <= v <= 100}
+        if wrong:
+            raise ValueError(f"percentiles must be from 0 to 100, of the metrics {self.metrics}, got {wrong}.")
         self.columns = tuple(columns)
         self.optional_columns = tuple(optional_columns)
         self.info = dict(info or {})
@@ -148,6 +156,11 @@ class PairResultsSaver:
                 if has_labels:
                     row.update({f"{name}_{n}": float(v) for n, v in zip(self.labels, values, strict=True)})
             summary[name] = _mean_std(means.tolist())
+            if name in self.percentiles:
+                percentile = self.percentiles[name]
+                there = means[~np.isnan(means)]
+                value = float(np.percentile(there, percentile)) if len(there) else math.nan
+                summary[name][f"p{percentile:g}"] = _json_number(value)
             if has_labels:
                 per_label[name] = {
                     str(n): {"name": label, **_mean_std(scores[:, i].tolist())}
@@ -194,6 +207,8 @@ class PairResultsSaver:
             if value["mean"] is None:
                 lines.append(f"  {name:<{width}}  no score")
             else:
-                std = "" if value["std"] is None else f"  (std {value['std']:.4f})"
-                lines.append(f"  {name:<{width}}  {value['mean']:10.4f}{std}")
+                key = f"p{self.percentiles[name]:g}" if name in self.percentiles else None
+                said = {"std": value["std"], **({} if key is None else {key: value[key]})}
+                more = ", ".join(f"{word} {number:.4f}" for word, number in said.items() if number is not None)
+                lines.append(f"  {name:<{width}}  {value['mean']:10.4f}" + (f"  ({more})" if more else ""))
         return "\n".join(lines)

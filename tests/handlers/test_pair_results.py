@@ -257,3 +257,17 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="overwrite"):
         PairResultsSaver(tmp_path, ["dice"], LABELS, "both", overwrite=1)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_percentile_over_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    percentiles = {"folded_percent": 70, "dice": 25.0}
+    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], LABELS, "both", percentiles=percentiles)
+    evaluate(saver, [ITEMS])
+    summary = read_json(saver.json_path)["summary"]
+    # four tenths of the way from the second to the third of three; a quarter between the two scores that are there
+    assert summary["folded_percent"]["p70"] == number(40.0)
+    assert summary["dice"]["p25"] == number(2 / 3 + 0.25 * (0.75 - 2 / 3))
+    assert "p70 40.0000)" in capsys.readouterr().out
+    for wrong in ({"hd": 70}, {"dice": 101}):
+        with pytest.raises(ValueError, match="percentiles must be from 0 to 100"):
+            PairResultsSaver(tmp_path, ["dice"], LABELS, "both", percentiles=wrong)
