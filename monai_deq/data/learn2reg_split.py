@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from monai_deq.data.learn2reg import ANNOTATION_KEYS, Learn2RegDataset
 from monai_deq.data.split import PARTS, part_sizes, shorten
@@ -15,10 +15,12 @@ __all__ = ["keep_annotations", "split_pairs"]
 
 logger = logging.getLogger("monai_deq")
 
+_PAPER = (170, 10, 30)  # of NLST
+
 
 def split_pairs(
     dataset: Learn2RegDataset,
-    sizes: Sequence[int | None] | None = (170, 10, 30),
+    sizes: Sequence[int | None] | Literal["default"] | None = _PAPER,
     lists: Mapping[str, Sequence[str | int]] | None = None,
     require_keypoints: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -28,8 +30,8 @@ def split_pairs(
         dataset: what :py:func:`monai_deq.data.find_learn2reg` found.
         sizes: number of pairs for training, validation and test, taken in the order of ``dataset.pairs``: the official
             validation and test pairs come last and are never trained on before all others are. One number may be
-            None: all that remain. None in place of the three: the official lists. Defaults to the paper's
-            (170, 10, 30) for NLST.
+            None: all that remain. None in place of the three: the official lists. ``"default"``: the paper's for
+            NLST with so many pairs, the official lists for all else. Defaults to the paper's (170, 10, 30) for NLST.
         lists: explicit cases instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names of cases,
             or the four digits in them (``"0001"`` or 1); each stands for all pairs of the case. A part left out is
             empty.
@@ -41,6 +43,10 @@ def split_pairs(
     Raises:
         ValueError: When there are too few pairs, a listed case does not exist, or keypoints are missing.
     """
+    if sizes == "default":
+        sizes = _PAPER if dataset.name == "NLST" and len(dataset.pairs) >= sum(_PAPER) else None
+        if lists is None:
+            logger.info("pairs of %s are split by %s", dataset.name, "the official lists" if sizes is None else sizes)
     if lists is not None:
         split = _split_by_lists(dataset, lists)
     elif sizes is None:

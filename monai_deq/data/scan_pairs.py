@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from monai_deq.data.learn2reg import find_learn2reg
 from monai_deq.data.learn2reg_split import split_pairs
@@ -156,9 +156,10 @@ def split_scan_pairs(
 
 def learn2reg_scan_pairs(
     dataset_dir: str | Path | None = None,
-    sizes: Sequence[int | None] | None = (170, 10, 30),
+    sizes: Sequence[int | None] | Literal["default"] | None = "default",
     lists: Mapping[str, Sequence[str | int]] | None = None,
     part: str = "test",
+    task: str | None = None,
 ) -> list[dict[str, Any]]:
     """
     The pairs of one part of a paired Learn2Reg task, as files to register. Keypoints are not needed; with the moving
@@ -169,11 +170,12 @@ def learn2reg_scan_pairs(
         sizes: see :py:func:`split_pairs`.
         lists: see :py:func:`split_pairs`.
         part: ``"training"``, ``"validation"`` or ``"test"``. Defaults to ``"test"``.
+        task: see :py:func:`find_learn2reg`.
 
     Raises:
         ValueError: When the part has no pair.
     """
-    dataset = find_learn2reg(resolve_lung_dataset_dir(dataset_dir))
+    dataset = find_learn2reg(resolve_lung_dataset_dir(dataset_dir), task)
     pairs = split_pairs(dataset, sizes, lists, require_keypoints=False)[part]
     if not pairs:
         raise ValueError(f"The {part} part has no pairs. Give it some by `sizes` or `lists`.")

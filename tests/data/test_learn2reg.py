@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -258,6 +259,16 @@ def test_split_by_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
 def test_default_split_is_the_papers(tmp_path: Path) -> None:
     dataset = find_learn2reg(write_nlst(tmp_path, training=209))
     assert [len(pairs) for pairs in split_pairs(dataset).values()] == [170, 10, 30]
+
+
+def test_default_split_of_any_task(tmp_path: Path) -> None:
+    small = split_pairs(find_learn2reg(write_nlst(tmp_path / "small")), "default")
+    assert numbers(small) == [[1, 2, 3], [4], [999]]  # the official lists
+    whole = find_learn2reg(write_nlst(tmp_path / "whole", training=209))
+    assert split_pairs(whole, "default") == split_pairs(whole)
+    assert [len(pairs) for pairs in split_pairs(whole, "default").values()] == [170, 10, 30]
+    other = dataclasses.replace(whole, name="LungCT")
+    assert [len(pairs) for pairs in split_pairs(other, "default").values()] == [208, 1, 1]
 
 
 def test_split_by_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
