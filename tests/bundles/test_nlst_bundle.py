@@ -96,7 +96,7 @@ def broken(tmp_path: Path, cohort: Path) -> Path:
 def test_resumed_training_keeps_the_weights_of_the_lowest_error(cohort: Path, trained: Path, tmp_path: Path) -> None:
     common = {"dataset_dir": cohort, **TINY, "max_epochs": 2}
     out = succeed("training", "train", tmp_path, bundle_root=tmp_path / "whole", **common)
-    errors = [float(value) for value in re.findall(r"val_tre: ([\d.]+)", out)]
+    errors = [float(value) for value in re.findall(r"Metrics -- .*val_tre: ([\d.]+)", out)]
     assert len(errors) == 2 and errors[0] != errors[1]
     settings = json.loads((tmp_path / "whole" / "models" / "model.json").read_text())
     assert settings["epoch"] == 1 + errors.index(min(errors))
@@ -148,7 +148,7 @@ def test_the_submission_has_the_scores_of_the_evaluation(cohort: Path, trained: 
         before = np.linalg.norm((points[0] - points[1]) * spacing, axis=1).mean()
         assert float(row["tre_before"]) == pytest.approx(before, abs=1e-4) and abs(before - float(row["tre"])) > 1e-3
         # inside the lungs of the fixed scan, and everywhere
-        jacobian = np.moveaxis(np.stack([np.stack(np.gradient(u), axis=-1) for u in field], axis=-2), 0, 0) + np.eye(3)
+        jacobian = np.stack([np.stack(np.gradient(u), axis=-1) for u in field], axis=-2) + np.eye(3)
         log = np.log(np.linalg.det(jacobian) + 3)[2:-2, 2:-2, 2:-2]
         assert float(row["sdlogj_learn2reg_grid"]) == pytest.approx(log.std(), rel=1e-3)
         inside = masks[0][2:-2, 2:-2, 2:-2] > 0

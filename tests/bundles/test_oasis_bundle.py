@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,8 +182,19 @@ def test_inference_over_a_list(trained: tuple[int, Path], cohort: Path, tmp_path
     scans = [str(cohort / f"OASIS_OAS1_900{n}_MR1" / f"{image}.nii.gz") for n in (1, 2, 3)]
     pairs = [{"fixed": scans[0], "moving": scans[1]}, {"fixed": scans[1], "moving": scans[2]}]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    succeed("run", "inference", spatial_dims, tmp_path, pairs="pairs.json", bundle_root=folder, output_dir="out")
+    common = {"pairs": "pairs.json", "bundle_root": folder, "output_dir": "out"}
+    submission = {"submission_dir": "submission"} if spatial_dims == 3 else {}
+    if submission:  # scans named as in Learn2Reg OASIS
+        renamed = [shutil.copy(scan, tmp_path / f"OASIS_000{i}_0000.nii.gz") for i, scan in enumerate(scans, 1)]
+        pairs = [{"fixed": str(renamed[i]), "moving": str(renamed[i + 1])} for i in range(2)]
+        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    succeed("run", "inference", spatial_dims, tmp_path, **common, **submission)
     assert len(list((tmp_path / "out").glob("*_warped.nii.gz"))) == 2
+    for i in range(2 * len(submission)):
+        moving, fixed = f"OASIS_000{i + 2}_0000", f"OASIS_000{i + 1}_0000"
+        written = nib.load(tmp_path / "submission" / f"disp_000{i + 1}_0000_000{i + 2}_0000.nii.gz")
+        field = nib.load(tmp_path / "out" / f"{moving}_to_{fixed}_ddf.nii.gz")
+        np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(field.dataobj))
 
 
 def test_resumed_training_is_the_same_as_an_uninterrupted_one(cohort: Path, tmp_path: Path) -> None:
