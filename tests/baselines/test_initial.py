@@ -48,6 +48,7 @@ def test_record_is_fit_for_json() -> None:
         "relative_residual": None,
         "converged": False,
         "reason": "not iterated",
+        "coarse_steps": [],
         "residual_trace": [],
         "relative_residual_trace": [],
     }

@@ -27,7 +27,7 @@ def written_field(folder: Path, size: tuple[int, ...], affine: np.ndarray) -> tu
     ddf = torch.randn((len(size), *size), generator=torch.Generator().manual_seed(3))
     item = {"warped": MetaTensor(torch.rand(1, *size), affine=affine), "ddf": MetaTensor(ddf, affine=affine)}
     item |= {"moving_subject": "m", "fixed_subject": "f", "reason": "tolerance"}
-    item |= {"steps": 1, "residual": 0.0, "relative_residual": 0.0, "converged": True}
+    item |= {"steps": 1, "evaluations": 1.0, "residual": 0.0, "relative_residual": 0.0, "converged": True}
     SaveRegistrationd(folder)(item)
     return str(folder / "m_to_f_ddf.nii.gz"), ddf
 
