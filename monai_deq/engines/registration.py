@@ -72,7 +72,9 @@ class PreparePooledPairBatch(PreparePairBatch):
     :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
     ``network(moving, fixed, initial_ddf)``. Where all pairs of the batch are new and start from zero it is called as
     ``network(moving, fixed)``, so that a network with coarser levels begins at these; in a batch with others, new ones
-    start from the ``network``'s ``coarse_solution``.
+    start from the ``network``'s ``coarse_solution``. With a proximal term the solutions of the coarser levels are needed
+    each time a pair is met: they are kept as the displacements are, and given to network and loss as
+    ``proximal_center``.
 
     Args:
         pool: where the displacements are kept; :py:class:`monai_deq.handlers.StatePoolUpdater` writes them back.
@@ -84,8 +86,8 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_smoothness: their smoothness, see :py:func:`monai_deq.solvers.random_smooth_ddf`. Defaults to 8.
         random_steps: smallest and largest number of steps of an iteration, drawn uniformly for each batch and given to
             the network as ``max_steps``. Defaults to ``None``: the network's own.
-        network: the network that is trained, asked for its ``coarse_solution`` if it has one. Defaults to ``None``:
-            new pairs in a batch with others start from zero.
+        network: the network that is trained, asked for its ``coarse_solution`` if it has one, and for its
+            ``proximal_weight``. Defaults to ``None``: new pairs in a batch with others start from zero.
         target_keys: see :py:class:`PreparePairBatch`. Defaults to none.
 
     Raises:
@@ -119,7 +121,11 @@ class PreparePooledPairBatch(PreparePairBatch):
         self.random_share = random_share
         self.random_rms = random_rms
         self.random_smoothness = random_smoothness
-        self.coarse_solution = getattr(getattr(network, "module", network), "coarse_solution", None)
+        network = getattr(network, "module", network)
+        self.coarse_solution = getattr(network, "coarse_solution", None)
+        # solved for again, not read from a checkpoint, after a training was resumed
+        pulled = bool(getattr(network, "proximal_weight", 0.0)) and getattr(network, "coarse", None) is not None
+        self.centers = StatePool(pool.slots, pool.folder) if pulled else None
 
     def __call__(  # type: ignore[override]
         self,
@@ -128,7 +134,10 @@ class PreparePooledPairBatch(PreparePairBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any], tuple[torch.Tensor, ...], dict[str, Any]]:
-        """Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings empty or a number of steps."""
+        """
+        Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings those of the network's ``forward``:
+        none, a number of steps, or what a proximal term pulls to.
+        """
         moving, target, (fixed, *_), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
         absent = [key for key in ("slot", "ticket") if key not in batchdata]
         if absent:
@@ -136,6 +145,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         slots, tickets = batchdata["slot"].tolist(), batchdata["ticket"].tolist()
         met = [self.pool.holds(*visit) for visit in zip(slots, tickets, strict=True)]
         ddf = self.pool.get(slots, tickets, fixed)
+        centers = None if self.centers is None else self._proximal_centers(slots, tickets, moving, fixed)
         for i, (ticket, known) in enumerate(zip(tickets, met, strict=True)):
             # the draws depend on the ticket alone, so that a resumed training makes the same
             chance, length = torch.rand(2, generator=torch.Generator().manual_seed(ticket)).tolist()
@@ -144,7 +154,11 @@ class PreparePooledPairBatch(PreparePairBatch):
                 ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, ticket)
                 met[i] = True
         new = [i for i, known in enumerate(met) if not known]
-        if new and len(new) < len(met) and self.coarse_solution is not None:
+        if centers is not None:
+            ddf[new] = centers[new]
+            target, settings = {**target, "proximal_center": centers}, {**settings, "proximal_center": centers}
+            met = [True] * len(met)
+        elif new and len(new) < len(met) and self.coarse_solution is not None:
             start = self.coarse_solution(moving[new], fixed[new])
             if start is not None:
                 ddf[new] = start.to(ddf)
@@ -152,6 +166,17 @@ class PreparePooledPairBatch(PreparePairBatch):
             low, high = (int(n) for n in self.random_steps)
             settings = {**settings, "max_steps": int(torch.randint(low, high + 1, (1,)))}
         return moving, target, (fixed, ddf) if any(met) else (fixed,), settings
+
+    def _proximal_centers(
+        self, slots: list[int], tickets: list[int], moving: torch.Tensor, fixed: torch.Tensor
+    ) -> torch.Tensor:
+        """What the pairs are pulled to, solved for where it is not known."""
+        assert self.centers is not None and self.coarse_solution is not None
+        new = [i for i, visit in enumerate(zip(slots, tickets, strict=True)) if not self.centers.holds(*visit)]
+        if new:
+            visits = [slots[i] for i in new], [tickets[i] for i in new]
+            self.centers.put(*visits, self.coarse_solution(moving[new], fixed[new]))
+        return self.centers.get(slots, tickets, fixed)
 
 
 class RegistrationEvaluator(SupervisedEvaluator):

@@ -156,7 +156,8 @@ class EquilibriumLoss(nn.Module):
         """
         Args:
             prediction: ``(warped, ddf, ...)``, what the network returned.
-            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``.
+            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``; where the network has a proximal term
+                and coarser levels also ``"proximal_center"``, or the penalties solve for it.
 
         Returns:
             The loss, a scalar.
@@ -182,7 +183,8 @@ class EquilibriumLoss(nn.Module):
                 "agreement_weight: each pair must be in the batch twice in a row; give the PooledPairSampler 2 starts "
                 "and the loader an even batch size."
             )
-        g = self._network[0].fixed_point_map(moving, fixed, relaxation=1.0)
+        center = {k: target[k] for k in ("proximal_center",) if k in target}
+        g = self._network[0].fixed_point_map(moving, fixed, relaxation=1.0, **center)
         if self.jacobian_weight:
             x.requires_grad_()
         if self.residual_weight or self.jacobian_weight or self.agreement_weight:

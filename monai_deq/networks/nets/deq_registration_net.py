@@ -11,7 +11,15 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import UNetUpdate, check_ddf, warp_by_ddf
-from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, recomputed, relaxed, state_map
+from monai_deq.networks.nets.iteration import (
+    check_pair,
+    hidden_channels,
+    initial_state,
+    proximal,
+    recomputed,
+    relaxed,
+    state_map,
+)
 from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
 from monai_deq.solvers import SolverRecord, build_deq, check_solver_options, solve_fixed_point, torchdeq_name
 from monai_deq.utils import as_flag
@@ -54,6 +62,11 @@ class DEQRegistrationNet(nn.Module):
             ``g(phi) = phi + alpha f_theta(moving, fixed, phi)``. The fixed points are the same. Training rewards steps
             that reach as far as they can in ``phantom_steps`` steps, and such steps end up overshooting by their own
             length, again and again; shorter ones come to rest. Not in the paper. Defaults to 1.
+        proximal_weight: weight ``nu`` of a pull back to the proximal centre ``c``, the solution of the coarser network or,
+            without one, zero: the map is ``g(phi) = phi + f_theta(moving, fixed, phi) - nu (phi - c)``, and its fixed
+            points are those displacements at which the update equals ``nu (phi - c)`` (the gradient of the proximal
+            term ``nu / 2 |phi - c|^2``). Where the images say nothing, ``f_theta`` hardly answers to a change of the
+            displacement, and a step without this term leaves nearly all of it. Not in the paper. Defaults to 0.
         use_checkpoint: keep nothing of a step in training but the state it starts from, and evaluate it again in the
             backward pass, one step at a time: the memory of one step whatever ``num_states`` and ``phantom_steps``
             are, for one more evaluation of each. It needs an update that gives the same again, without batch
@@ -61,7 +74,7 @@ class DEQRegistrationNet(nn.Module):
             ``False``.
         coarse: network of the same kind that registers the pair at half the size, by means of two voxels along each
             axis, and may itself have a coarser one. Where its iteration comes to rest is where this one starts, unless
-            it is given a start; its own settings say how far it goes. It is taken as trained: no gradient goes through
+            it is given a start, and what the proximal term pulls to; its own settings say how far it goes. It is taken as trained: no gradient goes through
             it. Not in the paper. Defaults to ``None``: the iteration starts from zero.
 
     Raises:
@@ -91,12 +104,15 @@ class DEQRegistrationNet(nn.Module):
         solver: str = "plain",
         solver_options: dict[str, Any] | None = None,
         relaxation: float = 1.0,
+        proximal_weight: float = 0.0,
         use_checkpoint: bool = False,
         coarse: DEQRegistrationNet | None = None,
     ) -> None:
         super().__init__()
         if not 0 < relaxation <= 1:
             raise ValueError(f"relaxation must be in (0, 1], got {relaxation}.")
+        if not 0 <= proximal_weight < 1:
+            raise ValueError(f"proximal_weight must be in [0, 1), got {proximal_weight}.")
         if num_states < 0 or max_steps < num_states + 1:
             raise ValueError(
                 f"num_states must be between 0 and max_steps - 1, got num_states={num_states}, max_steps={max_steps}."
@@ -124,6 +140,7 @@ class DEQRegistrationNet(nn.Module):
         self.tolerance = tolerance
         self.relative_tolerance = relative_tolerance
         self.relaxation = relaxation
+        self.proximal_weight = float(proximal_weight)
         self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
         self.coarse = coarse
         if coarse is not None:
@@ -146,7 +163,11 @@ class DEQRegistrationNet(nn.Module):
         )
 
     def fixed_point_map(
-        self, moving: torch.Tensor, fixed: torch.Tensor, relaxation: float | None = None
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        relaxation: float | None = None,
+        proximal_center: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """
         The map of a batch of pairs whose fixed point is sought.
@@ -155,12 +176,20 @@ class DEQRegistrationNet(nn.Module):
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
             relaxation: factor of the update. Defaults to the network's own.
+            proximal_center: what the proximal term pulls to, where there is one, ``(B, ndim, *spatial)``. Defaults to
+                the solution of the coarser network, which is solved for here, or zero.
 
         Returns:
             Function of a state ``(B, ndim + hidden_channels, *spatial)``.
         """
         check_pair(moving, fixed)
-        g = relaxed(state_map(self.update, moving, fixed), self.relaxation if relaxation is None else relaxation)
+        g = state_map(self.update, moving, fixed)
+        if self.proximal_weight:
+            if proximal_center is None:
+                proximal_center = self.coarse_solution(moving, fixed)
+            center = initial_state(fixed, proximal_center)
+            g = proximal(g, self.proximal_weight, center)
+        g = relaxed(g, self.relaxation if relaxation is None else relaxation)
         return recomputed(g) if self.use_checkpoint and self.training else g
 
     def coarse_solution(
@@ -195,7 +224,9 @@ class DEQRegistrationNet(nn.Module):
                 check_ddf(fixed, initial_ddf)
                 start = coarser_ddf(initial_ddf)
             start, steps = self.coarse._coarse_start(*smaller, start)
-            ddf, record = self.coarse.solve(*smaller, start)
+            # the start of the coarsest network may be given, and what it is pulled to is zero all the same
+            center = None if self.coarse.coarse is None else start
+            ddf, record = self.coarse.solve(*smaller, start, proximal_center=center)
             return finer(ddf, fixed.shape[2:]), (record.steps, *steps)
 
     def solve_state(
@@ -203,6 +234,7 @@ class DEQRegistrationNet(nn.Module):
         moving: torch.Tensor,
         fixed: torch.Tensor,
         initial_ddf: torch.Tensor | None = None,
+        proximal_center: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, SolverRecord]:
         """
@@ -213,15 +245,18 @@ class DEQRegistrationNet(nn.Module):
             fixed: ``(B, 1, *spatial)``.
             initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
                 the coarser network, or zero.
+            proximal_center: what the proximal term pulls to, where there is one, ``(B, ndim, *spatial)``. Defaults to
+                the solution of the coarser network, or zero.
             kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
 
         Returns:
             The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
         """
-        g = self.fixed_point_map(moving, fixed)
         coarse_steps: tuple[torch.Tensor, ...] = ()
-        if initial_ddf is None:
-            initial_ddf, coarse_steps = self._coarse_start(moving, fixed)
+        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
+            proximal_center, coarse_steps = self._coarse_start(moving, fixed)
+        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        g = self.fixed_point_map(moving, fixed, proximal_center=proximal_center)
         settings: dict[str, Any] = {
             "solver": self.solver,
             "max_steps": self.max_steps,
@@ -249,7 +284,8 @@ class DEQRegistrationNet(nn.Module):
             fixed: ``(B, 1, *spatial)``.
             initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
                 the coarser network, or zero.
-            kwargs: settings of :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
+            kwargs: ``proximal_center`` of :py:meth:`solve_state`, and settings of
+                :py:func:`monai_deq.solvers.solve_fixed_point` in place of the network's own.
 
         Returns:
             The displacement ``(B, ndim, *spatial)`` and the record of the solve.
@@ -264,6 +300,7 @@ class DEQRegistrationNet(nn.Module):
         fixed: torch.Tensor,
         initial_ddf: torch.Tensor | None = None,
         max_steps: int | None = None,
+        proximal_center: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """
         Args:
@@ -271,6 +308,8 @@ class DEQRegistrationNet(nn.Module):
             fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
             initial_ddf: warm start, ``(B, ndim, *spatial)``. Defaults to the solution of the coarser network, or zero.
             max_steps: step limit of this solve. Defaults to the network's own.
+            proximal_center: what the proximal term pulls to, where there is one, ``(B, ndim, *spatial)``. Defaults to
+                the solution of the coarser network, or zero.
 
         Returns:
             ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode.
@@ -281,10 +320,13 @@ class DEQRegistrationNet(nn.Module):
         if max_steps is not None and max_steps < (self.num_states + 1 if self.training else 1):
             raise ValueError(f"max_steps must be above the {self.num_states} intermediate states, got {max_steps}.")
         if not self.training:
-            ddf, _ = self.solve(moving, fixed, initial_ddf, **({} if max_steps is None else {"max_steps": max_steps}))
+            steps = {} if max_steps is None else {"max_steps": max_steps}
+            ddf, _ = self.solve(moving, fixed, initial_ddf, proximal_center=proximal_center, **steps)
             return warp_by_ddf(moving, ddf), ddf
-        initial_ddf = self.coarse_solution(moving, fixed) if initial_ddf is None else initial_ddf
-        full, short = self.fixed_point_map(moving, fixed, 1.0), self.fixed_point_map(moving, fixed)
+        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
+            proximal_center = self.coarse_solution(moving, fixed)
+        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        full, short = (self.fixed_point_map(moving, fixed, factor, proximal_center) for factor in (1.0, None))
         state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
         options = {
             "rel_tol": self.relative_tolerance,

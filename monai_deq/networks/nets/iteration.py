@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = ["check_pair", "hidden_channels", "initial_state", "recomputed", "relaxed", "state_map"]
+__all__ = ["check_pair", "hidden_channels", "initial_state", "proximal", "recomputed", "relaxed", "state_map"]
 
 
 def hidden_channels(update: nn.Module) -> int:
@@ -120,3 +120,24 @@ def relaxed(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Call
         factor: in (0, 1].
     """
     return func if factor == 1 else lambda x: torch.lerp(x, func(x), factor)
+
+
+def proximal(
+    func: Callable[[torch.Tensor], torch.Tensor], weight: float, center: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    The map ``g(x) - weight * (x - center)``: a step less the gradient of the proximal term
+    ``weight / 2 * |x - center|^2``. A hidden part of the state is left as ``g`` has it.
+
+    Args:
+        func: the map ``g``.
+        weight: in [0, 1).
+        center: ``(B, ndim, *spatial)``, the displacement that the leading channels of a state are pulled to.
+    """
+    ndim = center.shape[1]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        out, pull = func(x), weight * (x[:, :ndim] - center.to(x.dtype))
+        return out - pull if x.shape[1] == ndim else torch.cat([out[:, :ndim] - pull, out[:, ndim:]], dim=1)
+
+    return call
