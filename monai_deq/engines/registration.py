@@ -172,11 +172,12 @@ class PreparePooledPairBatch(PreparePairBatch):
     ) -> torch.Tensor:
         """What the pairs are pulled to, solved for where it is not known."""
         assert self.centers is not None and self.coarse_solution is not None
+        centers = self.centers.get(slots, tickets, fixed)
         new = [i for i, visit in enumerate(zip(slots, tickets, strict=True)) if not self.centers.holds(*visit)]
         if new:
-            visits = [slots[i] for i in new], [tickets[i] for i in new]
-            self.centers.put(*visits, self.coarse_solution(moving[new], fixed[new]))
-        return self.centers.get(slots, tickets, fixed)
+            centers[new] = self.coarse_solution(moving[new], fixed[new]).to(centers)
+            self.centers.put([slots[i] for i in new], [tickets[i] for i in new], centers[new])
+        return centers
 
 
 class RegistrationEvaluator(SupervisedEvaluator):

@@ -17,7 +17,7 @@ from monai_deq.evaluation.method_evaluation import BundleMethod
 from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import random_smooth_ddf, residual_at
+from monai_deq.solvers import random_smooth_ddf, residual_at, starting_point
 from monai_deq.utils import replace_file
 
 __all__ = ["StepScore", "default_steps", "read_step_scores", "score_steps", "write_step_scores"]
@@ -86,7 +86,7 @@ def score_steps(
         steps: numbers of steps at which to score.
         random_start_rms: RMS length in voxels of a random smooth displacement, see
             :py:func:`monai_deq.solvers.random_smooth_ddf`, from which the iteration is made a second time, on the
-            finest level; each pair has its own. Defaults to 0: it is not.
+            finest level (see :py:func:`monai_deq.solvers.starting_point`); each pair has its own. Defaults to 0: it is not.
         overrides: further entries of the configuration.
 
     Yields:
@@ -112,16 +112,18 @@ def score_steps(
         )
         similarity = LocalNormalizedCrossCorrelationLoss(spatial_dims=fixed.ndim - 2, kernel_size=5)
         with torch.no_grad():
-            g = network.fixed_point_map(moving, fixed)
             # the levels before the finest, and its first step
             first = {"max_steps": 1, "tolerance": 0.0, "solver": "plain"}
-            state, record = network.solve_state(moving, fixed, **first)
+            start, center = starting_point(network, moving, fixed)
+            g = g_other = network.fixed_point_map(moving, fixed, **center)
+            state, record = network.solve_state(moving, fixed, start, **center, **first)
             other = None
             if random_start_rms:
                 shape = (1, fixed.ndim - 2, *fixed.shape[2:])
                 start = random_smooth_ddf(shape, random_start_rms, seed=index, device=fixed.device)
-                start = getattr(network, "coarse_solution", lambda m, f, x: x)(moving, fixed, start)
-                other, _ = network.solve_state(moving, fixed, start, **first)
+                start, center = starting_point(network, moving, fixed, start)
+                g_other = network.fixed_point_map(moving, fixed, **center)
+                other, _ = network.solve_state(moving, fixed, start, **center, **first)
             for step in range(1, max(marks) + 1):
                 ddf = state[:, : fixed.ndim - 2]
                 # a first step that is not finite is not taken by the solver
@@ -148,7 +150,7 @@ def score_steps(
                     break
                 state = after
                 if other is not None:
-                    other = g(other)
+                    other = g_other(other)
 
 
 def write_step_scores(scores: Iterable[StepScore], path: str | Path) -> None:

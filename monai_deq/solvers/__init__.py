@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
-from .certificate import Certificate, Verdict, certified_solve, certify, check_certificate, residual_at, verdict
+from .certificate import (
+    Certificate,
+    Verdict,
+    certified_solve,
+    certify,
+    check_certificate,
+    residual_at,
+    starting_point,
+    verdict,
+)
 from .fixed_point import SOLVERS, anderson_solver, plain_solver, torchdeq_name
 from .random_start import random_smooth_ddf
 from .record import SolverRecord, StopReason
@@ -27,6 +36,7 @@ __all__ = [
     "residual_at",
     "solve_fixed_point",
     "spectral_radius",
+    "starting_point",
     "torchdeq_name",
     "verdict",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "certify",
     "check_certificate",
     "residual_at",
+    "starting_point",
     "verdict",
 ]
 
@@ -166,6 +167,31 @@ class _Iterates(Protocol):
     ) -> tuple[torch.Tensor, SolverRecord]: ...
 
 
+def starting_point(
+    network: Any, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """
+    Where the iteration at full size begins, when a displacement is to be forgotten: with a proximal term it enters at
+    each size of a network with coarser ones, and without at the coarsest, behind which the others start.
+
+    Args:
+        network: the network.
+        moving: ``(B, 1, *spatial)``.
+        fixed: ``(B, 1, *spatial)``.
+        initial_ddf: the displacement, ``(B, ndim, *spatial)``. Defaults to ``None``: zero at the coarsest size.
+
+    Returns:
+        The start, for ``solve_state``, and what else ``solve_state`` and ``fixed_point_map`` are to be given by keyword:
+        what a proximal term pulls to, solved for from the displacement too.
+    """
+    if getattr(network, "coarse", None) is None:
+        return initial_ddf, {}
+    center = network.coarse_solution(moving, fixed, initial_ddf)
+    if not network.proximal_weight:
+        return center, {}
+    return center if initial_ddf is None else initial_ddf, {"proximal_center": center}
+
+
 def certify(
     network: _Iterates,
     moving: torch.Tensor,
@@ -184,7 +210,7 @@ def certify(
     """
     Examine the solutions of a batch of pairs.
 
-    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory (that of one
+    Costs one evaluation of the map, and where it has a proximal term the solves of the coarser networks; with ``spectral_iterations`` one more that keeps its backward memory (that of one
     training step of a one-step network) and as many backward passes; with ``random_starts`` as many further solves.
 
     Args:
@@ -234,9 +260,8 @@ def certify(
         shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
             start = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
-            # where coarser networks come first the iteration begins with the coarsest
-            start = getattr(network, "coarse_solution", lambda m, f, x: x)(moving, fixed, start)
-            other, _ = network.solve_state(moving, fixed, start, **dict(solve_settings or {}))
+            start, center = starting_point(network, moving, fixed, start)
+            other, _ = network.solve_state(moving, fixed, start, **center, **dict(solve_settings or {}))
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())

@@ -347,6 +347,38 @@ def test_new_pairs_among_others_start_from_the_coarse_solution(ndim: int) -> Non
     assert len(PreparePooledPairBatch(StatePool(4), network=Coarse())(batch)[2]) == 1
 
 
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_what_a_proximal_term_pulls_to_is_kept_with_the_pair(ndim: int) -> None:
+    class Coarse(torch.nn.Module):
+        proximal_weight, coarse, solved = 0.1, True, 0
+
+        def coarse_solution(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+            self.solved += len(fixed)
+            return (2 * fixed - moving + 1.5).expand(-1, ndim, *fixed.shape[2:])
+
+    size = (6, 5, 4)[:ndim]
+    fixed = torch.arange(4.0).view(4, 1, *[1] * ndim).expand(4, 1, *size)
+    batch = {"moving": fixed + 1, "fixed": fixed, "slot": torch.arange(4), "ticket": torch.arange(4)}
+    pool = StatePool(4)
+    pool.put([0, 2], [0, 2], torch.full((2, ndim, *size), 0.25))
+    prepare = PreparePooledPairBatch(pool, network=Coarse(), random_steps=(3, 3))
+    centers = torch.tensor([0.5, 1.5, 2.5, 3.5]).view(4, 1, *[1] * ndim).expand(4, ndim, *size)
+    starts = torch.tensor([0.25, 1.5, 0.25, 3.5]).view(4, 1, *[1] * ndim).expand(4, ndim, *size)
+    for _ in range(2):  # the second time nothing is solved
+        moving, target, (_, ddf), settings = prepare(batch)
+        torch.testing.assert_close(ddf, starts)
+        torch.testing.assert_close(settings["proximal_center"], centers)
+        torch.testing.assert_close(target["proximal_center"], centers)
+        assert settings["max_steps"] == 3 and prepare.coarse_solution.__self__.solved == 4
+    # another pair in a slot: solved for anew, and that pair alone
+    prepare({**batch, "ticket": torch.tensor([0, 9, 2, 3])})
+    assert prepare.coarse_solution.__self__.solved == 5
+    # random starts begin elsewhere and are pulled to the same
+    _, _, (_, ddf), settings = PreparePooledPairBatch(StatePool(4), network=Coarse(), random_share=1.0)(batch)
+    assert float(ddf.abs().max()) < 3.4
+    torch.testing.assert_close(settings["proximal_center"], centers)
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

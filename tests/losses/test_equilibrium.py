@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from monai_deq.losses import EquilibriumLoss
+from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet
 
 SIZES = {2: (24, 17), 3: (12, 9, 14)}
 
@@ -54,6 +56,22 @@ def test_residual_is_the_mean_square_of_the_step(ndim: int) -> None:
     x = prediction[1].detach().double()
     expected = sum(float((0.5 - x[:, i]).square().mean()) for i in range(ndim))
     assert float(loss) == pytest.approx(5 + 3 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_residual_of_a_proximal_map(ndim: int) -> None:
+    prediction, target = inputs(ndim)
+    update = UNetUpdate(ndim, RegistrationUNet(ndim, 2 + ndim, None, (2, 2), (2,), (2,)))
+    torch.nn.init.zeros_(update.backbone.flow.weight)
+    network = DEQRegistrationNet(update, num_states=0, proximal_weight=0.2)
+    network.coarse = DEQRegistrationNet(update, num_states=0)
+    loss = EquilibriumLoss(Nothing(), network, residual_weight=3.0)
+    x = prediction[1].detach()
+    # the update does nothing: the coarser solution is zero, and what remains is the pull to it, or to what is given
+    for center in (None, torch.full_like(x, 0.5)):
+        given = {} if center is None else {"proximal_center": center}
+        expected = 0.04 * float((x - (0 if center is None else center)).square().sum(1).double().mean())
+        assert float(loss(prediction, {**target, **given})) == pytest.approx(5 + 3 * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])

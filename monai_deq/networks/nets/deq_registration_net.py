@@ -202,8 +202,8 @@ class DEQRegistrationNet(nn.Module):
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement that the coarsest network starts from, here at full size, ``(B, ndim,
-                *spatial)``. Defaults to zero.
+            initial_ddf: displacement that the coarsest network starts from, with a proximal term each of them, here at
+                full size, ``(B, ndim, *spatial)``. Defaults to zero.
 
         Returns:
             ``(B, ndim, *spatial)`` in voxels; without a coarser network the argument itself.
@@ -223,9 +223,11 @@ class DEQRegistrationNet(nn.Module):
             if initial_ddf is not None:
                 check_ddf(fixed, initial_ddf)
                 start = coarser_ddf(initial_ddf)
-            start, steps = self.coarse._coarse_start(*smaller, start)
-            # the start of the coarsest network may be given, and what it is pulled to is zero all the same
-            center = None if self.coarse.coarse is None else start
+            center, steps = self.coarse._coarse_start(*smaller, start)
+            if start is None or not self.coarse.proximal_weight:
+                start = center
+            # what the coarsest network is pulled to is zero wherever it starts
+            center = None if self.coarse.coarse is None else center
             ddf, record = self.coarse.solve(*smaller, start, proximal_center=center)
             return finer(ddf, fixed.shape[2:]), (record.steps, *steps)
 

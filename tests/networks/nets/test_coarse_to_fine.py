@@ -12,7 +12,7 @@ import torch
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
 from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
-from monai_deq.solvers import certify
+from monai_deq.solvers import certify, starting_point
 
 SIZES = [(9, 14), (16, 12), (5, 8, 7)]
 
@@ -103,6 +103,79 @@ def test_a_start_for_the_coarsest(size: tuple[int, ...]) -> None:
 def test_random_starts_of_a_certificate_begin_with_the_coarsest() -> None:
     moving, fixed = pair((16, 12))
     for network, low, high in ((net(0.0), 2.9, 3.1), (net(0.0, net(0.5)), 0.0, 1e-4)):
+        state, record = network.solve_state(moving, fixed)
+        certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
+        assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("solver", ["plain", "anderson"])
+@pytest.mark.parametrize("size", SIZES)
+def test_proximal_term_pulls_to_the_coarser_solution(size: tuple[int, ...], solver: str, training: bool) -> None:
+    ndim, (share, weight) = len(size), (0.5, 0.2)
+    moving, fixed = pair(size)
+    settings = {"proximal_weight": weight, "solver": solver, "phantom_steps": 1}
+    network = net(share, net(share, net(share, **settings), **settings), **settings).train(training)
+    levels = [(moving, fixed)]
+    for _ in range(2):
+        levels.append((coarser(levels[-1][0]), coarser(levels[-1][1])))
+    center: Any = 0.0
+    for k in (2, 1, 0):
+        target = levels[k][1] - levels[k][0]
+        # share * (target - ddf) = weight * (ddf - center)
+        solution = (share * target + weight * center) / (share + weight)
+        solution = solution.expand(-1, ndim, *target.shape[2:])
+        if k:
+            center = finer(solution, levels[k - 1][0].shape[2:])
+    torch.testing.assert_close(network(moving, fixed)[1], solution, rtol=0, atol=2e-5)
+    torch.testing.assert_close(network.coarse_solution(moving, fixed), center, rtol=0, atol=2e-5)
+    # a start of its own changes the way, and not where it ends; what it is pulled to may be given
+    start = torch.randn(2, ndim, *size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(network(moving, fixed, start)[1], solution, rtol=0, atol=2e-5)
+    other = (share * (fixed - moving) + weight * start) / (share + weight)
+    torch.testing.assert_close(network(moving, fixed, proximal_center=start)[1], other, rtol=0, atol=2e-5)
+    torch.testing.assert_close(network(moving, fixed, -start, proximal_center=start)[1], other, rtol=0, atol=2e-5)
+    # the map at a state, with full and with relaxed steps, with the coarser solution and with another
+    for factor in (1.0, 0.5):
+        for given, pulled_to in ((None, center), (start, start)):
+            g = network.fixed_point_map(moving, fixed, factor, given)
+            step = share * (fixed - moving - 2 * start) - weight * (2 * start - pulled_to)
+            torch.testing.assert_close(g(2 * start), 2 * start + factor * step, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_start_for_all_levels_of_a_proximal_network(size: tuple[int, ...]) -> None:
+    moving, fixed = pair(size)
+    start = torch.randn(2, len(size), *size, generator=torch.Generator().manual_seed(1))
+    # the updates do nothing: one step at each level, from the start towards what the level before has left
+    single = {"proximal_weight": 0.25, "max_steps": 1}
+    network = net(0.0, net(0.0, net(0.0, **single), **single), **single)
+    half = coarser_ddf(start)
+    quarter = 0.75 * coarser_ddf(half)
+    half = 0.75 * half + 0.25 * finer(quarter, half.shape[2:])
+    center = finer(half, size)
+    initial, given = starting_point(network, moving, fixed, start)
+    assert initial is start
+    torch.testing.assert_close(given, {"proximal_center": center})
+    state, _ = network.solve_state(moving, fixed, initial, **given)
+    torch.testing.assert_close(state, 0.75 * start + 0.25 * center)
+    # and with none of its own at the coarser solution
+    initial, given = starting_point(net(0.0, net(0.5, **single), **single), moving, fixed)
+    assert initial is given["proximal_center"]
+    torch.testing.assert_close(initial, net(0.0, net(0.5, **single)).coarse_solution(moving, fixed))
+    # without the proximal term the start is the coarsest network's alone, and without coarser ones its own
+    plain = net(0.0, net(0.0, net(0.0)))
+    initial, given = starting_point(plain, moving, fixed, start)
+    torch.testing.assert_close(initial, plain.coarse_solution(moving, fixed, start))
+    assert given == {} and starting_point(net(0.0, **single), moving, fixed, start) == (start, {})
+
+
+def test_random_starts_of_a_certificate_enter_at_each_level_with_a_proximal_term() -> None:
+    moving, fixed = pair((16, 12))
+    # the finest moves to its solution by a third in each step, and the start is far: it is not forgotten in two
+    settings = {"proximal_weight": 0.2, "relaxation": 0.5}
+    for steps, low, high in ((2, 0.3, 3.0), (60, 0.0, 1e-4)):
+        network = net(0.5, net(0.5, **settings), max_steps=steps, **settings)
         state, record = network.solve_state(moving, fixed)
         certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
         assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]

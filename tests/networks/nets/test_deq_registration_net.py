@@ -15,6 +15,7 @@ from monai.networks.blocks import Warp
 
 from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.solvers import spectral_radius
 
 SIZES = [(9, 7), (5, 3, 4)]
 
@@ -39,6 +40,17 @@ class Push(torch.nn.Module):
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
         return (self.rate - 1) * ddf + 1
+
+
+class Counter(torch.nn.Module):
+    """Moves the displacement by one voxel, and its hidden state counts the steps."""
+
+    hidden_channels = 2
+
+    def forward(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones_like(ddf), hidden + 1
 
 
 def tiny_update(spatial_dims: int) -> UNetUpdate:
@@ -229,6 +241,22 @@ def test_relaxed_steps_lead_to_the_same_fixed_point(size: tuple[int, ...], solve
     start = torch.zeros_like(target)
     torch.testing.assert_close(network.fixed_point_map(moving, fixed)(start), 1.26 * target)
     torch.testing.assert_close(network.fixed_point_map(moving, fixed, relaxation=1.0)(start), 2.1 * target)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_proximal_term_bounds_what_a_step_leaves(size: tuple[int, ...]) -> None:
+    """Where the update says nothing, a step leaves 1 - weight of the displacement; the hidden state is its own."""
+    moving, fixed = (image.double() for image in pair(size))
+    start = torch.randn(2, len(size), *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = {"num_states": 0, "tolerance": 0.0, "proximal_weight": 0.3}
+    silent = DEQRegistrationNet(Pull(0.0), max_steps=5, **settings).double().eval()
+    torch.testing.assert_close(silent.solve(moving, fixed, start)[0], 0.7**5 * start)
+    assert float(spectral_radius(silent.fixed_point_map(moving, fixed), start, 4)[0]) == pytest.approx(0.7, rel=1e-6)
+    hidden = DEQRegistrationNet(Counter(), max_steps=3, **settings).double().eval()
+    state, _ = hidden.solve_state(moving, fixed, start)
+    ndim = len(size)
+    torch.testing.assert_close(state[:, :ndim], 0.7**3 * start + 0.7**2 + 0.7 + 1)
+    torch.testing.assert_close(state[:, ndim:], torch.full_like(state[:, ndim:], 3.0))
 
 
 @pytest.mark.parametrize("size", SIZES)
