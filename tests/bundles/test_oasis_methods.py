@@ -69,7 +69,7 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     assert settings["max_steps"] == STEPS[method]
     assert settings["val_steps"] == (STEPS[method] if method != "deqreg_pool" else {2: 16, 3: 4}[spatial_dims])
     # the paper's systems without what is ours
-    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0}
+    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0, "proximal_weight": 0.0}
     assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in own.items())
     # an option, see methods/ablation/agreement.json
     assert settings["pool_starts"] == 1 and settings["agreement_weight"] == 0.0
