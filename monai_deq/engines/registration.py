@@ -72,8 +72,8 @@ class PreparePooledPairBatch(PreparePairBatch):
     :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
     ``network(moving, fixed, initial_ddf)``. Where all pairs of the batch are new and start from zero it is called as
     ``network(moving, fixed)``, so that a network with coarser levels begins at these; in a batch with others, new ones
-    start from the ``network``'s ``coarse_solution``. With a proximal term the solutions of the coarser levels are needed
-    each time a pair is met: they are kept as the displacements are, and given to network and loss as
+    start from the ``network``'s ``coarse_solution``. With a proximal term the solutions of the coarser levels are
+    needed each time a pair is met: they are kept as the displacements are, and given to network and loss as
     ``proximal_center``.
 
     Args:

@@ -16,6 +16,8 @@ __all__ = ["step_plots"]
 
 #: an iteration that diverges goes on to 1e30 voxels, and nothing would be seen of the others
 _LARGEST = 100.0
+#: below lies the rounding of float32
+_SMALLEST = 1e-6
 #: Okabe and Ito's palette, and a grey
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
 
@@ -28,7 +30,7 @@ def step_plots(
 ) -> Path:
     """
     Draw one panel a score: the mean over the pairs with a band of one standard error (of a residual or a distance the
-    median, up to 100 voxels), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best
+    median, between 1e-6 and 100 voxels), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best
     Dice.
 
     Args:
@@ -76,7 +78,8 @@ def step_plots(
         axis.set_xscale("log")
         if logarithmic:
             axis.set_yscale("log")
-            axis.set_ylim(top=min(axis.get_ylim()[1], _LARGEST))
+            bottom, top = axis.get_ylim()
+            axis.set_ylim(max(bottom, _SMALLEST), min(top, _LARGEST))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("steps", fontsize=8)
         axis.tick_params(labelsize=8)

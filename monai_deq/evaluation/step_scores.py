@@ -86,7 +86,8 @@ def score_steps(
         steps: numbers of steps at which to score.
         random_start_rms: RMS length in voxels of a random smooth displacement, see
             :py:func:`monai_deq.solvers.random_smooth_ddf`, from which the iteration is made a second time, on the
-            finest level (see :py:func:`monai_deq.solvers.starting_point`); each pair has its own. Defaults to 0: it is not.
+            finest level (see :py:func:`monai_deq.solvers.starting_point`); each pair has its own. Defaults to 0: it is
+            not.
         overrides: further entries of the configuration.
 
     Yields:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any, Protocol
 
@@ -160,11 +160,16 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
 class _Iterates(Protocol):
     """A registration network that can be certified."""
 
-    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Map: ...
+    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor, **kwargs: Any) -> Map: ...
 
     def solve_state(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, SolverRecord]: ...
+
+
+def _given(proximal_center: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """By keyword where there is one: not every network takes it."""
+    return {} if proximal_center is None else {"proximal_center": proximal_center}
 
 
 def starting_point(
@@ -181,8 +186,8 @@ def starting_point(
         initial_ddf: the displacement, ``(B, ndim, *spatial)``. Defaults to ``None``: zero at the coarsest size.
 
     Returns:
-        The start, for ``solve_state``, and what else ``solve_state`` and ``fixed_point_map`` are to be given by keyword:
-        what a proximal term pulls to, solved for from the displacement too.
+        The start, for ``solve_state``, and what else ``solve_state`` and ``fixed_point_map`` are to be given by
+        keyword: what a proximal term pulls to, solved for from the displacement too.
     """
     if getattr(network, "coarse", None) is None:
         return initial_ddf, {}
@@ -206,11 +211,12 @@ def certify(
     seed: int = 0,
     relative_tolerance: float = 0.0,
     solve_settings: Mapping[str, Any] | None = None,
+    proximal_center: torch.Tensor | None = None,
 ) -> list[Certificate]:
     """
     Examine the solutions of a batch of pairs.
 
-    Costs one evaluation of the map, and where it has a proximal term the solves of the coarser networks; with ``spectral_iterations`` one more that keeps its backward memory (that of one
+    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory (that of one
     training step of a one-step network) and as many backward passes; with ``random_starts`` as many further solves.
 
     Args:
@@ -228,6 +234,8 @@ def certify(
         seed: of all random numbers. Defaults to 0.
         relative_tolerance: relative residual at which a pair has converged. Defaults to 0 (not used).
         solve_settings: settings of the further solves, those of the first. Defaults to the network's own.
+        proximal_center: what the proximal term of the map pulls to, ``(B, ndim, *spatial)``. Defaults to what the
+            network solves for with its coarser ones, at the price of these solves.
 
     Returns:
         One certificate a pair.
@@ -243,7 +251,7 @@ def certify(
             f"{spectral_iterations} and {random_starts}."
         )
     ndim, batch = fixed.ndim - 2, len(fixed)
-    g = network.fixed_point_map(moving, fixed)
+    g = network.fixed_point_map(moving, fixed, **_given(proximal_center))
     with torch.no_grad():
         after = g(state)
     residuals, relatives = residual_at(lambda _: after, state, ndim)
@@ -259,9 +267,9 @@ def certify(
     if random_starts:
         shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
-            start = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
-            start, center = starting_point(network, moving, fixed, start)
-            other, _ = network.solve_state(moving, fixed, start, **center, **dict(solve_settings or {}))
+            random = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
+            start, other_center = starting_point(network, moving, fixed, random)
+            other, _ = network.solve_state(moving, fixed, start, **other_center, **dict(solve_settings or {}))
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())
@@ -308,11 +316,18 @@ def certified_solve(
         if certificate is None or not hasattr(network, "fixed_point_map"):
             ddf, record = network.solve(moving, fixed, initial_ddf, **settings)
             return ddf, record, None
-        state, record = network.solve_state(moving, fixed, initial_ddf, **settings)
+        center, coarse_steps = None, None
+        if getattr(network, "coarse", None) is not None and network.proximal_weight:
+            # once, for the solve and for the map that is examined
+            center, coarse_steps = network.coarse_start(moving, fixed)
+        state, record = network.solve_state(moving, fixed, initial_ddf, **_given(center), **settings)
+        if coarse_steps is not None:
+            record = replace(record, coarse_steps=coarse_steps)
         own = {k: getattr(network, k, 0.0) for k in ("tolerance", "relative_tolerance")}
         judged = {**own, **{k: v for k, v in settings.items() if k in own}, **certificate}
         # the further solves are those of the first, whatever the certificate takes for converged
-        certificates = certify(network, moving, fixed, state, record, **judged, solve_settings=settings)
+        judged = {**judged, "solve_settings": settings, "proximal_center": center}
+        certificates = certify(network, moving, fixed, state, record, **judged)
         ndim = fixed.ndim - 2
         # without the hidden state, which a view would keep in memory
         return state if state.shape[1] == ndim else state[:, :ndim].clone(), record, certificates

@@ -62,11 +62,11 @@ class DEQRegistrationNet(nn.Module):
             ``g(phi) = phi + alpha f_theta(moving, fixed, phi)``. The fixed points are the same. Training rewards steps
             that reach as far as they can in ``phantom_steps`` steps, and such steps end up overshooting by their own
             length, again and again; shorter ones come to rest. Not in the paper. Defaults to 1.
-        proximal_weight: weight ``nu`` of a pull back to the proximal centre ``c``, the solution of the coarser network or,
-            without one, zero: the map is ``g(phi) = phi + f_theta(moving, fixed, phi) - nu (phi - c)``, and its fixed
-            points are those displacements at which the update equals ``nu (phi - c)`` (the gradient of the proximal
-            term ``nu / 2 |phi - c|^2``). Where the images say nothing, ``f_theta`` hardly answers to a change of the
-            displacement, and a step without this term leaves nearly all of it. Not in the paper. Defaults to 0.
+        proximal_weight: weight ``nu`` of a pull back to the proximal centre ``c``, the solution of the coarser network
+            or, without one, zero: the map is ``g(phi) = phi + f_theta(moving, fixed, phi) - nu (phi - c)``, and its
+            fixed points are those displacements at which the update equals ``nu (phi - c)``, the gradient of the
+            proximal term ``nu / 2 |phi - c|^2``. Where the images say nothing, ``f_theta`` hardly answers to a change
+            of the displacement, and a step without this term leaves nearly all of it. Not in the paper. Defaults to 0.
         use_checkpoint: keep nothing of a step in training but the state it starts from, and evaluate it again in the
             backward pass, one step at a time: the memory of one step whatever ``num_states`` and ``phantom_steps``
             are, for one more evaluation of each. It needs an update that gives the same again, without batch
@@ -74,8 +74,9 @@ class DEQRegistrationNet(nn.Module):
             ``False``.
         coarse: network of the same kind that registers the pair at half the size, by means of two voxels along each
             axis, and may itself have a coarser one. Where its iteration comes to rest is where this one starts, unless
-            it is given a start, and what the proximal term pulls to; its own settings say how far it goes. It is taken as trained: no gradient goes through
-            it. Not in the paper. Defaults to ``None``: the iteration starts from zero.
+            it is given a start, and what the proximal term pulls to; its own settings say how far it goes. It is taken
+            as trained: no gradient goes through it. Not in the paper. Defaults to ``None``: the iteration starts from
+            zero.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -208,12 +209,23 @@ class DEQRegistrationNet(nn.Module):
         Returns:
             ``(B, ndim, *spatial)`` in voxels; without a coarser network the argument itself.
         """
-        return self._coarse_start(moving, fixed, initial_ddf)[0]
+        return self.coarse_start(moving, fixed, initial_ddf)[0]
 
-    def _coarse_start(
+    def coarse_start(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """The start with the steps of the solves behind it, from the finest of them to the coarsest."""
+        """
+        :py:meth:`coarse_solution` with the steps of the solves behind it.
+
+        Args:
+            moving: ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            initial_ddf: see :py:meth:`coarse_solution`. Defaults to zero.
+
+        Returns:
+            ``(B, ndim, *spatial)`` in voxels or ``None``, and ``(B,)`` each, from the finest of the coarser networks to
+            the coarsest, the steps.
+        """
         if self.coarse is None:
             return initial_ddf, ()
         check_pair(moving, fixed)
@@ -223,7 +235,7 @@ class DEQRegistrationNet(nn.Module):
             if initial_ddf is not None:
                 check_ddf(fixed, initial_ddf)
                 start = coarser_ddf(initial_ddf)
-            center, steps = self.coarse._coarse_start(*smaller, start)
+            center, steps = self.coarse.coarse_start(*smaller, start)
             if start is None or not self.coarse.proximal_weight:
                 start = center
             # what the coarsest network is pulled to is zero wherever it starts
@@ -256,7 +268,7 @@ class DEQRegistrationNet(nn.Module):
         """
         coarse_steps: tuple[torch.Tensor, ...] = ()
         if proximal_center is None and (initial_ddf is None or self.proximal_weight):
-            proximal_center, coarse_steps = self._coarse_start(moving, fixed)
+            proximal_center, coarse_steps = self.coarse_start(moving, fixed)
         initial_ddf = proximal_center if initial_ddf is None else initial_ddf
         g = self.fixed_point_map(moving, fixed, proximal_center=proximal_center)
         settings: dict[str, Any] = {

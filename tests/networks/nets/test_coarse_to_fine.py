@@ -12,7 +12,7 @@ import torch
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
 from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
-from monai_deq.solvers import certify, starting_point
+from monai_deq.solvers import certified_solve, certify, starting_point
 
 SIZES = [(9, 14), (16, 12), (5, 8, 7)]
 
@@ -179,6 +179,24 @@ def test_random_starts_of_a_certificate_enter_at_each_level_with_a_proximal_term
         state, record = network.solve_state(moving, fixed)
         certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
         assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("start", [None, 3.0])
+def test_a_certified_solve_solves_the_coarser_levels_once(start: float | None) -> None:
+    moving, fixed = pair((16, 12))
+    settings = {"proximal_weight": 0.2}
+    network = net(0.5, net(0.5, **settings), **settings)
+    initial = None if start is None else torch.full((2, 2, 16, 12), start)
+    expected, record = network.solve_state(moving, fixed, initial)
+    counted: list[int] = []
+    network.coarse.update.register_forward_pre_hook(lambda *_: counted.append(1))
+    ddf, certified, certificates = certified_solve(network, moving, fixed, initial, {})
+    assert len(counted) == int(certified.coarse_steps[0].max()) > 5
+    torch.testing.assert_close(ddf, expected)
+    torch.testing.assert_close(certified.coarse_steps, record.coarse_steps)
+    assert certificates is not None
+    # at rest, and so the map that was examined is that of the solve
+    assert all(c.verdict == "converged" and c.residual < 1e-6 for c in certificates)
 
 
 def unet(ndim: int) -> DEQRegistrationNet:
