@@ -30,8 +30,8 @@ def step_plots(
 ) -> Path:
     """
     Draw one panel a score: the mean over the pairs with a band of one standard error (of a residual or a distance the
-    median, between 1e-6 and 100 voxels), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at the best
-    Dice.
+    median, between 1e-6 and 100 voxels), on a logarithmic axis of steps; a dot at the steps trained with, a triangle at
+    the best Dice.
 
     Args:
         curves: by title of a method, by name of a score, its curve.
