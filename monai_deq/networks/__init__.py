@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from . import blocks, nets
+from .compile import compile_backbones
 from .memory_format import fast_memory_format
 from .normalization import normalize_convolutions
 from .utils import load_checkpoint, load_weights, trained_with
 
 __all__ = [
     "blocks",
+    "compile_backbones",
     "fast_memory_format",
     "load_checkpoint",
     "load_weights",
