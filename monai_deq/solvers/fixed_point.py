@@ -19,6 +19,9 @@ from monai_deq.solvers.record import SolverRecord, StopReason
 
 __all__ = ["SOLVERS", "anderson_solver", "plain_solver", "torchdeq_name"]
 
+#: how far ``patience`` shortens the steps: beyond that it is rounding that the residual cannot fall below
+_SMALLEST_SHARE = 1 / 16
+
 Map = Callable[[torch.Tensor], torch.Tensor]
 SolverOutput = tuple[torch.Tensor, list[torch.Tensor], SolverStat]
 
@@ -47,6 +50,7 @@ def _iterate(
     indexing: Sequence[int] | None,
     ddf_channels: int | None,
     damping: float = 1.0,
+    patience: int = 0,
     mixing: _Anderson | None = None,
 ) -> SolverOutput:
     """Drive the iteration until every item has stopped. See :py:func:`plain_solver`, :py:func:`anderson_solver`."""
@@ -64,6 +68,9 @@ def _iterate(
     reason = [StopReason.STEP_LIMIT] * batch
     residuals, relatives = [], []
     states: dict[int, torch.Tensor] = {}
+    best = torch.full((batch,), float("inf"), device=x.device, dtype=x.dtype)
+    waited = torch.zeros(batch, dtype=torch.long, device=x.device)
+    share = torch.full_like(best, damping)
 
     for k in range(1, max_iter + 1):
         # a map that computes in half precision must not take the state down with it
@@ -90,7 +97,13 @@ def _iterate(
         for i in torch.nonzero(done).flatten().tolist():
             reason[i] = StopReason.TOLERANCE if bool(met[i]) else StopReason.RELATIVE_TOLERANCE
 
-        candidate = gx if damping == 1 else gx - (1 - damping) * fx
+        if patience:
+            waited = torch.where(norm < best, torch.zeros_like(waited), waited + 1)
+            best = torch.fmin(best, norm)
+            late = waited >= patience
+            share = torch.where(late, (share / 2).clamp(min=_SMALLEST_SHARE * damping), share)
+            waited = torch.where(late, torch.zeros_like(waited), waited)
+        candidate = gx if damping == 1 and not patience else gx - _per_item(1 - share, fx) * fx
         if mixing is not None and k < max_iter:
             # an item that stops here, and everyone at the last step, takes g(x) itself: its residual was measured
             candidate = torch.where(_per_item(done, gx), gx, mixing(gx, fx, norm))
@@ -141,6 +154,7 @@ def plain_solver(
     rel_tol: float = 0.0,
     ddf_channels: int | None = None,
     damping: float = 1.0,
+    patience: int = 0,
 ) -> SolverOutput:
     """
     Fixed-point iteration ``x <- x + damping * (g(x) - x)``, per item.
@@ -161,6 +175,10 @@ def plain_solver(
             it. The residuals recorded are those of the displacement alone; to stop, the hidden part must be at rest to
             the same tolerance too, in its own units. Defaults to ``None``: all channels.
         damping: share of the step that is taken, in (0, 1]. Defaults to 1.
+        patience: number of steps after which an item whose residual has not fallen below its smallest takes steps
+            half as long from there on, down to a sixteenth: a map that steps across its fixed point and back again
+            cycles, and shorter steps come to rest there. Residuals are those of full steps all the same. Defaults to
+            0: steps are as long as they are.
 
     Returns:
         The final state, the states at ``indexing``, and TorchDEQ's statistics with a
@@ -171,8 +189,10 @@ def plain_solver(
     """
     if not 0 < damping <= 1:
         raise ValueError(f"damping must be in (0, 1], got {damping}.")
+    if int(patience) != patience or patience < 0:
+        raise ValueError(f"patience must be a whole number, not negative, got {patience}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
-    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, ddf_channels, damping=damping)
+    return _iterate(func, x0, max_iter, tol, rel_tol, indexing, ddf_channels, damping=damping, patience=patience)
 
 
 class _Anderson:

@@ -68,6 +68,40 @@ def test_linear_maps(solver: str, matrix: np.ndarray, shape: tuple[int, ...]) ->
     np.testing.assert_allclose(state.flatten(1), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("rate", [3.3, 3.5])
+def test_patience_ends_a_cycle(rate: float) -> None:
+    # the logistic map: cycles of 2 and 4 around a fixed point with slope below -1; the second item is a contraction
+    expected = brentq(lambda x: rate * x * (1 - x) - x, 0.3, 0.9, xtol=1e-15)
+    start = torch.full((2, 1, 3), 0.4, dtype=torch.float64)
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rate * x[:1] * (1 - x[:1]), 0.5 * x[1:] + 0.1])
+
+    settings: dict[str, Any] = {"max_steps": 120, "tolerance": 1e-12}
+    cycling, record = solve_fixed_point(g, start, **settings)
+    assert record.converged.tolist() == [False, True]
+    state, patient = solve_fixed_point(g, start, **settings, solver_options={"patience": 5})
+    assert patient.converged.all()
+    np.testing.assert_allclose(state[0], expected, rtol=0, atol=1e-10)
+    # the other item is not touched
+    assert torch.equal(state[1], cycling[1]) and patient.steps[1] == record.steps[1]
+
+
+def test_patience_waits_as_long_as_it_says() -> None:
+    # slope -1: the residual stays as it is; halved steps hit the fixed point at once
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return 1 - x
+
+    for patience in (1, 3):
+        start = torch.zeros(1, 1, 2, dtype=torch.float64)
+        state, record = solve_fixed_point(g, start, max_steps=20, tolerance=0.0, solver_options={"patience": patience})
+        assert bool((state == 0.5).all())
+        # the first residual is the smallest; after `patience` that are no smaller comes the half step, then 0
+        assert record.residual[0, : int(record.steps[0])].tolist() == pytest.approx(
+            [2**0.5 * 2**-0.5] * (patience + 1) + [0.0]
+        )
+
+
 @BOTH
 def test_cosine(solver: str) -> None:
     expected = brentq(lambda x: np.cos(x) - x, 0, 1, xtol=1e-15)
@@ -633,10 +667,11 @@ def test_as_backward_solver(solver: str, stop_mode: str) -> None:
     ("solver", "options", "words"),
     [
         ("newton", None, "unknown solver 'newton', available: 'plain', 'anderson'"),
-        ("plain", {"m": 3}, r"unknown options \['m'\] for solver 'plain', it takes \['damping'\]"),
+        ("plain", {"m": 3}, r"unknown options \['m'\] for solver 'plain', it takes \['damping', 'patience'\]"),
         ("anderson", {"max_iter": 3}, "unknown options .*'growth_limit', 'regularization', 'window'"),
         ("plain", {"damping": 0.0}, r"damping must be in \(0, 1\], got 0.0"),
         ("plain", {"damping": 1.5}, r"damping must be in \(0, 1\], got 1.5"),
+        ("plain", {"patience": -1}, "patience must be a whole number, not negative, got -1"),
         ("anderson", {"window": 0}, "window must be at least 1, got 0"),
         ("anderson", {"regularization": -1.0}, "regularization must not be negative, got -1.0"),
         ("anderson", {"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
