@@ -13,6 +13,7 @@ from .memory_plot import memory_plot
 from .method_costs import measure_costs
 from .method_evaluation import BundleMethod, evaluate_method
 from .method_results import METRIC_COLUMNS, MethodResult, MetricColumn, read_pair_results
+from .scaling_benchmark import SCALING_CASES, ScalingRow, measure_scaling, scaling_table
 from .speed_benchmark import SPEED_CASES, SpeedRow, measure_speed, speed_table
 from .statistics import holm_correction, paired_wilcoxon
 from .step_plots import step_plots
@@ -32,7 +33,9 @@ __all__ = [
     "MemoryRow",
     "MethodResult",
     "MetricColumn",
+    "SCALING_CASES",
     "SPEED_CASES",
+    "ScalingRow",
     "SpeedRow",
     "StepCurve",
     "StepScore",
@@ -48,10 +51,12 @@ __all__ = [
     "measure_memory",
     "memory_plot",
     "memory_table",
+    "measure_scaling",
     "measure_speed",
     "paired_wilcoxon",
     "read_pair_results",
     "saved_for_backward",
+    "scaling_table",
     "score_steps",
     "speed_table",
     "step_curves",

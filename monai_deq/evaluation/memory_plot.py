@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory over the number of steps (paper, Fig. 2c)."""
+"""Memory, or time, over the number of steps (paper, Fig. 2c) or of voxels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ __all__ = ["memory_plot"]
 
 
 def memory_plot(
-    points: Mapping[str, Sequence[tuple[int, float]]], title: str, path: str | Path, overwrite: bool = False
+    points: Mapping[str, Sequence[tuple[int, float]]],
+    title: str,
+    path: str | Path,
+    overwrite: bool = False,
+    x_label: str = "steps",
 ) -> Path:
     """
     Draw a line for each system, and one across the figure for a system of one step.
 
     Args:
-        points: by title of a system, its steps with the memory; one that is not finite is left out.
+        points: by title of a system, its steps with the memory, or what else is drawn over what else; one that is not
+            finite is left out.
         title: of the figure, with the unit.
         path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
         overwrite: replace an existing file. Defaults to ``False``.
+        x_label: of the horizontal axis. Defaults to ``"steps"``.
 
     Returns:
         the picture's path.
@@ -51,7 +57,7 @@ def memory_plot(
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel("steps", fontsize=8)
+    axis.set_xlabel(x_label, fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(color="#DDDDDD", linewidth=0.6)
     for side in ("top", "right"):
