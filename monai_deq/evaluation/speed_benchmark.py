@@ -19,15 +19,15 @@ from monai_deq.utils import as_flag, refuse_existing, replace_file
 
 __all__ = ["SPEED_CASES", "SpeedRow", "measure_speed", "speed_table"]
 
-_QUICK = {"solver": "anderson", "solver_options": {"window": 3}, "coarse_solver": "anderson", "coarse_steps": 16}
+_ANDERSON = {"method": "deqreg_pool", "solver": "anderson", "coarse_solver": "anderson"}
 
 #: what is measured by default: by title the overlay and further entries of the bundle's ``evaluate.json``
 SPEED_CASES: dict[str, dict[str, Any]] = {
     "RIIR": {"method": "riir"},
-    "DEQReg": {"method": "deqreg_pool"},
-    "DEQReg, Anderson": {"method": "deqreg_pool", "solver": "anderson", "coarse_solver": "anderson"},
-    "DEQReg, Anderson, 24 steps": {"method": "deqreg_pool", "solver_steps": 24, **_QUICK},
-    "DEQReg, Anderson, 12 steps": {"method": "deqreg_pool", "solver_steps": 12, **_QUICK},
+    "DEQReg, plain": {"method": "deqreg_pool"},
+    "DEQReg, Anderson": _ANDERSON,
+    "DEQReg, Anderson to 0.003 voxel": {**_ANDERSON, "tolerance": 0.003, "coarse_tolerance": 0.001},
+    "DEQReg, Anderson to 0.005 voxel": {**_ANDERSON, "tolerance": 0.005, "coarse_tolerance": 0.005},
 }
 
 
