@@ -216,7 +216,7 @@ def test_resumed_training_is_the_same_as_an_uninterrupted_one(cohort: Path, tmp_
     [
         ("does not exist", {"dataset_dir": "nowhere"}),
         ("No OASIS data set", {"dataset_dir": "."}),
-        ("unknown solver 'newton'", {"network_def#solver": "newton", "dataset_dir": "@cohort"}),
+        ("unknown solver 'newton'", {"finest_network#solver": "newton", "dataset_dir": "@cohort"}),
         ("7 subjects", {"split_sizes": "[300,30,84]", "dataset_dir": "@cohort"}),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .coarse_to_fine import coarse_to_fine
 from .deq_registration_net import DEQRegistrationNet
+from .pair_network import PairNetwork
 from .unrolled_registration_net import UnrolledRegistrationNet
 
-__all__ = ["DEQRegistrationNet", "UnrolledRegistrationNet", "coarse_to_fine"]
+__all__ = ["DEQRegistrationNet", "PairNetwork", "UnrolledRegistrationNet", "coarse_to_fine"]
