@@ -69,8 +69,9 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     assert settings["max_steps"] == STEPS[method]
     assert settings["val_steps"] == (STEPS[method] if method != "deqreg_pool" else {2: 16, 3: 4}[spatial_dims])
     # the paper's systems without what is ours
-    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0, "proximal_weight": 0.0}
+    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0}
     assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in own.items())
+    assert settings["proximal_weight"] == 0.0  # the sample's few steps are without the term
     # an option, see methods/ablation/agreement.json
     assert settings["pool_starts"] == 1 and settings["agreement_weight"] == 0.0
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
@@ -80,6 +81,14 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     summary = json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())
     assert summary["method"] == title and summary["num_pairs"] == 2
     assert all(pair["steps"] <= settings["val_steps"] for pair in summary["pairs"])
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_proximal_term_with_real_data(method: str) -> None:
+    parser = ConfigParser()
+    parser.read_config(configs("train", 3, method))
+    parser.update({"is_sample": False})
+    assert parser.get_parsed_content("proximal_weight") == (0.1 if method == "deqreg_pool" else 0.0)
 
 
 ABLATION = sorted(p.stem for p in (BUNDLE / "methods" / "ablation").glob("*.json"))
