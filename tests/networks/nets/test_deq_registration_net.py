@@ -468,7 +468,10 @@ def test_state_dict_and_copies(size: tuple[int, ...]) -> None:
         ({"relative_tolerance": -1.0}, "relative_tolerance must not be negative, got -1.0"),
         ({"implicit_tolerance": float("nan")}, "implicit_tolerance must not be negative, got nan"),
         ({"solver": "broyden"}, "unknown solver 'broyden', available: 'plain', 'anderson'"),
-        ({"solver_options": {"window": 3}}, r"unknown options \['window'\] for solver 'plain', it takes \['damping', "),
+        (
+            {"solver_options": {"window": 3}},
+            r"unknown options \['window'\] for solver 'plain', it takes \['damping', 'patience'\]",
+        ),
         ({"solver_options": {"max_iter": 3}}, "unknown options"),
         ({"solver_options": {"damping": 2.0}}, r"damping must be in \(0, 1\], got 2.0"),
         ({"solver": "anderson", "solver_options": {"window": 0}}, "window must be at least 1, got 0"),
