@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from monai.utils import optional_import
 
+from monai_deq.evaluation.benchmark_cases import check_cases, check_count, plain_rows, with_time
 from monai_deq.evaluation.memory import training_memory
 from monai_deq.evaluation.memory_plot import memory_plot
 from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
@@ -113,14 +114,8 @@ def measure_scaling(
     shapes = [tuple(int(n) for n in size) for size in sizes]
     if not shapes or len({len(s) for s in shapes}) > 1 or any(len(s) not in (2, 3) or min(s) < 1 for s in shapes):
         raise ValueError(f"sizes must be sizes of images, all of two or all of three numbers, got {shapes}.")
-    cases = dict(SCALING_CASES if cases is None else cases)
-    if not cases:
-        raise ValueError("cases must not be empty.")
-    for title, case in cases.items():
-        if not isinstance(case, Mapping) or not isinstance(case.get("method"), str):
-            raise ValueError(f"cases: {title!r} must be a dictionary with the name of an overlay under 'method'.")
-    if int(rounds) != rounds or rounds < 1:
-        raise ValueError(f"rounds must be a whole number of at least 1, got {rounds}.")
+    cases = check_cases(SCALING_CASES if cases is None else cases)
+    check_count(rounds, "rounds")
     output_dir = Path(output_dir)
     files = [output_dir / f"scaling{s}" for s in (".json", ".md", "_time.png", "_memory.png")]
     if not as_flag(overwrite, "overwrite"):
@@ -143,20 +138,11 @@ def measure_scaling(
                 measured[title] = ScalingRow(title, size, failure=root_cause(e))
         timings = time_side_by_side(functions, rounds=rounds, device=device)
         reference = timings.get(next(iter(cases)))
-        for title, row in measured.items():
-            if title in timings:
-                timing, entries = timings[title], asdict(row)
-                if timing.failure is not None:
-                    entries["failure"] = timing.failure
-                else:
-                    entries["seconds"] = timing.median
-                    entries["time_ratio"] = float("nan") if reference is None else timing.ratio_to(reference)
-                row = ScalingRow(**entries)
-            rows.append(row)
+        rows += [with_time(r, timings[t], reference) if t in timings else r for t, r in measured.items()]
 
     with replace_file(files[0]) as path:
-        kept = [{k: None if v != v else v for k, v in asdict(row).items()} for row in rows]
-        path.write_text(json.dumps({"cases": cases, "settings": overrides, "rows": kept}, indent=2, default=str) + "\n")
+        content = {"cases": cases, "settings": overrides, "rows": plain_rows(rows)}
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
     text = scaling_table(rows)
     with replace_file(files[1]) as path:
         path.write_text(text)

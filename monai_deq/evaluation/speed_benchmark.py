@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from monai_deq.evaluation.benchmark_cases import check_cases, check_count, plain_rows, with_time
 from monai_deq.evaluation.method_costs import FirstPair
 from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
@@ -94,14 +95,8 @@ def measure_speed(
     """
     logger = logging.getLogger("monai_deq")
     overlays = [overlays] if isinstance(overlays, (str, Path)) else list(overlays)
-    cases = dict(SPEED_CASES if cases is None else cases)
-    for title, case in cases.items():
-        if not isinstance(case, Mapping) or not isinstance(case.get("method"), str):
-            raise ValueError(f"cases: {title!r} must be a dictionary with the name of an overlay under 'method'.")
-    if not cases:
-        raise ValueError("cases must not be empty.")
-    if int(rounds) != rounds or rounds < 1:
-        raise ValueError(f"rounds must be a whole number of at least 1, got {rounds}.")
+    cases = check_cases(SPEED_CASES if cases is None else cases)
+    check_count(rounds, "rounds")
     output_dir = Path(output_dir)
     files = [output_dir / f"speed.{s}" for s in ("json", "md")]
     if not as_flag(overwrite, "overwrite"):
@@ -134,17 +129,14 @@ def measure_speed(
     timings = time_side_by_side(functions, rounds=rounds, device=device)
     reference = timings.get(next(iter(cases)))
     for title, timing in timings.items():
-        row = asdict(rows[title])
-        if timing.failure is not None:
-            row["failure"] = timing.failure
-        else:
-            row["seconds"] = timing.median
-            row["time_ratio"] = float("nan") if reference is None else timing.ratio_to(reference)
-        rows[title] = SpeedRow(**row)
+        rows[title] = with_time(rows[title], timing, reference)
 
     ordered = [rows[title] for title in cases]
-    entries = [{k: None if v != v else v for k, v in asdict(row).items()} for row in ordered]
-    content = {"cases": cases, "settings": {k: v for k, v in overrides.items() if k != "dataset_dir"}, "rows": entries}
+    content = {
+        "cases": cases,
+        "settings": {k: v for k, v in overrides.items() if k != "dataset_dir"},
+        "rows": plain_rows(ordered),
+    }
     with replace_file(files[0]) as path:
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
     text = speed_table(ordered)
