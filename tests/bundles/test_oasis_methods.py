@@ -69,9 +69,14 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     assert settings["max_steps"] == STEPS[method]
     assert settings["val_steps"] == (STEPS[method] if method != "deqreg_pool" else {2: 16, 3: 4}[spatial_dims])
     # the paper's systems without what is ours
-    own = {"pool_renewal": 1.0, "random_start_share": 0.0, "contraction_weight": 0.0}
-    assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in own.items())
-    assert settings["proximal_weight"] == 0.0  # the sample's few steps are without the term
+    plain = {
+        "pool_renewal": 1.0,
+        "random_start_share": 0.0,
+        "contraction_weight": 0.0,
+        "relaxation": 1.0,
+        "proximal_weight": 0.0,
+    }
+    assert all((settings[k] == v) == (method != "deqreg_pool") for k, v in plain.items())
     # an option, see methods/ablation/agreement.json
     assert settings["pool_starts"] == 1 and settings["agreement_weight"] == 0.0
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
@@ -83,12 +88,21 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
     assert all(pair["steps"] <= settings["val_steps"] for pair in summary["pairs"])
 
 
-@pytest.mark.parametrize("method", LEARNED)
-def test_proximal_term_with_real_data(method: str) -> None:
-    parser = ConfigParser()
-    parser.read_config(configs("train", 3, method))
-    parser.update({"is_sample": False})
-    assert parser.get_parsed_content("proximal_weight") == (0.1 if method == "deqreg_pool" else 0.0)
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_recipe_is_the_default_of_real_data(bundle_name: str) -> None:
+    recipe = ("pool_renewal", "random_start_share", "contraction_weight", "relaxation", "proximal_weight")
+
+    def settings(is_sample: bool, *overlays: str) -> list:
+        parser = ConfigParser()
+        parser.read_config([str(BUNDLE.parent / bundle_name / f) for f in ("train.json", *overlays)])
+        parser.update({"is_sample": is_sample})
+        return [parser.get_parsed_content(k) for k in ("method", *recipe)]
+
+    pooled = ["DEQReg-pool", 0.2, 0.4, 0.03, 0.5, 0.1]
+    assert settings(False) == settings(False, "methods/deqreg_pool.json") == pooled
+    assert settings(True, "methods/deqreg_pool.json") == pooled
+    # a few minutes teach the sample's network to register, not to rest
+    assert settings(True) == settings(True, "methods/deqreg.json") == ["DEQReg", 1.0, 0.0, 0.0, 1.0, 0.0]
 
 
 ABLATION = sorted(p.stem for p in (BUNDLE / "methods" / "ablation").glob("*.json"))
@@ -102,7 +116,7 @@ def test_ablation_trains_and_evaluates(name: str, cohort: Path, tmp_path: Path) 
     bundle("training", files, tmp_path, **common, max_epochs=1, pairs_per_epoch=2, val_steps=3, **steps)
     settings = json.loads((tmp_path / "models" / "model.json").read_text())
     overlay = ConfigParser.load_config_file(files[-1])
-    changed = {k: v for k, v in overlay.items() if k not in ("random_steps", "update", "backbone_update")}
+    changed = {k: v for k, v in overlay.items() if k not in ("pooled", "random_steps", "update", "backbone_update")}
     assert {k: settings[k] for k in changed} == changed and settings["method"] != "DEQReg-pool"
     bundle("evaluating", configs("evaluate", 2, f"ablation/{name}"), tmp_path, **common, split="validation")
     assert json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())["method"] == overlay["method"]

@@ -29,7 +29,8 @@ def bundle(run_id: str, config: str, folder: Path, spatial_dims: int, **override
 
 
 def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
-    settings = {"pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2, "pool_renewal": 0.3, "val_steps": 4}
+    settings = {"pooled": True, "pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2, "pool_renewal": 0.3}
+    settings["val_steps"] = 4
     bundle("training", "train", folder, spatial_dims, **{**settings, **overrides})
     return torch.load(folder / "models" / "last.pt", weights_only=True)
 
