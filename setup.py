@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+DOCS = ["sphinx>=7.3", "myst-parser>=3", "furo"]
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "monai_deq" / "__init__.py").read_text(), re.M).group(1)  # type: ignore[union-attr]
 
 setup(
@@ -31,7 +32,7 @@ setup(
     extras_require={
         "elastix": ["itk-elastix"],
         "figures": ["matplotlib>=3.10"],
-        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "itk-elastix", "matplotlib>=3.10"],
-        "docs": ["sphinx", "myst-parser", "furo"],
+        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "itk-elastix", "matplotlib>=3.10", *DOCS],
+        "docs": DOCS,
     },
 )

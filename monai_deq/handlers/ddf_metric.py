@@ -20,10 +20,10 @@ class DDFMetricHandler(WholeOutputMetricHandler):
     tensor of batch size 2 becomes a field and its "target", and a wrong number is reported. Here the type of what
     ``output_transform`` returns decides, with nothing left to the batch size:
 
-    - a tensor is a batch of fields, shape (B, ndim, *spatial);
+    - a tensor is a batch of fields, shape ``(B, ndim, *spatial)``;
     - a list is a batch of fields, each of shape (ndim, *spatial), as after ``decollate_batch``;
-    - a tuple is the pair (fields, masks), each a tensor or a list as above, masks of shape (B, 1, *spatial) or
-      (1, *spatial); masks may be None.
+    - a tuple is the pair (fields, masks), each a tensor or a list as above, masks of shape ``(B, 1, *spatial)`` or
+      ``(1, *spatial)``; masks may be None.
 
     ``monai.handlers.from_engine("ddf")`` and ``from_engine(["ddf", "mask"])`` return just that.
     """

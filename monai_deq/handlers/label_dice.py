@@ -22,9 +22,9 @@ class LabelDice(WholeOutputMetricHandler):
         labels: the labels to score, without the background 0.
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
         output_transform: takes ``engine.state.output`` to ``(warped_label, fixed_label)`` or to
-            ``(warped_label, fixed_label, moving_label)``, a tuple whose elements are tensors (B, 1, *spatial) or lists
-            of tensors (1, *spatial); with the moving labels, one that the warp made vanish scores 0. Defaults to
-            identity.
+            ``(warped_label, fixed_label, moving_label)``, a tuple whose elements are tensors ``(B, 1, *spatial)`` or
+            lists of tensors ``(1, *spatial)``; with the moving labels, one that the warp made vanish scores 0. Defaults
+            to identity.
         save_details: whether to keep the scores of every pair in ``engine.state.metric_details``. Defaults to True.
 
     See also:

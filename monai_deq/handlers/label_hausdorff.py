@@ -24,7 +24,7 @@ class LabelHausdorff(WholeOutputMetricHandler):
         percentile: e.g. 95 for HD95. Defaults to ``None``: the largest distance.
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
         output_transform: takes ``engine.state.output`` to the tuple ``(warped_label, fixed_label)``, tensors
-            (B, 1, *spatial) or lists of tensors (1, *spatial). Defaults to identity.
+            ``(B, 1, *spatial)`` or lists of tensors ``(1, *spatial)``. Defaults to identity.
         save_details: whether to keep the scores of every pair in ``engine.state.metric_details``. Defaults to True.
     """
 

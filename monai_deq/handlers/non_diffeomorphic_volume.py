@@ -19,8 +19,9 @@ class NonDiffeomorphicVolume(DDFMetricHandler):
 
     Args:
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
-        output_transform: takes ``engine.state.output`` to a ddf tensor (B, ndim, *spatial), a list of ddf tensors
-            (ndim, *spatial), or a tuple (ddf, mask) of either; see :py:class:`DDFMetricHandler`. Defaults to identity.
+        output_transform: takes ``engine.state.output`` to a ddf tensor ``(B, ndim, *spatial)``, a list of ddf tensors
+            ``(ndim, *spatial)``, or a tuple (ddf, mask) of either; see :py:class:`DDFMetricHandler`. Defaults to
+            identity.
         save_details: whether to keep the score of every field in ``engine.state.metric_details``. Defaults to True.
 
     See also:

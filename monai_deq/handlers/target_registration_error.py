@@ -30,8 +30,8 @@ class TargetRegistrationError(WholeOutputMetricHandler):
         reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
         output_transform: takes ``engine.state.output`` to the tuple ``(ddf, fixed_points, moving_points)`` or
             ``(ddf, fixed_points, moving_points, reference)``, whose elements are batch-first tensors or lists of
-            tensors without the batch axis: displacement fields (ndim, *spatial), landmarks (N, ndim) in voxels, and
-            images (C, *spatial) on the field's grid whose affine tells the voxel size. Defaults to identity.
+            tensors without the batch axis: displacement fields ``(ndim, *spatial)``, landmarks (N, ndim) in voxels, and
+            images ``(C, *spatial)`` on the field's grid whose affine tells the voxel size. Defaults to identity.
         save_details: whether to keep the error of every pair in ``engine.state.metric_details``. Defaults to True.
 
     See also:

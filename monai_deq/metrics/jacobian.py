@@ -51,11 +51,11 @@ def check_mask(mask: torch.Tensor | None, ddf: torch.Tensor) -> torch.Tensor | N
     Check a mask against the field that it goes with.
 
     Args:
-        mask: shape (B, 1, *spatial), inside where greater than zero; or None for the whole grid.
-        ddf: displacement field, shape (B, ndim, *spatial).
+        mask: shape ``(B, 1, *spatial)``, inside where greater than zero; or None for the whole grid.
+        ddf: displacement field, shape ``(B, ndim, *spatial)``.
 
     Returns:
-        boolean mask on the field's device, shape (B, 1, *spatial), or None.
+        boolean mask on the field's device, shape ``(B, 1, *spatial)``, or None.
 
     Raises:
         TypeError: when ``mask`` is neither None nor a tensor.
@@ -77,8 +77,8 @@ def values_inside(field: torch.Tensor, mask: torch.Tensor | None) -> list[torch.
     The values of a scalar field inside the mask, item by item.
 
     Args:
-        field: shape (B, 1, *spatial).
-        mask: boolean, shape (B, 1, *spatial), or None for all values.
+        field: shape ``(B, 1, *spatial)``.
+        mask: boolean, shape ``(B, 1, *spatial)``, or None for all values.
 
     Returns:
         one flat tensor per batch item, empty where the item's mask is empty.
@@ -119,7 +119,7 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; channel i displaces array axis i.
 
     Returns:
-        shape (B, 1, *spatial), float32, or float64 for a float64 field.
+        shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
 
     Raises:
         TypeError: when ``ddf`` is not a tensor.

@@ -70,10 +70,10 @@ def compute_label_dice(
     warping, as Learn2Reg does: then a label that the warp itself made vanish scores 0, without it NaN.
 
     Args:
-        warped_label: moving labels warped with nearest neighbour, shape (B, 1, *spatial), integer values.
+        warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
         fixed_label: fixed labels, same shape.
         labels: the labels to score, without the background 0.
-        moving_label: moving labels before the warp, shape (B, 1, *any spatial shape). Defaults to None.
+        moving_label: moving labels before the warp, shape ``(B, 1, *any spatial shape)``. Defaults to None.
 
     Returns:
         scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where a label is absent.
@@ -112,7 +112,7 @@ def compute_label_hausdorff(
     directed percentiles, unweighted by surface area.
 
     Args:
-        warped_label: moving labels warped with nearest neighbour, shape (B, 1, *spatial), integer values.
+        warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
         fixed_label: fixed labels, same shape.
         labels: the labels to score, without the background 0.
         spacing: size of a voxel in mm, one number or one per axis. Defaults to None: 1 mm.

@@ -51,7 +51,7 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
-        mask: shape (B, 1, *spatial); only voxels greater than zero are counted. Defaults to None: the whole grid.
+        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
 
     Returns:
         percentages, shape (B, 1); NaN where the mask is empty.

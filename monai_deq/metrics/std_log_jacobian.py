@@ -40,7 +40,7 @@ def compute_std_log_jacobian(
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; at least 2 voxels along each axis,
             5 for ``"learn2reg"``.
-        mask: shape (B, 1, *spatial); only voxels greater than zero are counted. Defaults to None: the whole grid.
+        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
         form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
 
     Returns:
