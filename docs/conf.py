@@ -34,7 +34,7 @@ python_use_unqualified_type_names = True
 
 #: pages that are a file from elsewhere in the repository, by that file
 _PAGES = {
-    "README.md": "index.md",
+    "README.md": "results.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "bundles/oasis/docs/README.md": "bundles/oasis.md",
@@ -53,8 +53,8 @@ def _as_page(file: Path, text: str) -> str:
 
     def page(link: re.Match[str]) -> str:
         target = Path(os.path.normpath(file.parent / link["path"]))
-        if link["path"].startswith("/") or not target.is_relative_to(ROOT):
-            return link[0]
+        if link["path"].startswith("/") or not target.is_relative_to(ROOT) or not target.exists():
+            return link[0]  # of a dead one Sphinx warns
         path = target.relative_to(ROOT).as_posix()
         if path in _PAGES:
             path = _PAGES[path]
