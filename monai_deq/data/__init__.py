@@ -33,6 +33,7 @@ from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
 from .scan_pairs import learn2reg_scan_pairs, listed_pairs, scan_pairs, split_scan_pairs
+from .shard import ShardSampler
 from .state_pool import StatePool
 from .unpack import check_archive, unpack_archive
 
@@ -57,6 +58,7 @@ __all__ = [
     "PooledPairSampler",
     "PublicDataset",
     "RandomPairSampler",
+    "ShardSampler",
     "StatePool",
     "cached_subjects",
     "check_archive",

@@ -134,12 +134,14 @@ class _PooledSampler(PairSampler):
                     held[slot] = (pair, ticket)
                     ticket += 1
                 drawn.append((*held[slot], slot))
+        # no two processes have the same ticket: random starts are drawn by it
+        drawn = [(pair, number * self.num_replicas + self.rank, slot) for pair, number, slot in drawn]
         n = self.starts
         return iter(self._item(pair, slot * n + i, number * n + i) for pair, number, slot in drawn for i in range(n))
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws depend on; the states of a pool mean nothing with other draws."""
-        names = (self._things, "slots", "starts", "renewal", "seed")
+        names = (self._things, "slots", "starts", "renewal", "seed", "num_replicas")
         return {**{name: getattr(self, name) for name in names}, "draws": len(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,6 +154,7 @@ class _PooledSampler(PairSampler):
         Raises:
             ValueError: When they are others.
         """
+        state = {"num_replicas": 1, **state}  # which checkpoints did not say at first
         changed = {name: (state.get(name), own) for name, own in self.state_dict().items() if state.get(name) != own}
         if changed:
             words = ", ".join(f"{name} {was} (now {now})" for name, (was, now) in changed.items())

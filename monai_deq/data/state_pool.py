@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from monai_deq.utils import gather_to_first, process_count, process_rank
+
 __all__ = ["StatePool"]
 
 
@@ -24,7 +26,8 @@ class StatePool:
 
     The pool has numbered slots. A slot holds the displacement of one visit of one pair, known by its ``ticket``, a
     number that grows whenever the slot is given to another pair; a displacement of an older ticket is neither handed
-    out nor taken. So it does not matter how far a data loader with workers runs ahead. Each process keeps its own pool.
+    out nor taken. So it does not matter how far a data loader with workers runs ahead. Each process keeps its own pool;
+    a checkpoint has those of all processes, one behind the other.
 
     The displacements are float32, one array of ``(slots, ndim, *spatial)`` that never grows, in memory or in a nameless
     temporary file in a folder of choice.
@@ -140,26 +143,37 @@ class StatePool:
     def state_dict(self) -> dict[str, Any]:
         """
         What a resumed training goes on with. Displacements in a file are left out: they are too large for a
-        checkpoint, and their pairs start anew.
+        checkpoint, and their pairs start anew. Of several processes all must call it, and the first one gets the slots
+        of all, those of the others behind its own.
         """
-        kept = self._states is not None and self.folder is None
+        tickets, states = torch.tensor([-1] * self.slots), torch.zeros(0)
+        if self._states is not None and self.folder is None:
+            tickets, states = torch.tensor(self.tickets), self._states
+        parts = None if process_count() == 1 else gather_to_first((tickets, states))
+        if parts is None:
+            return {"tickets": tickets, "states": states}
+        sizes = {part.shape[1:] for _, part in parts if len(part)}
+        # a process that holds nothing yet has the slots nevertheless
+        blocks = [part if len(part) else torch.zeros(self.slots, *size) for size in sizes for _, part in parts]
         return {
-            "tickets": torch.tensor(self.tickets if kept else [-1] * self.slots),
-            "states": self._states if kept else torch.zeros(0),
+            "tickets": torch.cat([part for part, _ in parts]),
+            "states": torch.cat(blocks) if blocks else states,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
         Args:
-            state: what :py:meth:`state_dict` returned.
+            state: what :py:meth:`state_dict` returned; of several processes each takes its own slots.
 
         Raises:
-            ValueError: When the number of slots is another.
+            ValueError: When the number of slots, over all processes, is another.
         """
         tickets = [int(t) for t in state["tickets"]]
-        if len(tickets) != self.slots:
-            raise ValueError(f"the checkpoint has a pool of {len(tickets)} slots, this one has {self.slots}.")
-        self.tickets, self._states = tickets, None
+        total = self.slots * process_count()
+        if len(tickets) != total:
+            raise ValueError(f"the checkpoint has a pool of {len(tickets)} slots, this one has {total}.")
+        own = slice(process_rank() * self.slots, (process_rank() + 1) * self.slots)
+        self.tickets, self._states = tickets[own], None
         if len(state["states"]):
             self._states = self._allocate(state["states"].shape[1:])
-            self._states.copy_(state["states"])
+            self._states.copy_(state["states"][own])

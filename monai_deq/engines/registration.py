@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents, PrepareBatch
 
 from monai_deq.data import StatePool
 from monai_deq.solvers import random_smooth_ddf
+from monai_deq.utils import process_count
 
 __all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"]
 
@@ -185,7 +187,24 @@ class RegistrationEvaluator(SupervisedEvaluator):
     :py:class:`monai.engines.SupervisedEvaluator` for pairs. The output of an iteration is one flat dictionary: the
     items of the batch (images, label maps, names) with what the inferer returned beside them, so that postprocessing
     transforms and metrics find ``ddf``, ``warped``, ``fixed_label``, ... by key.
+
+    Of several processes one that has no pair takes part in what its handlers do before and after the pairs, such as
+    putting scores together; MONAI's own leaves it out, and the others wait for it.
     """
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """
+        Evaluate all pairs.
+
+        Args:
+            global_epoch: epoch of the training that the evaluation belongs to. Defaults to 1.
+        """
+        if self.state.epoch_length == 0 and process_count() > 1:
+            self.state.max_epochs, self.state.epoch, self.state.iteration = max(global_epoch, 1), global_epoch, 0
+            for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):
+                self.fire_event(event)
+        else:
+            super().run(global_epoch)
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         if batchdata is None:

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Events
 
 from monai_deq.networks import load_checkpoint, load_weights
-from monai_deq.utils import as_flag, refuse_existing, replace_file
+from monai_deq.utils import as_flag, gather_items, process_rank, refuse_existing, replace_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -32,6 +32,11 @@ class TrainingCheckpoint:
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
     resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler
     and after the handler that steps the learning rate.
+
+    Of several processes the first one writes, and all of them read: the folder must be one that they share. Networks
+    are given as they are, without ``DistributedDataParallel`` around them. ``state_dict`` of the other objects is
+    called in all processes, so that it may gather what each of them has, as that of
+    :py:class:`monai_deq.data.StatePool` does.
 
     Args:
         save_dir: folder of the checkpoints.
@@ -99,6 +104,10 @@ class TrainingCheckpoint:
 
     def started(self, engine: Engine) -> None:
         """Resume, or make sure that nothing is overwritten unasked."""
+        if len(set(gather_items([self.last_path.is_file()]))) > 1:
+            raise FileNotFoundError(
+                f"{self.last_path} is seen by some of the processes alone: name a --ckpt_dir that all of them share."
+            )
         if self.resume and self.last_path.is_file():
             self._load(engine)
             return
@@ -172,6 +181,8 @@ class TrainingCheckpoint:
             "rng_state": torch.get_rng_state(),
             "scaler": {} if scaler is None else scaler.state_dict(),
         }
+        if process_rank() > 0:
+            return
         if best_epoch == engine.state.epoch:
             with replace_file(self.best_path) as path:
                 torch.save(checkpoint["averaged"] or checkpoint["network"], path)

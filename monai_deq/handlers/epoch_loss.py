@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ignite.engine import Events
 from monai.utils import CommonKeys
 
+from monai_deq.utils import mean_over_processes, process_count
+
 if TYPE_CHECKING:
     from ignite.engine import Engine
 
@@ -18,6 +20,9 @@ class EpochMeanLoss:
     """
     Put the mean loss over the iterations of an epoch into ``engine.state.metrics``, where the loggers find it. Attach
     it before them.
+
+    Of several processes, whose batches are of one size, it is the mean over all of them, and so is the loss that each
+    iteration leaves in ``engine.state.output``.
 
     Args:
         name: name of the metric. Defaults to ``"train_loss"``.
@@ -45,7 +50,12 @@ class EpochMeanLoss:
         """Add the loss of an iteration."""
         # one dictionary, or with MONAI's decollate=True one for each item, all of them with the loss of the batch
         output: Any = engine.state.output
-        loss = (output[0] if isinstance(output, list) else output)[CommonKeys.LOSS]
+        items = output if isinstance(output, list) else [output]
+        loss = items[0][CommonKeys.LOSS]
+        if process_count() > 1:
+            loss = mean_over_processes(loss)
+            for item in items:
+                item[CommonKeys.LOSS] = loss
         self.total += loss.item() if hasattr(loss, "item") else float(loss)
         self.count += 1
 

@@ -16,7 +16,8 @@ __all__ = ["GradientClipping"]
 
 class GradientClipping:
     """
-    Scale the gradient down where its norm is above a bound, after the backward pass and before the optimizer's step.
+    Scale the gradient down where its norm is above a bound, after the backward pass and before the optimizer's step;
+    where the trainer accumulates gradients, the sum that the step takes.
 
     An iterated update that is not yet contractive can blow a state up within one iteration; one such gradient would
     fill the second moments of Adam, and training would stand still for hundreds of iterations.
@@ -44,6 +45,8 @@ class GradientClipping:
 
     def __call__(self, engine: Any) -> None:
         """Clip, in unscaled units also under automatic mixed precision."""
+        if not _steps_now(engine):
+            return
         scaler: Any = getattr(engine, "scaler", None)
         # without a GPU there is a scaler too, that does nothing
         scaling = scaler is not None and scaler.is_enabled()
@@ -56,3 +59,10 @@ class GradientClipping:
                 f"the gradient is not finite in iteration {engine.state.iteration} of epoch {engine.state.epoch}: "
                 "lower the learning rate; --resume true goes on from the last epoch."
             )
+
+
+def _steps_now(engine: Any) -> bool:
+    """Whether MONAI's trainer takes a step in this iteration: each ``accumulation_steps`` one, and an epoch's last."""
+    every, length = getattr(engine, "accumulation_steps", 1), engine.state.epoch_length
+    number = (engine.state.iteration - 1) % length + 1 if length else engine.state.iteration
+    return number % every == 0 or number == length

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ignite.engine import Events
 
+from monai_deq.utils import process_rank, wait_for_all
+
 if TYPE_CHECKING:
     from ignite.engine import Engine
 
@@ -18,7 +20,8 @@ __all__ = ["OutputGuard"]
 
 class OutputGuard:
     """
-    When an engine starts, let the writer of its results refuse every item whose files are there already.
+    When an engine starts, let the writer of its results refuse every item whose files are there already. Of several
+    processes the first one sees to the items of all, before any of them writes.
 
     Args:
         saver: the transform that will write the results.
@@ -38,5 +41,7 @@ class OutputGuard:
 
     def __call__(self, engine: Engine) -> None:
         """Check every item."""
-        for item in self.data:
-            self.saver.refuse_existing(item)
+        if process_rank() == 0:
+            for item in self.data:
+                self.saver.refuse_existing(item)
+        wait_for_all()

@@ -16,7 +16,7 @@ import numpy as np
 from ignite.engine import Events
 from monai.data import decollate_batch
 
-from monai_deq.utils import as_flag, mean_std, refuse_existing, replace_file
+from monai_deq.utils import as_flag, gather_items, mean_std, process_rank, refuse_existing, replace_file
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
@@ -50,6 +50,8 @@ class PairResultsSaver:
     A metric with one score for each label gives one column a label and its mean over the labels of the pair. A score
     that is not there is ``nan`` in the CSV and null in the JSON, and is left out of every mean; ``"pairs"`` beside a
     mean says over how many it was taken.
+
+    Of several processes the first one writes the files, with the pairs of all in the order of the processes.
 
     Args:
         output_dir: folder of the files.
@@ -114,7 +116,7 @@ class PairResultsSaver:
     def started(self, engine: Engine) -> None:
         """Refuse to overwrite before any work is done."""
         self.rows = []
-        if not self.overwrite:
+        if not self.overwrite and process_rank() == 0:
             refuse_existing(
                 [self.csv_path, self.json_path], "Replace it with --overwrite true, or name another --output_dir."
             )
@@ -132,6 +134,9 @@ class PairResultsSaver:
 
     def completed(self, engine: Engine) -> None:
         """Write the files and print the table."""
+        self.rows = gather_items(self.rows)
+        if process_rank() > 0:
+            return
         details = engine.state.metric_details  # type: ignore[attr-defined]
         summary: dict[str, Any] = {}
         per_label: dict[str, dict[str, Any]] = {}

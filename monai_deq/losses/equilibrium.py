@@ -11,6 +11,7 @@ import torch.nn as nn
 from torchdeq.loss import jac_reg
 
 from monai_deq.solvers import random_smooth_ddf
+from monai_deq.utils import process_count, process_rank
 
 __all__ = ["EquilibriumLoss"]
 
@@ -39,6 +40,13 @@ class EquilibriumLoss(nn.Module):
       directions in which a map has two solutions; the difference of two iterations that have settled there is such a
       direction. Differences far below ``agreement_rms`` count little. The items ``2 i`` and ``2 i + 1`` of a batch must
       be the same pair, see ``starts`` of :py:class:`monai_deq.data.PooledPairSampler`.
+
+    Of several processes each draws the same lengths and displacements of its own, those that one process would draw for
+    the items of all, dealt out in turn; only the noise of the Jacobian is the same in all of them.
+
+    The map is evaluated aside from the network's ``forward``. With ``DistributedDataParallel`` around the network that
+    is called, the gradients of both are averaged: the loss is one graph with one backward pass, in which PyTorch hands
+    each parameter the sum of all its gradients at once, and that is when they are sent.
 
     No gradient goes through ``x``. Each penalty costs one more evaluation of the map with its backward pass; residual,
     Jacobian and agreement share one, the Jacobian needs a backward pass of second order, and the contraction a further
@@ -147,7 +155,10 @@ class EquilibriumLoss(nn.Module):
             longest = step.norm(dim=1).flatten(1).amax(dim=1).clamp_min(torch.finfo(step.dtype).tiny)
             e = step * (length / longest).reshape(-1, *[1] * (x.ndim - 1))
         else:
-            e = random_smooth_ddf(x.shape, length, self.contraction_smoothness * _FINEST**high, seed).to(x)
+            # one seed for each item of the batch of all processes: they draw what one process with that batch draws
+            seeds = [seed + i * process_count() + process_rank() for i in range(len(x))]
+            smoothness, shape = self.contraction_smoothness * _FINEST**high, (1, *x.shape[1:])
+            e = torch.cat([random_smooth_ddf(shape, length, smoothness, s) for s in seeds]).to(x)
         # a map that has stopped for good takes no step
         size = _mean_square(e)
         return (_mean_square(g(x + e) - gx) / size.where(size > 0, 1.0)).mean()

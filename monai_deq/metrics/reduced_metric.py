@@ -10,7 +10,9 @@ import torch
 from monai.config import TensorOrList
 from monai.metrics import CumulativeIterationMetric
 from monai.metrics.utils import do_metric_reduction
-from monai.utils import MetricReduction, look_up_option
+from monai.utils import MetricReduction, convert_to_tensor, look_up_option
+
+from monai_deq.utils import gather_items, process_count
 
 __all__ = ["ReducedIterationMetric"]
 
@@ -21,7 +23,8 @@ class ReducedIterationMetric(CumulativeIterationMetric):
 
     It differs from MONAI's own metrics where those would report a number that nothing supports: when every score is
     NaN the reduction is NaN (MONAI gives 0), lists of different length are refused (MONAI stops at the shorter),
-    and so is a ``y`` that is not a tensor (MONAI drops it).
+    and so is a ``y`` that is not a tensor (MONAI drops it). Of several processes each gets the scores of all, in the
+    order of the processes, and one that has scored nothing does not keep the others waiting for ever.
 
     A subclass implements ``_compute_tensor``.
 
@@ -62,6 +65,17 @@ class ReducedIterationMetric(CumulativeIterationMetric):
         if y is not None and len(y) != len(y_pred):
             raise ValueError(f"y: expected {len(y_pred)} items, one for each of y_pred, got {len(y)}.")
         return super().__call__(y_pred=y_pred, y=y, **kwargs)
+
+    def _sync(self) -> None:
+        if process_count() == 1:
+            super()._sync()
+        elif not self._synced:
+            own = [convert_to_tensor(torch.stack(scores), track_meta=False) for scores in self._buffers or ()]
+            parts = [part for part in gather_items([[scores.cpu() for scores in own]]) if part]
+            if parts:
+                device = own[0].device if own else "cpu"
+                self._synced_tensors = [torch.cat(scores).to(device) for scores in zip(*parts, strict=True)]
+            self._synced = True
 
     def aggregate(
         self, reduction: MetricReduction | str | None = None

@@ -6,5 +6,31 @@ from __future__ import annotations
 from .files import refuse_existing, replace_file
 from .flags import as_flag
 from .mean_std import MeanStd, mean_std
+from .processes import (
+    end_processes,
+    gather_items,
+    gather_to_first,
+    init_processes,
+    local_device,
+    mean_over_processes,
+    process_count,
+    process_rank,
+    wait_for_all,
+)
 
-__all__ = ["MeanStd", "as_flag", "mean_std", "refuse_existing", "replace_file"]
+__all__ = [
+    "MeanStd",
+    "as_flag",
+    "end_processes",
+    "gather_items",
+    "gather_to_first",
+    "init_processes",
+    "local_device",
+    "mean_over_processes",
+    "mean_std",
+    "process_count",
+    "process_rank",
+    "refuse_existing",
+    "replace_file",
+    "wait_for_all",
+]
