@@ -37,6 +37,8 @@ REQUIRED_METADATA = (
     "network_data_format",
 )
 _WORKFLOWS = ("train", "evaluate", "inference")
+#: overlays for several processes, one for each workflow, which the Zoo knows by these names
+_MULTI_GPU = tuple(f"multi_gpu_{workflow}.json" for workflow in _WORKFLOWS)
 #: settings of the training that say what the network is
 _NETWORK_SETTINGS = ("relaxation", "proximal_weight", "unwarped_moving", "coarser_levels", "coarse_steps", "max_steps")
 #: files above this are not taken into the Zoo's repository, but fetched from where ``large_files.yml`` says
@@ -78,7 +80,8 @@ def write_zoo_package(
         ValueError: When the metadata lack an entry, the weights are no checkpoint, or too large without an address.
     """
     bundle_dir, weights, output_dir = Path(bundle_dir), Path(weights), Path(output_dir)
-    parts = [*(f"{w}.json" for w in _WORKFLOWS), "metadata.json", "LICENSE", "docs/README.md", "docs/data_license.txt"]
+    parts = [*(f"{w}.json" for w in _WORKFLOWS), *_MULTI_GPU, "metadata.json"]
+    parts += ["LICENSE", "docs/README.md", "docs/data_license.txt"]
     settings = weights.with_suffix(".json")
     files = [bundle_dir / part for part in parts] + [weights, settings]
     overlays = [overlays] if isinstance(overlays, (str, Path)) else list(overlays)
@@ -114,6 +117,8 @@ def write_zoo_package(
                 # what model.json says, also where the weights' folder is not found: monai.bundle.load does not tell it
                 config["default_settings"] = trained
             _write_json(root / "configs" / f"{workflow}.json", config)
+        for overlay in _MULTI_GPU:
+            shutil.copyfile(bundle_dir / overlay, root / "configs" / overlay)
         _write_json(root / "configs" / "metadata.json", metadata)
         if (bundle_dir / "logging.conf").is_file():
             shutil.copyfile(bundle_dir / "logging.conf", root / "configs" / "logging.conf")

@@ -68,6 +68,7 @@ def expected_solution(weights: Path, pair: torch.Tensor) -> torch.Tensor:
 def test_layout(package: Path, weights: Path) -> None:
     names = {str(p.relative_to(package)) for p in package.rglob("*") if p.is_file()}
     configs = {f"configs/{n}" for n in ("train.json", "evaluate.json", "inference.json", "metadata.json")}
+    configs |= {f"configs/multi_gpu_{n}.json" for n in ("train", "evaluate", "inference")}
     assert configs | {"LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt"} <= names
     assert (package / "models" / "model.pt").read_bytes() == weights.read_bytes()
     metadata = json.loads((package / "configs" / "metadata.json").read_text())

@@ -161,8 +161,8 @@ def test_a_pool_in_two_processes_and_resumed(cohort: Path, trained: Path, tmp_pa
 
 def test_plain_training_of_volumes_with_accumulated_gradients(lung_cohort: Path, tmp_path: Path) -> None:
     # every pair of the two processes, four to a step: what one process does with a batch of four
-    common = {"dataset_dir": lung_cohort, "max_epochs": 2, "pairs_per_epoch": 8, "max_steps": 4, "keypoint_weight": 0.1}
-    common.update(split_sizes=[4, 1, 1], spatial_size=[16, 16, 16], learning_rate=0.001, num_states=1)
+    common = {"dataset_dir": lung_cohort, "max_epochs": 2, "pairs_per_epoch": 8, "max_steps": 2, "keypoint_weight": 0.1}
+    common.update(split_sizes=[4, 1, 1], spatial_size=[12, 12, 12], learning_rate=0.001, num_states=1, val_steps=2)
     parallel = {"batch_size": 1, "accumulation_steps": 2, "use_checkpoint": "true", "checkpoint_parts": 2}
     two("training", NLST, "train", tmp_path, bundle_root=tmp_path / "two", **common, **parallel)
     one("training", NLST, "train", bundle_root=tmp_path / "one", **common, batch_size=4)

@@ -59,6 +59,8 @@ def test_epochs_go_on_from_one_another_and_are_the_same_again() -> None:
     assert draws(epochs=2, seed=1)[1] != second
     replicas = [draws(num_replicas=2, rank=rank)[0] for rank in range(2)]
     assert len(replicas[0]) == len(replicas[1]) == 100 and replicas[0] != replicas[1]
+    # random starts are drawn by the ticket: another one in each process
+    assert not {p.ticket for p in replicas[0]} & {p.ticket for p in replicas[1]}
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -77,6 +79,12 @@ def test_several_starts_give_each_draw_in_a_row_with_states_of_their_own(replica
 
 def test_resuming_with_other_draws_is_refused() -> None:
     state = PooledPairSampler(7, 200, 5).state_dict()
+    PooledPairSampler(7, 200, 5).load_state_dict(state)
+    two = PooledPairSampler(7, 400, 5, num_replicas=2, rank=1)
+    with pytest.raises(ValueError, match=r"num_replicas 1 \(now 2\)"):
+        two.load_state_dict(state)
+    # written before there were several processes
+    del state["num_replicas"]
     PooledPairSampler(7, 200, 5).load_state_dict(state)
     with pytest.raises(ValueError, match=r"trained with renewal 0.1 \(now 0.2\), seed 0 \(now 3\): resume"):
         PooledPairSampler(7, 200, 5, renewal=0.2, seed=3).load_state_dict(state)

@@ -95,3 +95,27 @@ def test_scaler_skips_a_step_that_is_not_finite(monkeypatch: pytest.MonkeyPatch)
 def test_bound_must_be_positive(max_norm: float) -> None:
     with pytest.raises(ValueError, match="max_norm must be above 0"):
         GradientClipping(Line(), max_norm)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_sum_of_accumulated_gradients_is_clipped_once(monkeypatch: pytest.MonkeyPatch, amp: bool) -> None:
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=1024.0))
+    network = Line()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(network.b.grad.item()))
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=2,
+        train_data_loader=[{"image": torch.zeros(1, 1), "label": torch.full((1, 1), y)} for y in (8.0, -7.0, 3.0)],
+        network=network,
+        optimizer=optimizer,
+        loss_function=Steepness(),
+        decollate=False,
+        accumulation_steps=2,
+        train_handlers=[GradientClipping(network, 1.0)],
+        amp=amp,
+    )
+    trainer.run()
+    # (8 - 7) / 2, and what an epoch has left over, 3 / 2
+    assert seen == pytest.approx([0.5, 1.0] * 2, rel=1e-4)

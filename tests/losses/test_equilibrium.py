@@ -222,3 +222,25 @@ def test_random_changes_go_on_from_a_checkpoint() -> None:
     assert [float(first(prediction, target).detach()) for _ in range(2)] == values[:2]
     second.load_state_dict(first.state_dict())
     assert [float(second(prediction, target).detach()) for _ in range(2)] == values[2:]
+
+
+@pytest.mark.parametrize("along_step", [0.0, 1.0])
+def test_processes_draw_what_one_draws_for_all(monkeypatch: pytest.MonkeyPatch, along_step: float) -> None:
+    torch.manual_seed(0)
+    target = {name: torch.rand(4, 1, 9, 7) for name in ("fixed", "moving")}
+    x = torch.randn(4, 2, 9, 7)
+    network = Linear(1.0)
+    network.fixed_point_map = lambda *_, relaxation=1.0: lambda u: torch.sin(3 * u)  # type: ignore[method-assign]
+
+    def loss(items: slice) -> float:
+        new = EquilibriumLoss(Nothing(), network, contraction_weight=1.0, contraction_along_step=along_step)
+        part = {name: image[items] for name, image in target.items()}
+        return float(new((part["moving"], x[items], []), part))
+
+    whole = loss(slice(None))
+    monkeypatch.setattr("monai_deq.losses.equilibrium.process_count", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr("monai_deq.losses.equilibrium.process_rank", lambda rank=rank: rank)
+        parts.append(loss(slice(rank, None, 2)))
+    assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5) and parts[0] != pytest.approx(parts[1], rel=1e-3)
