@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "elastix": ["itk-elastix"],
+        "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"],  # what --tracking mlflow needs of MLflow
         "figures": ["matplotlib>=3.10"],
         "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "itk-elastix", "matplotlib>=3.10", *DOCS],
         "docs": DOCS,

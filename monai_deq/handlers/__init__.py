@@ -9,6 +9,7 @@ from .folded_voxels import FoldedVoxels
 from .gradient_clipping import GradientClipping
 from .label_dice import LabelDice
 from .label_hausdorff import LabelHausdorff
+from .listed_output import ListedOutput
 from .non_diffeomorphic_volume import NonDiffeomorphicVolume
 from .output_guard import OutputGuard
 from .pair_results import PairResultsSaver
@@ -23,6 +24,7 @@ __all__ = [
     "GradientClipping",
     "LabelDice",
     "LabelHausdorff",
+    "ListedOutput",
     "NonDiffeomorphicVolume",
     "OutputGuard",
     "PairResultsSaver",
