@@ -150,6 +150,22 @@ def test_device_as_text() -> None:
         assert parser.get_parsed_content("memory_format") == torch.channels_last_3d
 
 
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_mixed_precision_as_text(bundle_name: str) -> None:
+    engines = {
+        "train": ("train#trainer", "validate#evaluator"),
+        "evaluate": ("evaluator",),
+        "inference": ("evaluator",),
+    }
+    for name, ids in engines.items():
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE.parent / bundle_name / f"{name}.json"))
+        for value in (True, False):
+            # as it arrives from the command line
+            parser.update({"amp": str(value).lower()})
+            assert [parser.get_parsed_content(f"{engine}#amp") for engine in ids] == [value] * len(ids)
+
+
 @pytest.mark.parametrize("method", ["riir", "gradirn", *CLASSICAL])
 def test_overlay_registers_files(method: str, cohort: Path, tmp_path: Path) -> None:
     subjects = sorted(p for p in cohort.iterdir() if p.is_dir())[:2]
