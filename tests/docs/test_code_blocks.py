@@ -51,7 +51,7 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 #: commands that a block may have, each replaced by a recorder
-COMMANDS = ("cp", "pip", "python", "sphinx-build")
+COMMANDS = ("cp", "pip", "python", "sphinx-build", "torchrun")
 #: directives of MyST that are no code
 DIRECTIVES = ("{eval-rst}", "{include}", "{math}", "{toctree}")
 #: configuration of a bundle that the overrides of ``python -m monai_deq.evaluation`` go to
@@ -238,6 +238,10 @@ def check_command(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> No
             package, bracket, names = word.rstrip("]").partition("[")
             if bracket and package in (".", "monai_deq"):
                 assert set(names.split(",")) <= extras(), f"no extra {names}"
+    elif name == "torchrun":
+        options = words[: words.index("-m")]
+        assert all(word.startswith("--nproc_per_node=") for word in options), f"torchrun {' '.join(options)}: not known"
+        check_command(["python", *words[len(options) :]], monkeypatch)
     elif name == "sphinx-build":
         assert (ROOT / words[-2] / "conf.py").is_file()
     elif name == "python":
@@ -342,6 +346,8 @@ def test_blocks_run(page: str, own_process: Path, monkeypatch: pytest.MonkeyPatc
         ("python -m monai_deq.evaluation memory --bundle_dir bundles/oasis --output_dir o --step 3", "no entry"),
         ("python -m monai_deq.data download neurite-oasis --output_dir d --accept", "accept"),
         ("python -m monai_deq.bundle zoo --bundle_dir bundles/oasis --weights w.pt --output_dir z --x 1", "x"),
+        ("torchrun --nproc=2 -m monai.bundle run training --config_file bundles/oasis/train.json", "not known"),
+        ("torchrun --nproc_per_node=2 -m monai.bundle run training --config_file bundles/oasis/trian.json", "no "),
         ('pip install "monai_deq[elastics]"', "no extra"),
         ("cp docs/absent results", "there is no"),
         ("curl example.org", "command not found"),
