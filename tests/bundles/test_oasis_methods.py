@@ -92,10 +92,10 @@ def test_overlay_trains_and_evaluates(method: str, spatial_dims: int, cohort: Pa
 def test_recipe_is_the_default_of_real_data(bundle_name: str) -> None:
     recipe = ("pool_renewal", "random_start_share", "contraction_weight", "relaxation", "proximal_weight")
 
-    def settings(is_sample: bool, *overlays: str) -> list:
+    def settings(is_sample: bool, *overlays: str, **overrides: object) -> list:
         parser = ConfigParser()
         parser.read_config([str(BUNDLE.parent / bundle_name / f) for f in ("train.json", *overlays)])
-        parser.update({"is_sample": is_sample})
+        parser.update({"is_sample": is_sample, **overrides})
         return [parser.get_parsed_content(k) for k in ("method", *recipe)]
 
     pooled = ["DEQReg-pool", 0.2, 0.4, 0.03, 0.5, 0.1]
@@ -103,6 +103,14 @@ def test_recipe_is_the_default_of_real_data(bundle_name: str) -> None:
     assert settings(True, "methods/deqreg_pool.json") == pooled
     # a few minutes teach the sample's network to register, not to rest
     assert settings(True) == settings(True, "methods/deqreg.json") == ["DEQReg", 1.0, 0.0, 0.0, 1.0, 0.0]
+    # as the command line hands it on
+    assert settings(False, pooled="false") == settings(True) and settings(True, pooled="true") == pooled
+
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE.parent / bundle_name / "train.json"))
+    parser.update({"is_sample": True, "relaxation": 0.25, "proximal_weight": 0.375, "contraction_weight": 0.0625})
+    network, loss = parser.get_parsed_content("finest_network"), parser.get_parsed_content("loss")
+    assert (network.relaxation, network.proximal_weight, loss.contraction_weight) == (0.25, 0.375, 0.0625)
 
 
 ABLATION = sorted(p.stem for p in (BUNDLE / "methods" / "ablation").glob("*.json"))
