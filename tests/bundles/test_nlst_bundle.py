@@ -30,6 +30,7 @@ OASIS = BUNDLE.parent / "oasis"
 # smaller than the scans along two axes: all is judged at their full size
 SIZE = [16, 16, 16]
 TINY = {"max_epochs": 1, "pairs_per_epoch": 4, "max_steps": 2, "val_steps": 3, "pool_slots": 2, "spatial_size": SIZE}
+TINY.update(pooled=True, lr_decay_power=0.0)
 # so few steps that every schedule still has its shape
 STEPS = {"deqreg_pool": 2, "deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
 TEST_CASES = ("0004", "0005")
