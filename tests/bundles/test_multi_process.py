@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from shell import output_of, run_bundle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from monai_deq.data import PooledPairSampler, write_sample_cohort, write_sample_lung_cohort
@@ -31,14 +29,8 @@ def configs(bundle: tuple[str, ...], name: str) -> list[str]:
 def two(run_id: str, bundle: tuple[str, ...], name: str, folder: Path, **overrides: Any) -> str:
     """Run a configuration in two processes, from the shell."""
     files = configs((*bundle, f"multi_gpu_{name}.json"), name)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", run_id, "--config_file", str(files), "--device", "cpu"]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return result.stdout
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    return output_of(run_bundle(run_id, files, folder, launcher, device="cpu", **overrides))
 
 
 def one(run_id: str, bundle: tuple[str, ...], name: str, **overrides: Any) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from scipy.ndimage import map_coordinates
+from shell import output_of, run_bundle
 
 from monai_deq.data import write_sample_lung_cohort
 from monai_deq.evaluation import METHODS
@@ -37,18 +36,11 @@ TEST_CASES = ("0004", "0005")
 
 
 def shell(run_id: str, name: str, folder: Path, **overrides: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id]
-    command += ["--config_file", str(BUNDLE / f"{name}.json")]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return run_bundle(run_id, BUNDLE / f"{name}.json", folder, **overrides)
 
 
 def succeed(*args: Any, **kwargs: Any) -> str:
-    result = shell(*args, **kwargs)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
+    return output_of(shell(*args, **kwargs))
 
 
 def here(run_id: str, name: str, method: str | None = None, **overrides: Any) -> ConfigParser:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from scipy.ndimage import map_coordinates
+from shell import output_of, run_bundle
 
 from monai_deq.data import write_sample_cohort
 
@@ -38,18 +37,11 @@ def configs(name: str, spatial_dims: int) -> str:
 
 
 def bundle(run_id: str, name: str, spatial_dims: int, folder: Path, **overrides: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id]
-    command += ["--config_file", configs(name, spatial_dims)]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    return run_bundle(run_id, configs(name, spatial_dims), folder, **overrides)
 
 
 def succeed(*args: object, **kwargs: object) -> str:
-    result = bundle(*args, **kwargs)  # type: ignore[arg-type]
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
+    return output_of(bundle(*args, **kwargs))  # type: ignore[arg-type]
 
 
 def fail(message: str, *args: object, **kwargs: object) -> None:

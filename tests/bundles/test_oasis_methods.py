@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from shell import output_of, run_bundle
 
 from monai_deq.data import write_sample_cohort
 from monai_deq.evaluation import METHODS
@@ -29,14 +28,8 @@ def configs(name: str, spatial_dims: int, method: str) -> list[str]:
     return [str(BUNDLE / f) for f in files]
 
 
-def bundle(run_id: str, files: list[str], folder: Path, **overrides: object) -> str:
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id, "--config_file", str(files)]
-    for key, value in overrides.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
+def bundle(*args: Any, **overrides: Any) -> str:
+    return output_of(run_bundle(*args, **overrides))
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from shell import output_of, run_bundle
 
 from monai_deq.data import write_sample_cohort
 
@@ -19,13 +17,8 @@ BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 
 def bundle(run_id: str, config: str, folder: Path, spatial_dims: int, **overrides: object) -> None:
     files = [f"{config}.json", *(["slices.json"] if spatial_dims == 2 else [])]
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", run_id, "--config_file"]
-    command.append(str([str(BUNDLE / f) for f in files]))
-    for key, value in {"bundle_root": folder, "split_sizes": "[2,2,1]", **overrides}.items():
-        command += [f"--{key}", str(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    overrides = {"bundle_root": folder, "split_sizes": "[2,2,1]", **overrides}
+    output_of(run_bundle(run_id, [str(BUNDLE / f) for f in files], folder.parent, **overrides))
 
 
 def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
