@@ -11,6 +11,7 @@ from monai.networks.blocks import Convolution
 from monai.networks.layers import Conv
 
 from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
+from monai_deq.networks.blocks.convolution import with_small_volumes
 
 __all__ = ["RegistrationCNN"]
 
@@ -62,6 +63,7 @@ class RegistrationCNN(nn.Module):
         self.flow = Conv["CONV", spatial_dims](
             widths[-1], spatial_dims if out_channels is None else out_channels, kernel_size=3, padding=1
         )
+        with_small_volumes(self)
         start_he_normal(self)
         start_small(self.flow, flow_std)
         start_without(self.first_conv, zero_inputs)

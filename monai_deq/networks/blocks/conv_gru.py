@@ -7,6 +7,8 @@ import torch
 import torch.nn as nn
 from monai.networks.layers import Conv
 
+from monai_deq.networks.blocks.convolution import with_small_volumes
+
 __all__ = ["ConvGRUCell"]
 
 
@@ -33,6 +35,7 @@ class ConvGRUCell(nn.Module):
         self.hidden_channels = hidden_channels
         self.gates = conv(channels, 2 * hidden_channels, kernel_size, padding=pad)
         self.candidate = conv(channels, hidden_channels, kernel_size, padding=pad)
+        with_small_volumes(self)
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """

@@ -16,6 +16,7 @@ from monai_deq.networks.blocks.backbone import (
     start_without,
 )
 from monai_deq.networks.blocks.conv_gru import ConvGRUCell
+from monai_deq.networks.blocks.convolution import with_small_volumes
 from monai_deq.networks.blocks.similarity_gradient import similarity_gradient
 from monai_deq.networks.blocks.unet import RegistrationUNet
 
@@ -69,6 +70,7 @@ class RecurrentUpdate(nn.Module):
         self.first = ConvGRUCell(spatial_dims, hidden_size, hidden_size)
         self.second = ConvGRUCell(spatial_dims, hidden_size, hidden_size)
         self.flow = Conv["CONV", spatial_dims](hidden_size, spatial_dims, kernel_size=3, padding=1)
+        with_small_volumes(self)
         start_he_normal(self.unet)  # its last layer too: it gives features here
         start_small(self.flow, flow_std)
         start_without(self.unet.first_conv, range(spatial_dims))

@@ -14,6 +14,7 @@ from monai.networks.layers import Conv, Pool
 from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
+from monai_deq.networks.blocks.convolution import convolve, with_small_volumes
 from monai_deq.utils import as_flag
 
 __all__ = ["RegistrationUNet"]
@@ -95,6 +96,7 @@ class RegistrationUNet(nn.Module):
         finals = [decoder_channels[-1], *final_channels]
         self.final = nn.Sequential(*[conv(i, o) for i, o in zip(finals[:-1], finals[1:], strict=True)])
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
+        with_small_volumes(self)
         start_he_normal(self)
         start_small(self.flow, flow_std)
         start_without(self.first_conv, zero_inputs)
@@ -195,8 +197,7 @@ def _convolve(
     image the output is a voxel shorter.
     """
     ndim = x.ndim - 2
-    conv: Any = F.conv2d if ndim == 2 else F.conv3d
     if not any(cut):
-        return conv(x, weight, bias, padding=1)
+        return convolve(x, weight, bias, (1,) * ndim)
     x = F.pad(x, (int(not cut[0]), int(not cut[1]))) if not all(cut) else x
-    return conv(x, weight, bias, padding=(1,) * (ndim - 1) + (0,))
+    return convolve(x, weight, bias, (1,) * (ndim - 1) + (0,))

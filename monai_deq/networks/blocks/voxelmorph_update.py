@@ -9,6 +9,7 @@ from monai.networks.blocks import DVF2DDF
 from monai.networks.nets import VoxelMorphUNet
 
 from monai_deq.networks.blocks.backbone import backbone_autocast_dtype, run_backbone, start_he_normal, start_small
+from monai_deq.networks.blocks.convolution import with_small_volumes
 from monai_deq.networks.blocks.warp import warp_by_ddf
 
 __all__ = ["VoxelMorphUpdate"]
@@ -56,6 +57,7 @@ class VoxelMorphUpdate(nn.Module):
         )
         self.backbone.divisor = 16  # type: ignore[assignment]
         self.dvf2ddf = DVF2DDF(integration_steps, padding_mode="border") if integration_steps else nn.Identity()
+        with_small_volumes(self.backbone)
         start_he_normal(self.backbone)
         flow = [m for m in self.backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))][-1]
         start_small(flow, flow_std)
