@@ -121,9 +121,8 @@ def compare(
         results = {n: replace(r, cost={**costs_of.get(n, {}), **(r.cost or {})}) for n, r in results.items()}
 
     described = next((s for s in (summaries[reference], *summaries.values()) if s), {})
-    info: dict[str, Any] = {
-        k: described[k] for k in ("data_set", "split", "label_set", "spatial_size") if k in described
-    }
+    shown = ("data_set", "split", "label_set", "spatial_size", "jacobian")
+    info: dict[str, Any] = {k: described[k] for k in shown if k in described}
     table = ComparisonTable(list(results.values()), metrics, reference, info)
     files = table.write(output_dir, overwrite=overwrite)
     if not optional_import("matplotlib")[1]:

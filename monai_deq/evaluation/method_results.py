@@ -100,7 +100,7 @@ METRIC_COLUMNS: dict[str, MetricColumn] = {
             "",
             1.0,
             3,
-            "standard deviation over the voxels of log(clip(|J|, 1e-9, 1e9)), whole grid",
+            "standard deviation over the voxels of log(clip(|J|, 1e-9, 1e9))",
         ),
         MetricColumn(
             "sdlogj_learn2reg",

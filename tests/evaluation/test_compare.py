@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from monai_deq.data import write_sample_cohort
+from monai_deq.data import write_sample_cohort, write_sample_lung_cohort
 from monai_deq.evaluation import METHODS, BundleMethod, compare, measure_costs, method_evaluation
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
@@ -187,6 +187,18 @@ def test_methods_without_training_take_the_size_of_the_reference(cohort: Path, t
     summary = json.loads(next((tmp_path / "affine").rglob("evaluation_summary.json")).read_text())
     assert summary["spatial_size"] == [16, 32]
     assert all(row["failure"] is None for row in table.to_rows())
+
+
+def test_lung_pairs_inside_the_mask(tmp_path: Path) -> None:
+    lungs = str(write_sample_lung_cohort(tmp_path / "cohort", (2, 1, 2), (20, 16, 24)))
+    metrics = ["tre", "dice", "folded_percent", "std_log_jacobian"]
+    options: dict[str, Any] = {"reference": "affine", "metrics": metrics, "costs": False, "dataset_dir": lungs}
+    (row,) = compare(BUNDLE.parent / "nlst", tmp_path, ["affine"], **options).to_rows()
+    summary = json.loads(next((tmp_path / "affine").rglob("evaluation_summary.json")).read_text())
+    before = summary["summary"]["tre_before"]
+    assert row["tre_mean"] == pytest.approx(before["mean"]) and row["tre_pairs"] == before["pairs"] == 2
+    text = (tmp_path / "comparison.md").read_text()
+    assert "TRE (mm)" in text and "jacobian: inside the fixed scan's lung mask" in text and "whole grid." not in text
 
 
 @pytest.mark.parametrize(
