@@ -3,7 +3,7 @@
 Every code block of README, CONTRIBUTING, docs and the bundles' pages does what it says.
 
 - ``python`` blocks are executed, those of a page in order in one namespace, in an empty folder that has ``bundles`` and
-  the trained weights of ``docs/equilibrium`` in it.
+  the trained weights and the raw scores of ``docs/equilibrium`` in it.
 - ``bash`` blocks are run by bash with recorders in place of their commands, which gives the commands as they are after
   expansion of loops, functions and variables. Each command is checked: modules, subcommands, options, configuration
   files, entries of these that are overridden, types of the new values, files of this repository. A command that is not
@@ -102,7 +102,8 @@ def has(*languages: str) -> list[str]:
 def repository_copy(folder: Path) -> None:
     """What the commands find in a clone of the repository, to read and to write beside."""
     shutil.copytree(ROOT / "bundles", folder / "bundles", ignore=shutil.ignore_patterns("models", "eval", "output"))
-    shutil.copytree(ROOT / "docs" / "equilibrium" / "trained", folder / "docs" / "equilibrium" / "trained")
+    for name in ("raw", "trained"):
+        shutil.copytree(ROOT / "docs" / "equilibrium" / name, folder / "docs" / "equilibrium" / name)
 
 
 def recorded_commands(block: Block, folder: Path) -> list[list[str]]:
