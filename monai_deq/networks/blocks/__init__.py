@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .cnn import RegistrationCNN
 from .conv_gru import ConvGRUCell
+from .convolution import SmallVolumeConv3d, convolve, with_small_volumes
 from .gradient_update import GradientUpdate
 from .recurrent_update import RecurrentUpdate
 from .similarity_gradient import similarity_gradient
@@ -22,12 +23,15 @@ __all__ = [
     "RecurrentUpdate",
     "RegistrationCNN",
     "RegistrationUNet",
+    "SmallVolumeConv3d",
     "UNetUpdate",
     "VoxelMorphUpdate",
     "check_ddf",
     "check_outside",
+    "convolve",
     "points_outside",
     "similarity_gradient",
     "warp_by_ddf",
     "warp_points_by_ddf",
+    "with_small_volumes",
 ]
