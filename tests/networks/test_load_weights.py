@@ -119,3 +119,17 @@ def test_trained_with(tmp_path: Path) -> None:
     (path.parent / "model.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"model\.json holds a list, expected a dictionary of settings"):
         trained_with(path)
+
+
+def test_trained_with_of_the_last_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last, renamed = tmp_path / "last.pt", tmp_path / "renamed.pt"
+    for path in (last, renamed):
+        torch.save({}, path)
+        assert trained_with(path) == {}
+        assert f"beside {path}" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "WARNING"
+    caplog.clear()
+    (tmp_path / "model.json").write_text(json.dumps({"relaxation": 0.5}))
+    assert trained_with(last) == {"relaxation": 0.5}
+    assert not caplog.records
+    (tmp_path / "last.json").write_text(json.dumps({"relaxation": 0.25}))
+    assert trained_with(last) == {"relaxation": 0.25}
