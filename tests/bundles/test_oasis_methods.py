@@ -167,6 +167,17 @@ def test_mixed_precision_as_text(bundle_name: str) -> None:
             assert [parser.get_parsed_content(f"{engine}#amp") for engine in ids] == [value] * len(ids)
 
 
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_unwarped_moving_as_text(bundle_name: str) -> None:
+    for value in (True, False):
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE.parent / bundle_name / "train.json"))
+        # as it arrives from the command line
+        parser.update({"is_sample": True, "unwarped_moving": str(value).lower()})
+        update = parser.get_parsed_content("update")
+        assert update.unwarped_moving is value and update.backbone.in_channels == 5 + value
+
+
 @pytest.mark.parametrize("method", ["riir", "gradirn", *CLASSICAL])
 def test_overlay_registers_files(method: str, cohort: Path, tmp_path: Path) -> None:
     subjects = sorted(p for p in cohort.iterdir() if p.is_dir())[:2]
