@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks import warp_points_by_ddf
+from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_points_by_ddf
 
 __all__ = ["KeypointLoss", "KeypointSupervisedLoss"]
 
@@ -24,13 +24,17 @@ class KeypointLoss(nn.Module):
 
     Args:
         spacing: voxel size along each axis in mm, for a distance in squared mm. Defaults to ``None``: squared voxels.
+        outside: fixed keypoints outside the grid are an error with ``"refuse"``; with ``"clamp"`` they move by the
+            displacement of the nearest border point, and their number is logged. Defaults to ``"refuse"``.
 
     Raises:
-        ValueError: When a spacing is not above zero.
+        ValueError: When a spacing is not above zero, or ``outside`` is neither.
     """
 
-    def __init__(self, spacing: Sequence[float] | None = None) -> None:
+    def __init__(self, spacing: Sequence[float] | None = None, outside: OutsidePoints = "refuse") -> None:
         super().__init__()
+        check_outside(outside)
+        self.outside = outside
         self.spacing = None if spacing is None else tuple(float(s) for s in spacing)
         if self.spacing is not None and not all(s > 0 for s in self.spacing):
             raise ValueError(f"spacing must be above zero along each axis, got {spacing}.")
@@ -53,7 +57,7 @@ class KeypointLoss(nn.Module):
 
         Raises:
             ValueError: When shapes or numbers do not fit, a coordinate is not finite, or a fixed keypoint is outside
-                the grid.
+                the grid and is refused.
         """
         ndim = ddf.ndim - 2
         if ndim not in (2, 3) or ddf.shape[1] != ndim:
@@ -69,11 +73,16 @@ class KeypointLoss(nn.Module):
             field = ddf.to(torch.promote_types(ddf.dtype, torch.float32))
             spacing = field.new_ones(ndim) if self.spacing is None else field.new_tensor(self.spacing)
             pairs = zip(field, fixed_keypoints, moving_keypoints, strict=True)
-            return torch.stack([_mean_square(i, *pair, spacing) for i, pair in enumerate(pairs)]).mean()
+            return torch.stack([_mean_square(i, *pair, spacing, self.outside) for i, pair in enumerate(pairs)]).mean()
 
 
 def _mean_square(
-    item: int, field: torch.Tensor, fixed: torch.Tensor, moving: torch.Tensor, spacing: torch.Tensor
+    item: int,
+    field: torch.Tensor,
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    spacing: torch.Tensor,
+    outside: OutsidePoints,
 ) -> torch.Tensor:
     """Mean squared distance of the points of one pair; ``field`` is ``(ndim, *spatial)``."""
     ndim = field.ndim - 1
@@ -85,7 +94,7 @@ def _mean_square(
     if len(fixed) != len(moving):
         raise ValueError(f"batch item {item} has {len(fixed)} fixed keypoints, but {len(moving)} moving ones.")
     try:
-        found = warp_points_by_ddf(fixed.to(field)[None], field[None])[0]
+        found = warp_points_by_ddf(fixed.to(field)[None], field[None], outside=outside)[0]
     except ValueError as e:
         raise ValueError(f"fixed_keypoints of batch item {item}: {e}") from e
     return ((found - moving.to(field)) * spacing).square().sum(dim=1).mean()
@@ -102,6 +111,7 @@ class KeypointSupervisedLoss(nn.Module):
         spacing: see :py:class:`KeypointLoss`. Defaults to ``None``: squared voxels.
         fixed_key: key of the fixed keypoints in the target. Defaults to ``"fixed_keypoints"``.
         moving_key: key of the moving keypoints in the target. Defaults to ``"moving_keypoints"``.
+        outside: see :py:class:`KeypointLoss`. Defaults to ``"refuse"``.
 
     Raises:
         ValueError: When ``weight`` is negative.
@@ -114,13 +124,14 @@ class KeypointSupervisedLoss(nn.Module):
         spacing: Sequence[float] | None = None,
         fixed_key: str = "fixed_keypoints",
         moving_key: str = "moving_keypoints",
+        outside: OutsidePoints = "refuse",
     ) -> None:
         super().__init__()
         if not weight >= 0:
             raise ValueError(f"weight must not be negative, got {weight}.")
         self.loss = loss
         self.weight = float(weight)
-        self.keypoint_loss = KeypointLoss(spacing)
+        self.keypoint_loss = KeypointLoss(spacing, outside)
         self.keys = (fixed_key, moving_key)
 
     def forward(self, prediction: Any, target: dict[str, Any]) -> torch.Tensor:

@@ -219,6 +219,14 @@ def test_supervision(overrides: dict[str, Any], cohort: Path, trained: Path, tmp
     assert ("moving_keypoints" in target) == ("keypoint_weight" in overrides)
 
 
+def test_keypoints_outside_are_for_the_loss_too() -> None:
+    for outside in ("refuse", "clamp"):
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE / "train.json"))
+        parser.update({"is_sample": True, "keypoint_weight": 0.5, "keypoints_outside": outside})
+        assert parser.get_parsed_content("loss").loss.keypoint_loss.outside == outside
+
+
 def remove(*names: str) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         for name in names:

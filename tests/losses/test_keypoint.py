@@ -183,3 +183,18 @@ def test_supervised_loss(size: tuple[int, ...]) -> None:
     for weight in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="weight must not be negative"):
             KeypointSupervisedLoss(Norm(), weight)
+
+
+def test_points_outside_are_clamped_where_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    ddf = torch.arange(4.0).reshape(1, 1, 4, 1).expand(1, 2, 4, 5)  # along both axes, the number of the row
+    fixed, moving = [torch.tensor([[5.0, 1.0]])], [torch.tensor([[7.0, 4.0]])]
+    with pytest.raises(ValueError, match="lie outside the grid"):
+        KeypointLoss()(ddf, fixed, moving)
+    # by 3 voxels, as the last row: to (8, 4)
+    assert KeypointLoss(outside="clamp")(ddf, fixed, moving).item() == pytest.approx(1.0)
+    assert "lie outside the grid" in caplog.text
+    supervised = KeypointSupervisedLoss(Norm(), 0.5, outside="clamp")
+    target = {"fixed": torch.ones(1, 1), "fixed_keypoints": fixed, "moving_keypoints": moving}
+    assert supervised((torch.ones(1, 1), ddf, []), target).item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="outside: expected 'refuse' or 'clamp'"):
+        KeypointLoss(outside="clip")  # type: ignore[arg-type]
