@@ -17,6 +17,7 @@ from .processes import (
     process_rank,
     wait_for_all,
 )
+from .unused import refuse_unused
 
 __all__ = [
     "MeanStd",
@@ -31,6 +32,7 @@ __all__ = [
     "process_count",
     "process_rank",
     "refuse_existing",
+    "refuse_unused",
     "replace_file",
     "wait_for_all",
 ]

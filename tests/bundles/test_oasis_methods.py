@@ -167,6 +167,49 @@ def test_mixed_precision_as_text(bundle_name: str) -> None:
             assert [parser.get_parsed_content(f"{engine}#amp") for engine in ids] == [value] * len(ids)
 
 
+@pytest.mark.parametrize("method", ["voxelmorph", "unrolling", "gradirn", "riir"])
+def test_overlays_refuse_what_they_do_not_use(method: str, tmp_path: Path) -> None:
+    def training(**overrides: object) -> ConfigParser:
+        parser = ConfigParser()
+        parser.read_config(configs("train", 3, method))
+        parser.update({"is_sample": False, "dataset_dir": str(tmp_path / "absent"), **overrides})
+        return parser
+
+    def cause(parser: ConfigParser) -> str:
+        with pytest.raises(RuntimeError) as caught:
+            parser.get_parsed_content("train#trainer")
+        error: BaseException = caught.value
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return str(error)
+
+    # model.json says what was done, on real data too
+    assert [training().get_parsed_content(k) for k in ("relaxation", "proximal_weight")] == [1.0, 0.0]
+    assert "absent" in cause(training(unwarped_moving="false"))
+    # those of a package that was made of other weights are not the user's
+    packaged = ConfigParser()
+    packaged.read_config(configs("train", 3, method)[0])
+    packaged.update({"coarser_levels": 2, "coarse_steps": 48, "unwarped_moving": True})
+    packaged.update(ConfigParser.load_config_file(configs("train", 3, method)[-1]))
+    packaged.update({"is_sample": False, "dataset_dir": str(tmp_path / "absent")})
+    assert "absent" in cause(packaged)
+    title = training()["method"]
+    other = {
+        "coarser_levels": 1,
+        "coarse_weights": "model.pt",
+        "unwarped_moving": "true",
+        "relaxation": 0.5,
+        "phantom_steps": 4,
+        "gradient": "implicit",
+        "num_states": 2,
+        "random_steps": [1, 3],
+        "contraction_weight": 0.03,
+        **({"max_steps": 3} if method == "voxelmorph" else {}),
+    }
+    for name, value in other.items():
+        assert f"{title} has no use for {name} {value!r}" in cause(training(**{name: value}))
+
+
 @pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
 def test_unwarped_moving_as_text(bundle_name: str) -> None:
     for value in (True, False):
