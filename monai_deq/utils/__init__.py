@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .command_line import refuse_unknown_settings
 from .files import refuse_existing, replace_file
 from .flags import as_flag
 from .mean_std import MeanStd, mean_std
@@ -32,6 +33,7 @@ __all__ = [
     "process_count",
     "process_rank",
     "refuse_existing",
+    "refuse_unknown_settings",
     "refuse_unused",
     "replace_file",
     "wait_for_all",
