@@ -47,6 +47,7 @@ def scan_pairs(
     moving: str | Path | None,
     moving_label: str | Path | None = None,
     initial_ddf: str | Path | None = None,
+    pairs: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """
     One pair of scans as a list of one item.
@@ -57,11 +58,17 @@ def scan_pairs(
         moving_label: label map of the moving scan, to be warped with it. Defaults to none.
         initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it. Defaults
             to none.
+        pairs: list of pairs, which cannot be given besides. Defaults to none.
 
     Raises:
-        ValueError: When one of the two scans is not given.
+        ValueError: When one of the two scans is not given, or a list of pairs besides.
         FileNotFoundError: When a file does not exist.
     """
+    if pairs:
+        raise ValueError(
+            f"--pairs {pairs} cannot go with --fixed, --moving, --moving_label or --initial_ddf: the list itself names "
+            "what belongs to each pair."
+        )
     if not fixed or not moving:
         raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
     return [_pair(fixed, moving, moving_label, initial_ddf, "pair")]

@@ -143,6 +143,19 @@ def test_evaluation_follows_the_training(tmp_path: Path) -> None:
             assert str(evaluated) == str(trained)
 
 
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+@pytest.mark.parametrize("given", ["fixed", "moving", "moving_label", "initial_ddf"])
+def test_inference_ignores_no_file(given: str, bundle_name: str) -> None:
+    messages = {None: "both --fixed and --moving are needed", "a.json": "--pairs a.json cannot go with --fixed"}
+    for pairs, message in messages.items():
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE.parent / bundle_name / "inference.json"))
+        parser.update({given: "scan.nii.gz", "pairs": pairs})
+        with pytest.raises(RuntimeError) as caught:
+            parser.get_parsed_content("data")
+        assert message in str(caught.value.__cause__)
+
+
 def test_device_as_text() -> None:
     for name in ("train", "evaluate", "inference"):
         parser = ConfigParser()

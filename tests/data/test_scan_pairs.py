@@ -56,6 +56,8 @@ def test_errors_of_one_pair(tmp_path: Path) -> None:
     for pair in ((scan, None), (None, scan), (scan, ""), (None, None)):
         with pytest.raises(ValueError, match="both --fixed and --moving are needed"):
             scan_pairs(*pair)
+    with pytest.raises(ValueError, match=r"--pairs list\.json cannot go with --fixed, --moving"):
+        scan_pairs(scan, scan, pairs="list.json")
     absent = tmp_path / "absent.nii"
     for key, files in {
         "fixed": (absent, scan),
