@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
-_OWN = {"network", "averaged", "trainer", "best_epoch", "best_metric", "rng_state", "scaler"}
+_OWN = {"network", "averaged", "trainer", "best_epoch", "best_metric", "rng_state", "scaler", "settings"}
 
 
 class TrainingCheckpoint:
@@ -52,7 +52,8 @@ class TrainingCheckpoint:
             starts from the same weights, its weights are in ``last.pt`` too, and ``model.pt`` has them. The validator
             should score it. Defaults to none.
         settings: what evaluation and inference should know of the training (e.g. the image size), written beside
-            ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`.
+            ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`. Those that are others than
+            the training began with are named in a warning when it is resumed.
 
     Raises:
         ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
@@ -101,6 +102,7 @@ class TrainingCheckpoint:
         """
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
         """Resume, or make sure that nothing is overwritten unasked."""
@@ -128,7 +130,7 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = (_OWN - {"averaged", "scaler"} | set(self.objects)) - set(checkpoint)
+        absent = (_OWN - {"averaged", "scaler", "settings"} | set(self.objects)) - set(checkpoint)
         if absent:
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         trainer = checkpoint["trainer"]
@@ -136,6 +138,13 @@ class TrainingCheckpoint:
             raise ValueError(
                 f"{self.last_path} was trained with {trainer['epoch_length']} iterations an epoch, this run has "
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
+            )
+        epochs_left = trainer["epoch"] < (engine.state.max_epochs or 0)
+        rates = [group["lr"] for name in self.objects for group in _param_groups(checkpoint[name])]
+        if epochs_left and rates and not any(rates):
+            raise ValueError(
+                f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
+                "its weights in another folder, with --weights."
             )
         load_weights(self.network, self.last_path)
         if self.averaged is not None:
@@ -157,7 +166,14 @@ class TrainingCheckpoint:
                 self.logger.warning(f"{self.best_path} is gone: the best score is counted from here on anew")
         torch.set_rng_state(checkpoint["rng_state"].cpu())
         self.logger.info(f"resumed after epoch {trainer['epoch']} from {self.last_path}")
-        if trainer["epoch"] >= (engine.state.max_epochs or 0):
+        began, now = checkpoint.get("settings", {}), json.loads(json.dumps(self.settings))
+        changed = [f"{k} {began[k]!r} (now {now[k]!r})" for k in now if k in began and began[k] != now[k]]
+        if changed:
+            self.logger.warning(
+                f"the training in {self.last_path} was begun with other settings: {', '.join(changed)}. Learning rate "
+                "and schedule stay what they were."
+            )
+        if not epochs_left:
             self.logger.warning(f"nothing left to train: max_epochs is {engine.state.max_epochs}")
 
     def epoch_completed(self, engine: Engine) -> None:
@@ -180,6 +196,7 @@ class TrainingCheckpoint:
             "best_metric": best_metric,
             "rng_state": torch.get_rng_state(),
             "scaler": {} if scaler is None else scaler.state_dict(),
+            "settings": json.loads(json.dumps(self.settings)),
         }
         if process_rank() > 0:
             return
@@ -191,6 +208,18 @@ class TrainingCheckpoint:
             self.logger.info(f"best validation score so far: wrote {self.best_path}")
         with replace_file(self.last_path) as path:
             torch.save(checkpoint, path)
+
+    def completed(self, engine: Engine) -> None:
+        """Say so when there are no best weights."""
+        if process_rank() == 0 and self.last_path.is_file() and not self.best_path.is_file():
+            self.logger.warning(
+                f"{self.best_path} was not written, as no epoch was validated: the weights are in {self.last_path}"
+            )
+
+
+def _param_groups(state: Any) -> list[Mapping[str, Any]]:
+    """Those of an optimizer; none of any other object."""
+    return list(state.get("param_groups", ())) if isinstance(state, Mapping) else []
 
 
 class WeightsLoader:

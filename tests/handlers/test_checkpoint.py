@@ -267,11 +267,14 @@ def test_best_weights_that_were_moved_away_are_counted_anew(tmp_path: Path) -> N
     assert load(tmp_path / "last.pt")["best_metric"] == 0.3 and (tmp_path / "model.pt").is_file()
 
 
-def test_validation_every_second_epoch(tmp_path: Path) -> None:
+def test_validation_every_second_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     scores = (9.0, 0.5, 9.0, 0.4)
     training = Training(tmp_path, 1, scores=scores, interval=2).run()
     assert files(tmp_path) == {"last.pt"} and training.scores == []
+    assert "model.pt was not written, as no epoch was validated" in caplog.text
+    caplog.clear()
     Training(tmp_path, 4, scores=scores, interval=2, resume=True).run()
+    assert "was not written" not in caplog.text
     assert load(tmp_path / "last.pt")["best_epoch"] == 2 and trained_with(tmp_path / "model.pt")["epoch"] == 2
 
 
@@ -370,6 +373,30 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"last.pt is of another architecture than DEQRegistrationNet"):
             Training(tmp_path, 2, resume=True, **other).run()
     assert_same(load(tmp_path / "last.pt"), before)
+
+
+def test_resume_with_other_numbers_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"smoothness_weight": 0.1, "window": (0, 1)}
+    Training(tmp_path, 1, settings=settings).run()
+    Training(tmp_path, 2, settings=settings, resume=True).run()
+    assert "other settings" not in caplog.text
+    Training(tmp_path, 3, settings={**settings, "smoothness_weight": 0.2}, resume=True).run()
+    assert "begun with other settings: smoothness_weight 0.1 (now 0.2)." in caplog.text
+    # which checkpoints did not have at first
+    checkpoint = load(tmp_path / "last.pt")
+    del checkpoint["settings"]
+    torch.save(checkpoint, tmp_path / "last.pt")
+    Training(tmp_path, 4, settings=settings, resume=True).run()
+
+
+def test_resume_at_the_end_of_the_schedule_is_refused(tmp_path: Path) -> None:
+    Training(tmp_path, 1).run()
+    checkpoint = load(tmp_path / "last.pt")
+    checkpoint["optimizer"]["param_groups"][0]["lr"] = 0.0  # as of PolynomialLR after its last epoch
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"its schedule has ended at a learning rate of 0\. .* --weights"):
+        Training(tmp_path, 2, resume=True).run()
+    assert not Training(tmp_path, 1, resume=True).run().losses
 
 
 def test_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
