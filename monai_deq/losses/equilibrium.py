@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torchdeq.loss import jac_reg
 
 from monai_deq.solvers import random_smooth_ddf
 from monai_deq.utils import process_count, process_rank
@@ -27,8 +26,8 @@ class EquilibriumLoss(nn.Module):
     ``x`` that the network has returned:
 
     - residual: mean over voxels of ``|g(x) - x|^2``, in squared voxels: the map stands still there.
-    - Jacobian: Hutchinson's estimate of ``|dg/dx|_F^2`` over the number of its rows, by TorchDEQ: small changes die
-      out, in all directions alike.
+    - Jacobian: Hutchinson's estimate of ``|dg/dx|_F^2`` over the number of its rows, as TorchDEQ's: small changes
+      die out, in all directions alike.
     - contraction: mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2`` for a random smooth displacement ``e`` whose RMS
       length is drawn log-uniformly between a thirtieth of ``contraction_rms`` and itself. Two iterations that stand
       apart come together, so that they end in the same place wherever they began. Hutchinson's white noise says little
@@ -41,8 +40,8 @@ class EquilibriumLoss(nn.Module):
       direction. Differences far below ``agreement_rms`` count little. The items ``2 i`` and ``2 i + 1`` of a batch must
       be the same pair, see ``starts`` of :py:class:`monai_deq.data.PooledPairSampler`.
 
-    Of several processes each draws the same lengths and displacements of its own, those that one process would draw for
-    the items of all, dealt out in turn; only the noise of the Jacobian is the same in all of them.
+    Of several processes each draws the same lengths, and displacements and noise of its own, those that one process
+    would draw for the items of all, dealt out in turn.
 
     The map is evaluated aside from the network's ``forward``. With ``DistributedDataParallel`` around the network that
     is called, the gradients of both are averaged: the loss is one graph with one backward pass, in which PyTorch hands
@@ -68,8 +67,8 @@ class EquilibriumLoss(nn.Module):
         agreement_rms: RMS length in voxels of a difference that counts half. Defaults to 0.3.
         warmup_steps: number of calls in training mode over which the weights of the penalties rise linearly from
             zero. A network that has learned nothing yet meets all of them best by staying where it is. Defaults to 0.
-        seed: of ``e``. The state of its generator is in ``state_dict()`` with the number of calls, for a training that
-            is resumed. Defaults to 0.
+        seed: of ``e`` and of the noise of the Jacobian. The state of its generator is in ``state_dict()`` with the
+            number of calls, for a training that is resumed. Defaults to 0.
 
     Raises:
         ValueError: When a number is out of its range, or a penalty is asked for and the network has a hidden state.
@@ -144,9 +143,19 @@ class EquilibriumLoss(nn.Module):
         self.generator.set_state(state["generator"])
         self.calls = state["calls"]
 
+    def _seeds(self, items: int) -> list[int]:
+        """One for each item of the batch of all processes: they draw what one process with that batch draws."""
+        seed = int(torch.randint(2**31, (1,), generator=self.generator))
+        return [seed + i * process_count() + process_rank() for i in range(items)]
+
+    def _jacobian(self, gx: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        noise = [torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s)) for s in self._seeds(len(x))]
+        (product,) = torch.autograd.grad(gx, x, torch.stack(noise).to(gx), create_graph=True)
+        return product.square().mean()
+
     def _contraction(self, g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         low, high, kind = torch.rand(3, generator=self.generator).tolist()
-        seed = int(torch.randint(2**31, (1,), generator=self.generator))
+        seeds = self._seeds(len(x))
         length = self.contraction_rms * _SMALLEST**low
         with torch.no_grad():
             gx = g(x)
@@ -155,8 +164,6 @@ class EquilibriumLoss(nn.Module):
             longest = step.norm(dim=1).flatten(1).amax(dim=1).clamp_min(torch.finfo(step.dtype).tiny)
             e = step * (length / longest).reshape(-1, *[1] * (x.ndim - 1))
         else:
-            # one seed for each item of the batch of all processes: they draw what one process with that batch draws
-            seeds = [seed + i * process_count() + process_rank() for i in range(len(x))]
             smoothness, shape = self.contraction_smoothness * _FINEST**high, (1, *x.shape[1:])
             e = torch.cat([random_smooth_ddf(shape, length, smoothness, s) for s in seeds]).to(x)
         # a map that has stopped for good takes no step
@@ -202,7 +209,7 @@ class EquilibriumLoss(nn.Module):
             gx = g(x)
             total = total + self.residual_weight * _mean_square(gx - x.detach()).mean()
             if self.jacobian_weight:
-                total = total + self.jacobian_weight * jac_reg(gx, x)
+                total = total + self.jacobian_weight * self._jacobian(gx, x)
             if self.agreement_weight:
                 apart = _mean_square(x.detach()[::2] - x.detach()[1::2]) + self.agreement_rms**2
                 total = total + self.agreement_weight * (_mean_square(gx[::2] - gx[1::2]) / apart).mean()

@@ -215,7 +215,8 @@ def test_random_changes_go_on_from_a_checkpoint() -> None:
     prediction, target = inputs(2)
     network = Linear(1.0)
     network.fixed_point_map = lambda *_, relaxation=1.0: bent  # type: ignore[method-assign]
-    whole, first, second = (EquilibriumLoss(Nothing(), network, contraction_weight=1.0, seed=s) for s in (3, 3, 4))
+    weights = {"contraction_weight": 1.0, "jacobian_weight": 1.0}
+    whole, first, second = (EquilibriumLoss(Nothing(), network, **weights, seed=s) for s in (3, 3, 4))
     values = [float(whole(prediction, target).detach()) for _ in range(4)]
     assert len(set(values)) == 4
     torch.rand(5)  # of no matter
@@ -224,8 +225,15 @@ def test_random_changes_go_on_from_a_checkpoint() -> None:
     assert [float(second(prediction, target).detach()) for _ in range(2)] == values[2:]
 
 
-@pytest.mark.parametrize("along_step", [0.0, 1.0])
-def test_processes_draw_what_one_draws_for_all(monkeypatch: pytest.MonkeyPatch, along_step: float) -> None:
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        {"contraction_weight": 1.0, "contraction_along_step": 0.0},
+        {"contraction_weight": 1.0, "contraction_along_step": 1.0},
+        {"jacobian_weight": 1.0},
+    ],
+)
+def test_processes_draw_what_one_draws_for_all(monkeypatch: pytest.MonkeyPatch, penalty: dict[str, float]) -> None:
     torch.manual_seed(0)
     target = {name: torch.rand(4, 1, 9, 7) for name in ("fixed", "moving")}
     x = torch.randn(4, 2, 9, 7)
@@ -233,7 +241,7 @@ def test_processes_draw_what_one_draws_for_all(monkeypatch: pytest.MonkeyPatch, 
     network.fixed_point_map = lambda *_, relaxation=1.0: lambda u: torch.sin(3 * u)  # type: ignore[method-assign]
 
     def loss(items: slice) -> float:
-        new = EquilibriumLoss(Nothing(), network, contraction_weight=1.0, contraction_along_step=along_step)
+        new = EquilibriumLoss(Nothing(), network, **penalty)
         part = {name: image[items] for name, image in target.items()}
         return float(new((part["moving"], x[items], []), part))
 
