@@ -224,6 +224,18 @@ def test_overlays_refuse_what_they_do_not_use(method: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_pairs_are_counted_as_they_are_dealt_out(bundle_name: str) -> None:
+    files = [str(BUNDLE.parent / bundle_name / f) for f in ("train.json", "multi_gpu_train.json")]
+    for used, count in ((files[:1], 60), (files, 80)):
+        parser = ConfigParser()
+        parser.read_config(used)
+        parser.update({"is_sample": True, "max_epochs": 10, "pairs_per_epoch": 6, "world_size": len(used) ** 2})
+        settings = parser["train#handlers"][-1]["settings"]
+        parser.update({"count": settings["training_pairs"]})
+        assert parser.get_parsed_content("count") == count
+
+
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
 def test_unwarped_moving_as_text(bundle_name: str) -> None:
     for value in (True, False):
         parser = ConfigParser()
