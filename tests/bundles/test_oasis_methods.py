@@ -223,6 +223,23 @@ def test_overlays_refuse_what_they_do_not_use(method: str, tmp_path: Path) -> No
         assert f"{title} has no use for {name} {value!r}" in cause(training(**{name: value}))
 
 
+@pytest.mark.parametrize("run_id", ["training", "run"])
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_coarser_networks_must_be_trained(bundle_name: str, run_id: str, tmp_path: Path) -> None:
+    weights = {"coarse_weights": "half.pt"}, {"weights": "full.pt"}, {"resume": "true"}
+    for given, message in (({}, "needs the coarser networks trained"), *((w, "absent") for w in weights)):
+        parser = ConfigParser()
+        parser.read_config(str(BUNDLE.parent / bundle_name / "train.json"))
+        absent = str(tmp_path / "absent")
+        parser.update({"is_sample": False, "dataset_dir": absent, "coarser_levels": 1, **given})
+        with pytest.raises(RuntimeError) as caught:
+            parser.get_parsed_content(run_id)
+        error: BaseException = caught.value
+        while error.__cause__ is not None:
+            error = error.__cause__
+        assert message in str(error)
+
+
 @pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
 def test_pairs_are_counted_as_they_are_dealt_out(bundle_name: str) -> None:
     files = [str(BUNDLE.parent / bundle_name / f) for f in ("train.json", "multi_gpu_train.json")]

@@ -9,8 +9,9 @@ from pathlib import Path
 from monai_deq.networks.nets.deq_registration_net import DEQRegistrationNet
 from monai_deq.networks.utils import load_weights
 from monai_deq.solvers import torchdeq_name
+from monai_deq.utils import as_flag
 
-__all__ = ["coarse_to_fine"]
+__all__ = ["coarse_to_fine", "refuse_untrained_coarse"]
 
 
 def coarse_to_fine(
@@ -66,3 +67,26 @@ def coarse_to_fine(
         network.update.load_state_dict(coarse.update.state_dict())
     network.coarse = coarse.requires_grad_(False)
     return network
+
+
+def refuse_untrained_coarse(
+    coarser_levels: int, coarse_weights: str | Path | None, weights: str | Path | None, resume: bool | str = False
+) -> None:
+    """
+    Refuse a training with coarser networks that would stay what chance has made of them: they are not trained with the
+    finest one.
+
+    Args:
+        coarser_levels: number of coarser networks.
+        coarse_weights: checkpoint of the coarser networks, or ``None``.
+        weights: checkpoint of all of them, or ``None``.
+        resume: whether the weights come from the checkpoint of the training itself. Defaults to ``False``.
+
+    Raises:
+        ValueError: When nothing gives the coarser networks their weights.
+    """
+    if coarser_levels and not (coarse_weights or weights or as_flag(resume, "resume")):
+        raise ValueError(
+            f"coarser_levels {coarser_levels} needs the coarser networks trained: give --coarse_weights, the model.pt "
+            "of a training at half the size."
+        )
