@@ -34,6 +34,7 @@ from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
 from .scan_pairs import learn2reg_scan_pairs, listed_pairs, scan_pairs, split_scan_pairs
 from .shard import ShardSampler
+from .split import part_of
 from .state_pool import StatePool
 from .unpack import check_archive, unpack_archive
 
@@ -77,6 +78,7 @@ __all__ = [
     "listed_pairs",
     "pair_indices",
     "pairs_as_indices",
+    "part_of",
     "parse_checksum",
     "resolve_dataset_dir",
     "resolve_lung_dataset_dir",

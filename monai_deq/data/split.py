@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["PARTS", "part_sizes", "shorten"]
+__all__ = ["PARTS", "part_of", "part_sizes", "shorten"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -61,3 +62,19 @@ def part_sizes(sizes: Sequence[int | None], found: int, things: str, where: str)
     elif remain:
         logger.info("sizes %s of %d %s: the last %d are not used", list(sizes), found, things, remain)
     return {part: remain if size is None else size for part, size in zip(PARTS, sizes, strict=True)}
+
+
+def part_of(parts: Mapping[str, list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
+    """
+    One part of a split.
+
+    Args:
+        parts: what :py:func:`monai_deq.data.split_subjects` or :py:func:`monai_deq.data.split_pairs` returned.
+        name: ``"training"``, ``"validation"`` or ``"test"``.
+
+    Raises:
+        ValueError: When there is no such part.
+    """
+    if name not in parts:
+        raise ValueError(f"split must be one of {', '.join(map(repr, parts))}, got {name!r}.")
+    return parts[name]
