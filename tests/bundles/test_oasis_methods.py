@@ -156,6 +156,14 @@ def test_inference_ignores_no_file(given: str, bundle_name: str) -> None:
         assert message in str(caught.value.__cause__)
 
 
+def test_training_keeps_no_labels_in_memory(cohort: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config(configs("train", 2, "deqreg"))
+    parser.update({"dataset_dir": str(cohort), "split_sizes": [2, 2, 1], "rank": 0})
+    assert set(parser.get_parsed_content("train#dataset#dataset")[0]) == {"subject", "image"}
+    assert set(parser.get_parsed_content("validate#dataset#dataset")[0]) == {"subject", "image", "label"}
+
+
 def test_device_as_text() -> None:
     for name in ("train", "evaluate", "inference"):
         parser = ConfigParser()
