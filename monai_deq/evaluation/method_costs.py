@@ -19,7 +19,23 @@ from monai_deq.networks import load_weights
 
 __all__ = ["FirstPair", "measure_costs"]
 
-_TRAINING_SETTINGS = ("max_steps", "num_states", "gamma", "phantom_steps", "phantom_damping", "tolerance")
+_TRAINING_SETTINGS = (
+    "max_steps",
+    "num_states",
+    "gamma",
+    "phantom_steps",
+    "phantom_damping",
+    "tolerance",
+    "gradient",
+    "relaxation",
+    "proximal_weight",
+    "unwarped_moving",
+    "coarser_levels",
+    "coarse_steps",
+    "residual_weight",
+    "jacobian_weight",
+    "contraction_weight",
+)
 
 
 class FirstPair:

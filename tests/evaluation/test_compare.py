@@ -243,6 +243,21 @@ def test_costs_are_those_of_the_training(tmp_path: Path, cohort: Path) -> None:
     assert saved[1] / saved[0] == pytest.approx(4 / 2, rel=0.1)
 
 
+def test_costs_of_a_network_with_coarser_ones(tmp_path: Path, cohort: Path) -> None:
+    settings = {"coarser_levels": 1, "coarse_steps": 2, "unwarped_moving": True, "contraction_weight": 0.0}
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / f) for f in ("train.json", "slices.json", "methods/deqreg_pool.json")])
+    parser.update({**settings, "max_steps": 2, "is_sample": True})
+    path = tmp_path / "deqreg_pool" / "models" / "model.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), path)
+    path.with_suffix(".json").write_text(json.dumps({**settings, "max_steps": 2, "val_steps": 2, "spatial_size": None}))
+    options = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2]}
+    method = BundleMethod("deqreg_pool", BUNDLE, tmp_path / "deqreg_pool", ["slices.json"], options)
+    costs = measure_costs({"deqreg_pool": method}, rounds=1)["deqreg_pool"]
+    assert all(isinstance(costs[k], float) for k in ("saved_memory_mb", "training_seconds", "inference_seconds")), costs
+
+
 def test_help() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "monai_deq.evaluation", "compare", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
