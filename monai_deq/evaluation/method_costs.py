@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from monai.bundle import ConfigParser
 from monai.data import DataLoader
 
+from monai_deq.data import collate_annotated_pairs
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation.memory import training_memory
 from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
@@ -35,6 +37,10 @@ _TRAINING_SETTINGS = (
     "residual_weight",
     "jacobian_weight",
     "contraction_weight",
+    "spatial_size",
+    "window",
+    "masked_similarity",
+    "keypoint_weight",
 )
 
 
@@ -51,8 +57,11 @@ class FirstPair:
         evaluation = method.parser("evaluate", **overrides)
         self.device = torch.device(evaluation.get_parsed_content("device"))
         # one pair is enough: not the whole split is loaded
-        subjects = evaluation.get_parsed_content("subjects")
-        evaluation["subjects"] = subjects[:2]
+        given = "cases" in evaluation
+        name, number = ("cases", 1) if given else ("subjects", 2)
+        evaluation[name] = evaluation.get_parsed_content(name)[:number]
+        #: what the data set says of the pair, where it gives pairs
+        self.case: dict[str, Any] | None = evaluation[name][0] if given else None
         evaluation["certificate"] = None  # it costs evaluations of the map that no registration needs
         evaluation.parse(reset=True)
         batch = next(iter(DataLoader(evaluation.get_parsed_content("dataset"), batch_size=1)))
@@ -62,6 +71,19 @@ class FirstPair:
         self.amp = bool(evaluation.get_parsed_content("amp"))
         if method.checkpoint is not None:
             load_weights(self.network, method.checkpoint)
+
+    def training_target(self, training: ConfigParser) -> dict[str, Any]:
+        """
+        What the loss of the training compares with: the images, and of a given pair what else it takes, such as masks.
+
+        Args:
+            training: configuration of the method's training.
+        """
+        if self.case is None:
+            return self.target
+        batch = collate_annotated_pairs([training.get_parsed_content("load_pair")(self.case)])
+        prepare = PreparePairBatch(target_keys=training.get_parsed_content("target_keys"))
+        return prepare(batch, self.device)[1]
 
     def register(self) -> None:
         """Register the pair."""
@@ -107,7 +129,8 @@ def measure_costs(
             costs[name]["parameters"] = sum(p.numel() for p in trained.parameters())
             for group in optimizer.param_groups:
                 group["lr"] = 0.0  # the rounds are of one and the same network
-            step = _gradient_step(trained, loss, first.moving, first.fixed, first.target, first.amp)
+            target = first.training_target(training)
+            step = _gradient_step(trained, loss, first.moving, first.fixed, target, first.amp)
             step()  # makes what is made once and kept, such as sampling grids
             memory = training_memory(step, [*trained.parameters(), *trained.buffers()], device)
             costs[name]["saved_memory_mb"] = memory.saved_bytes / 1e6

@@ -258,6 +258,25 @@ def test_costs_of_a_network_with_coarser_ones(tmp_path: Path, cohort: Path) -> N
     assert all(isinstance(costs[k], float) for k in ("saved_memory_mb", "training_seconds", "inference_seconds")), costs
 
 
+@pytest.mark.parametrize("keypoint_weight", [0.0, 0.1])
+def test_costs_of_given_pairs(keypoint_weight: float, tmp_path: Path) -> None:
+    lungs = str(write_sample_lung_cohort(tmp_path / "cohort", (2, 1, 2), (20, 16, 24)))
+    bundle = BUNDLE.parent / "nlst"
+    parser = ConfigParser()
+    parser.read_config([str(bundle / f) for f in ("train.json", "methods/voxelmorph.json")])
+    parser.update({"is_sample": True})
+    path = tmp_path / "voxelmorph" / "models" / "model.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), path)
+    settings = {"spatial_size": [16, 12, 16], "val_steps": 1, "keypoint_weight": keypoint_weight}
+    path.with_suffix(".json").write_text(json.dumps(settings))
+    methods = {m: BundleMethod(m, bundle, tmp_path / m, (), {"dataset_dir": lungs}) for m in ("affine", "voxelmorph")}
+    costs = measure_costs(methods, rounds=1)
+    assert isinstance(costs["affine"]["inference_seconds"], float)
+    names = ("saved_memory_mb", "training_seconds", "inference_seconds")
+    assert all(isinstance(costs["voxelmorph"][k], float) for k in names), costs
+
+
 def test_help() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "monai_deq.evaluation", "compare", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
