@@ -18,6 +18,7 @@ from monai_deq.evaluation.memory import training_memory
 from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
 from monai_deq.networks import load_weights
+from monai_deq.utils import as_flag
 
 __all__ = ["FirstPair", "measure_costs"]
 
@@ -68,7 +69,7 @@ class FirstPair:
         self.moving, self.target, (self.fixed,), _ = PreparePairBatch()(batch, self.device)
         self.network = evaluation.get_parsed_content("network").eval()
         self.inferer = evaluation.get_parsed_content("inferer")
-        self.amp = bool(evaluation.get_parsed_content("amp"))
+        self.amp = as_flag(evaluation.get_parsed_content("amp"), "amp")
         if method.checkpoint is not None:
             load_weights(self.network, method.checkpoint)
 

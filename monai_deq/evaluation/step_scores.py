@@ -18,7 +18,7 @@ from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
 from monai_deq.networks.blocks import warp_by_ddf
 from monai_deq.solvers import random_smooth_ddf, residual_at, starting_point
-from monai_deq.utils import replace_file
+from monai_deq.utils import as_flag, replace_file
 
 __all__ = ["StepScore", "default_steps", "read_step_scores", "score_steps", "write_step_scores"]
 
@@ -101,7 +101,7 @@ def score_steps(
         raise TypeError(f"{method.title} is not iterated: there is no map whose steps could be scored.")
     load_weights(network, method.checkpoint)
     marks = set(steps)
-    if config.get_parsed_content("batch_size") != 1 or config.get_parsed_content("amp"):
+    if config.get_parsed_content("batch_size") != 1 or as_flag(config.get_parsed_content("amp"), "amp"):
         raise ValueError("steps are scored with batch_size 1 and amp false.")
     if not random_start_rms >= 0:
         raise ValueError(f"random_start_rms must not be negative, got {random_start_rms}.")

@@ -16,6 +16,8 @@ from monai.bundle import ConfigParser
 
 from monai_deq.data import write_sample_cohort, write_sample_lung_cohort
 from monai_deq.evaluation import METHODS, BundleMethod, compare, measure_costs, method_evaluation
+from monai_deq.evaluation.method_costs import FirstPair
+from monai_deq.evaluation.step_scores import score_steps
 
 BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 SETTINGS: dict[str, Any] = {"split_sizes": [2, 1, 2], "solver_steps": 1, "max_steps": 2, "num_states": 0}
@@ -241,6 +243,21 @@ def test_costs_are_those_of_the_training(tmp_path: Path, cohort: Path) -> None:
         saved.append(measure_costs({"deqreg": method}, rounds=1)["deqreg"]["saved_memory_mb"])
     # two phantom steps for each supervised state and the final one
     assert saved[1] / saved[0] == pytest.approx(4 / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("amp", [True, False])
+def test_amp_as_text(amp: bool, tmp_path: Path, cohort: Path) -> None:
+    write_checkpoint("deqreg", tmp_path)
+    # as it arrives from the command line
+    options = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2], "amp": str(amp).lower()}
+    method = BundleMethod("deqreg", BUNDLE, tmp_path / "deqreg", ["slices.json"], options)
+    assert FirstPair(method).amp is amp
+    scores = score_steps(method, [1])
+    if amp:
+        with pytest.raises(ValueError, match="amp false"):
+            next(scores)
+    else:
+        assert next(scores).step == 1
 
 
 def test_costs_of_a_network_with_coarser_ones(tmp_path: Path, cohort: Path) -> None:
