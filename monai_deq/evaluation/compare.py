@@ -7,19 +7,18 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from monai.utils import optional_import
 
 from monai_deq.evaluation.box_plots import box_plots
 from monai_deq.evaluation.comparison_table import ComparisonTable
 from monai_deq.evaluation.method_costs import measure_costs
-from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method
+from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method, refuse_unknown
 from monai_deq.evaluation.method_results import MethodResult, metric_columns
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
@@ -99,7 +98,7 @@ def compare(
             "Replace it with --overwrite true, or name another --output_dir.",
         )
     entries = {name: BundleMethod(name, Path(bundle_dir), results_dir / name, overlays, overrides) for name in methods}
-    _refuse_unknown(entries.values(), overrides)
+    refuse_unknown(entries.values(), overrides, "compare")
     # methods without training take the grid of the others
     shared: dict[str, Any] = {} if "spatial_size" in overrides else _trained_size(entries, reference)
     results, summaries = {}, {}
@@ -137,17 +136,6 @@ def compare(
 def _listed(names: str | Sequence[str]) -> list[str]:
     """The command line gives one name as text."""
     return [names] if isinstance(names, str) else list(names)
-
-
-def _refuse_unknown(methods: Iterable[BundleMethod], overrides: Mapping[str, Any]) -> None:
-    """A mistyped setting would be taken as an entry of the configuration that nothing reads."""
-    known: set[str] = set()
-    for method in methods:
-        for config in ("evaluate", "train"):
-            known |= set(ConfigParser.load_config_files(method.files(config)))
-    unknown = [key for key in overrides if key.split("#")[0].split("::")[0] not in known]
-    if unknown:
-        raise ValueError(f"{unknown} is neither an argument of compare nor a setting of the bundle or its methods.")
 
 
 def _trained_size(entries: Mapping[str, BundleMethod], reference: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from monai.utils import optional_import
 
 from monai_deq.evaluation import step_scores
-from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
+from monai_deq.evaluation.method_evaluation import BundleMethod, refuse_unknown, root_cause
 from monai_deq.evaluation.step_plots import step_plots
 from monai_deq.evaluation.step_scores import default_steps, read_step_scores, score_steps, write_step_scores
 from monai_deq.evaluation.step_table import StepCurve, step_curves, step_table
@@ -80,13 +80,14 @@ def converge(
     if not as_flag(overwrite, "overwrite"):
         refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
     overrides["split"] = split
+    entries = {m: BundleMethod(m, Path(bundle_dir), results_dir / m, overlays, overrides) for m in methods}
+    refuse_unknown(entries.values(), overrides, "converge")
     # the fingerprint of a method leaves this folder's code out
     scoring = hashlib.sha256(Path(step_scores.__file__).read_bytes()).hexdigest()[:6]
     curves: dict[str, dict[str, StepCurve]] = {}
     trained_steps: dict[str, int] = {}
     failures: dict[str, str] = {}
-    for overlay in methods:
-        method = BundleMethod(overlay, Path(bundle_dir), results_dir / overlay, overlays, overrides)
+    for overlay, method in entries.items():
         try:
             title = method.title
             method.check_trained()

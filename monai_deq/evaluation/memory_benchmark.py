@@ -15,7 +15,7 @@ from monai.utils import optional_import
 
 from monai_deq.evaluation.memory import training_memory
 from monai_deq.evaluation.memory_plot import memory_plot
-from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
+from monai_deq.evaluation.method_evaluation import BundleMethod, refuse_unknown, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
@@ -153,6 +153,7 @@ def measure_memory(
     if not as_flag(overwrite, "overwrite"):
         refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
 
+    refuse_unknown((BundleMethod(c.method, Path(bundle_dir), Path(".")) for c in cases), overrides, "memory")
     rows: list[MemoryRow] = []
     for case in cases:
         for n in lists[case.steps_key]:

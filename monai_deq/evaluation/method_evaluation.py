@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ import monai_deq
 from monai_deq.evaluation.method_results import MethodResult, read_pair_results
 from monai_deq.networks import trained_with
 
-__all__ = ["BundleMethod", "evaluate_method", "root_cause"]
+__all__ = ["BundleMethod", "evaluate_method", "refuse_unknown", "root_cause"]
 
 # where things lie, and how fast they are loaded, does not change what comes out
 _PLACES = ("bundle_root", "ckpt_dir", "ckpt_path", "output_dir", "overwrite", "num_workers", "cache_dir", "cache_rate")
@@ -199,3 +199,28 @@ def evaluate_method(method: BundleMethod, ranked: bool = True, **overrides: Any)
     except Exception as e:  # whatever it is, the other methods still have their rows
         logger.error(f"{title} failed", exc_info=e)
         return MethodResult(method.name, title, failure=root_cause(e), ranked=ranked), {}
+
+
+def refuse_unknown(methods: Iterable[BundleMethod], overrides: Mapping[str, Any], program: str) -> None:
+    """
+    Refuse settings that no method has: a mistyped one would be taken as an entry of the configuration that nothing
+    reads.
+
+    Args:
+        methods: the methods; one without an overlay is passed over.
+        overrides: the settings.
+        program: who was given them, for the error.
+
+    Raises:
+        ValueError: When there are such settings.
+    """
+    known: set[str] = set()
+    for method in methods:
+        for config in ("evaluate", "train"):
+            try:
+                known |= set(ConfigParser.load_config_files(method.files(config)))
+            except FileNotFoundError:  # its row will say so
+                continue
+    unknown = [key for key in overrides if key.split("#")[0].split("::")[0] not in known]
+    if known and unknown:
+        raise ValueError(f"{unknown} is neither an argument of {program} nor a setting of the bundle or its methods.")

@@ -17,7 +17,7 @@ from monai.utils import optional_import
 from monai_deq.evaluation.benchmark_cases import check_cases, check_count, plain_rows, with_time
 from monai_deq.evaluation.memory import training_memory
 from monai_deq.evaluation.memory_plot import memory_plot
-from monai_deq.evaluation.method_evaluation import BundleMethod, root_cause
+from monai_deq.evaluation.method_evaluation import BundleMethod, refuse_unknown, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
@@ -121,6 +121,8 @@ def measure_scaling(
     if not as_flag(overwrite, "overwrite"):
         refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
 
+    methods = (BundleMethod(c["method"], Path(bundle_dir), Path(".")) for c in cases.values())
+    refuse_unknown(methods, overrides, "scaling")
     rows: list[ScalingRow] = []
     for size in shapes:
         measured: dict[str, ScalingRow] = {}

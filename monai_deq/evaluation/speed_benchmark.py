@@ -14,7 +14,7 @@ import torch
 
 from monai_deq.evaluation.benchmark_cases import check_cases, check_count, plain_rows, with_time
 from monai_deq.evaluation.method_costs import FirstPair
-from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method, root_cause
+from monai_deq.evaluation.method_evaluation import BundleMethod, evaluate_method, refuse_unknown, root_cause
 from monai_deq.evaluation.timing import time_side_by_side
 from monai_deq.utils import as_flag, refuse_existing, replace_file
 
@@ -102,12 +102,15 @@ def measure_speed(
     if not as_flag(overwrite, "overwrite"):
         refuse_existing(files, "Replace it with --overwrite true, or name another --output_dir.")
 
+    methods: dict[str, BundleMethod] = {}
+    for title, case in cases.items():
+        settings = {**overrides, **{k: v for k, v in case.items() if k != "method"}}
+        name = case["method"]
+        methods[title] = BundleMethod(name, Path(bundle_dir), Path(results_dir) / name, overlays, settings)
+        refuse_unknown([methods[title]], settings, "speed")
     rows: dict[str, SpeedRow] = {}
     functions, device = {}, torch.device("cpu")
-    for title, case in cases.items():
-        settings = {k: v for k, v in case.items() if k != "method"}
-        name = case["method"]
-        method = BundleMethod(name, Path(bundle_dir), Path(results_dir) / name, overlays, {**overrides, **settings})
+    for title, method in methods.items():
         result, summary = evaluate_method(method)
         if result.failure is not None:
             rows[title] = SpeedRow(title, failure=result.failure)

@@ -221,6 +221,8 @@ def test_study(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         converge(BUNDLE, tmp_path, methods, table_steps=[6], output_dir=tmp_path / "other", **arguments)
     with pytest.raises(FileExistsError, match="convergence.md"):
         converge(BUNDLE, tmp_path, methods, **arguments)
+    with pytest.raises(ValueError, match=r"\['max_step'\] is neither an argument of converge"):
+        converge(BUNDLE, tmp_path, methods, overwrite=True, max_step=9, **arguments)
     scored.clear()
     again = converge(BUNDLE, tmp_path, ["deqreg"], overwrite=True, **arguments)
     assert scored == [] and again["DEQReg"] == curves["DEQReg"]

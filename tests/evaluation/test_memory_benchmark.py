@@ -58,6 +58,7 @@ def test_one_that_fails_leaves_the_others(tmp_path: Path) -> None:
         ({"unrolled_steps": [0]}, r"unrolled_steps must be whole numbers of at least 1, got \[0\]"),
         ({"rounds": -1}, "rounds must be a whole number"),
         ({"cases": ()}, "cases must not be empty"),
+        ({"solver_step": 3}, r"\['solver_step'\] is neither an argument of memory"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_one_that_fails_leaves_the_others(tmp_path: Path) -> None:
         ({"cases": {}}, "cases must not be empty"),
         ({"cases": {"one": "voxelmorph"}}, "'one' must be a dictionary"),
         ({"rounds": 0}, "rounds must be a whole number"),
+        ({"solver_step": 3}, r"\['solver_step'\] is neither an argument of scaling"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:

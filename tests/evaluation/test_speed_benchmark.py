@@ -89,6 +89,7 @@ def test_cases_of_one_network(spatial_dims: int, tmp_path: Path) -> None:
         ({"cases": {}}, "cases must not be empty"),
         ({"cases": {"a": {"solver": "plain"}}}, "'a' must be a dictionary with the name of an overlay"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
+        ({"solver_step": 3}, r"\['solver_step'\] is neither an argument of speed"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
