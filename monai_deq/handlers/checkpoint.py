@@ -22,6 +22,9 @@ __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
 _OWN = {"network", "averaged", "trainer", "best_epoch", "best_metric", "rng_state", "scaler", "settings"}
 
+#: where the learning rate schedules of PyTorch and MONAI keep their length
+_SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
+
 
 class TrainingCheckpoint:
     """
@@ -30,8 +33,9 @@ class TrainingCheckpoint:
     score is the best so far, ``model.pt``, the weights of the network alone, or those of its running mean.
 
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
-    resume, and a folder that holds a checkpoint is not written to unless asked. Place it after the validation handler
-    and after the handler that steps the learning rate.
+    resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of
+    a learning rate schedule a training is not resumed with a schedule of another length. Place it after the validation
+    handler and after the handler that steps the learning rate.
 
     Of several processes the first one writes, and all of them read: the folder must be one that they share. Networks
     are given as they are, without ``DistributedDataParallel`` around them. ``state_dict`` of the other objects is
@@ -146,6 +150,8 @@ class TrainingCheckpoint:
                 f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
                 "its weights in another folder, with --weights."
             )
+        if epochs_left:
+            self._refuse_other_schedule(checkpoint)
         load_weights(self.network, self.last_path)
         if self.averaged is not None:
             # begun without a mean: from here on
@@ -175,6 +181,21 @@ class TrainingCheckpoint:
             )
         if not epochs_left:
             self.logger.warning(f"nothing left to train: max_epochs is {engine.state.max_epochs}")
+
+    def _refuse_other_schedule(self, checkpoint: Mapping[str, Any]) -> None:
+        """Of another length it would end at the wrong epoch: it is the checkpoint's that goes on."""
+        groups = [group for name in self.objects for group in _param_groups(checkpoint[name])]
+        if all(group["lr"] == group.get("initial_lr", group["lr"]) for group in groups):
+            return
+        for name, item in self.objects.items():
+            began, now = checkpoint[name], item.state_dict()
+            for key in _SCHEDULE_LENGTHS:
+                if key in began and key in now and began[key] != now[key]:
+                    raise ValueError(
+                        f"{self.last_path} is in the middle of a learning rate schedule of another length: {name} has "
+                        f"{key} {began[key]}, this run {now[key]}. Resume with the max_epochs that the training began "
+                        "with, or start from its weights in another folder, with --weights."
+                    )
 
     def epoch_completed(self, engine: Engine) -> None:
         """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""

@@ -91,12 +91,15 @@ class Training:
         interval: int = 1,
         validate: bool = True,
         amp: bool = False,
+        decay_power: float | None = None,
         **kwargs: Any,
     ) -> None:
         torch.manual_seed(seed)
         self.network = make_network(ndim, channels)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
-        scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.7)
+        scheduler: Any = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.7)
+        if decay_power is not None:
+            scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, max_epochs, decay_power)
         subjects = make_subjects(ndim)
         sampler = RandomPairSampler(len(subjects), pairs_per_epoch, seed=3)
         metric = LabelDice([1], output_transform=from_engine(["warped_label", "fixed_label", "moving_label"]))
@@ -397,6 +400,28 @@ def test_resume_at_the_end_of_the_schedule_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"its schedule has ended at a learning rate of 0\. .* --weights"):
         Training(tmp_path, 2, resume=True).run()
     assert not Training(tmp_path, 1, resume=True).run().losses
+
+
+@pytest.mark.parametrize("max_epochs", [3, 6])
+def test_resume_in_the_middle_of_a_schedule_keeps_its_length(tmp_path: Path, max_epochs: int) -> None:
+    Training(tmp_path, 4, decay_power=0.9).break_down_at(2 * ITERATIONS + 1)
+    before = load(tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=rf"lr_scheduler has total_iters 4, this run {max_epochs}\. .*max_epochs"):
+        Training(tmp_path, max_epochs, decay_power=0.9, resume=True).run()
+    assert_same(load(tmp_path / "last.pt"), before)
+    resumed = Training(tmp_path, 4, decay_power=0.9, resume=True)
+    rates: list[float] = []
+    resumed.trainer.add_event_handler(
+        Events.EPOCH_STARTED, lambda e: rates.append(resumed.optimizer.param_groups[0]["lr"])
+    )
+    resumed.run()
+    assert rates == pytest.approx([0.01 * 0.5**0.9, 0.01 * 0.25**0.9])
+
+
+def test_resume_for_longer_where_the_learning_rate_does_not_decay(tmp_path: Path) -> None:
+    Training(tmp_path, 2, decay_power=0.0).run()
+    resumed = Training(tmp_path, 3, decay_power=0.0, resume=True).run()
+    assert len(resumed.losses) == ITERATIONS and resumed.optimizer.param_groups[0]["lr"] == 0.01
 
 
 def test_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
