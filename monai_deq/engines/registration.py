@@ -91,6 +91,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         network: the network that is trained, asked for its ``coarse_solution`` if it has one, and for its
             ``proximal_weight``. Defaults to ``None``: new pairs in a batch with others start from zero.
         target_keys: see :py:class:`PreparePairBatch`. Defaults to none.
+        seed: of the random starts. Defaults to 0.
 
     Raises:
         ValueError: When a number is out of its range.
@@ -107,6 +108,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_steps: Sequence[int] | None = None,
         network: nn.Module | None = None,
         target_keys: Sequence[str] = (),
+        seed: int = 0,
     ) -> None:
         super().__init__(moving_key, fixed_key, target_keys=target_keys)
         if not 0 <= random_share <= 1:
@@ -123,6 +125,7 @@ class PreparePooledPairBatch(PreparePairBatch):
         self.random_share = random_share
         self.random_rms = random_rms
         self.random_smoothness = random_smoothness
+        self.seed = int(seed)
         network = getattr(network, "module", network)
         self.coarse_solution = getattr(network, "coarse_solution", None)
         # solved for again, not read from a checkpoint, after a training was resumed
@@ -149,11 +152,12 @@ class PreparePooledPairBatch(PreparePairBatch):
         ddf = self.pool.get(slots, tickets, fixed)
         centers = None if self.centers is None else self._proximal_centers(slots, tickets, moving, fixed)
         for i, (ticket, known) in enumerate(zip(tickets, met, strict=True)):
-            # the draws depend on the ticket alone, so that a resumed training makes the same
-            chance, length = torch.rand(2, generator=torch.Generator().manual_seed(ticket)).tolist()
+            # the draws depend on seed and ticket alone, so that a resumed training makes the same
+            key = self._key(ticket)
+            chance, length = torch.rand(2, generator=torch.Generator().manual_seed(key)).tolist()
             if not known and chance < self.random_share:
                 shape = (1, *ddf.shape[1:])
-                ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, ticket)
+                ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, key)
                 met[i] = True
         new = [i for i, known in enumerate(met) if not known]
         if centers is not None:
@@ -168,6 +172,10 @@ class PreparePooledPairBatch(PreparePairBatch):
             low, high = (int(n) for n in self.random_steps)
             settings = {**settings, "max_steps": int(torch.randint(low, high + 1, (1,)))}
         return moving, target, (fixed, ddf) if any(met) else (fixed,), settings
+
+    def _key(self, ticket: int) -> int:
+        """Seed of what is drawn for a ticket; seeds lie far apart in the 32 bits that PyTorch's generator looks at."""
+        return (self.seed * 0x9E3779B1 + ticket) % 2**32
 
     def _proximal_centers(
         self, slots: list[int], tickets: list[int], moving: torch.Tensor, fixed: torch.Tensor

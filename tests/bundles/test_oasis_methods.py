@@ -261,6 +261,14 @@ def test_pairs_are_counted_as_they_are_dealt_out(bundle_name: str) -> None:
 
 
 @pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
+def test_random_starts_are_those_of_the_seed(bundle_name: str) -> None:
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE.parent / bundle_name / "train.json"))
+    parser.update({"is_sample": True, "seed": 5, "masked_similarity": False})
+    assert parser.get_parsed_content("train#trainer#prepare_batch").seed == 5
+
+
+@pytest.mark.parametrize("bundle_name", ["oasis", "nlst"])
 def test_unwarped_moving_as_text(bundle_name: str) -> None:
     for value in (True, False):
         parser = ConfigParser()

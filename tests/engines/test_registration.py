@@ -22,6 +22,7 @@ from monai_deq.inferers import FixedPointInferer
 from monai_deq.losses import KeypointSupervisedLoss, MaskedSimilarityLoss, RegistrationLoss, StatesLoss
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.solvers import random_smooth_ddf
 from monai_deq.transforms import ResampleDDFd, WarpByDDFd
 
 SHIFTS = (1.0, 3.0, 2.0)  # of the pairs, along the first axis
@@ -324,6 +325,24 @@ def test_new_pairs_may_start_anywhere_and_run_for_any_number_of_steps(ndim: int)
     torch.testing.assert_close(prepare(batch)[2][1], ddf)
     assert {prepare(batch)[3]["max_steps"] for _ in range(40)} == {3, 4, 5} and set(settings) == {"max_steps"}
     assert len(PreparePooledPairBatch(StatePool(count))(batch)[2]) == 1
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_random_starts_depend_on_the_seed(ndim: int) -> None:
+    shape, tickets = (4, 1, *(24, 20, 16)[:ndim]), [0, 1, 7, 2**20]
+    batch = {key: torch.zeros(shape) for key in ("moving", "fixed")}
+    batch |= {"slot": torch.arange(4), "ticket": torch.tensor(tickets)}
+
+    def starts(**kwargs: int) -> torch.Tensor:
+        return PreparePooledPairBatch(StatePool(4), random_share=1.0, random_rms=2.0, **kwargs)(batch)[2][1]
+
+    # those of seed 0 are seeded by the ticket itself
+    lengths = [float(torch.rand(2, generator=torch.Generator().manual_seed(t))[1]) for t in tickets]
+    expected = [random_smooth_ddf((1, ndim, *shape[2:]), 2 * n, seed=t) for n, t in zip(lengths, tickets, strict=True)]
+    assert torch.equal(starts(), torch.cat(expected)) and torch.equal(starts(seed=0), starts())
+    fields = torch.cat([starts(seed=seed) for seed in (0, 1, 2, 2**31)])
+    rms = fields.square().sum(dim=1).flatten(1).mean(dim=1).sqrt()
+    assert len(rms.unique()) == len(rms) and torch.equal(starts(seed=1), starts(seed=1))
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
