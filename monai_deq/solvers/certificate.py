@@ -228,7 +228,8 @@ def certify(
         tolerance: RMS residual in voxels at which a pair has converged; a hidden state must be at rest to the same
             tolerance, in its own units.
         spectral_iterations: iterations of :py:func:`spectral_radius`. Defaults to 0: not computed.
-        random_starts: number of random smooth displacements from which the pairs are solved anew. Defaults to 0.
+        random_starts: number of random smooth displacements from which the pairs are solved anew, the same ones for
+            all pairs. Defaults to 0.
         start_rms: their RMS length in voxels. Defaults to 3.
         start_smoothness: their smoothness, see :py:func:`random_smooth_ddf`. Defaults to 8.
         seed: of all random numbers. Defaults to 0.
@@ -265,9 +266,11 @@ def certify(
         radii = list(spectral_radius(g, state, spectral_iterations, seed).tolist())
     distances: list[float | None] = [None] * batch
     if random_starts:
-        shape, largest = (batch, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
+        shape, largest = (1, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
+            # each item from the same, whatever its place: a pair's certificate does not depend on its batch
             random = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
+            random = random.repeat(batch, *[1] * (ndim + 1))
             start, other_center = starting_point(network, moving, fixed, random)
             other, _ = network.solve_state(moving, fixed, start, **other_center, **dict(solve_settings or {}))
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)

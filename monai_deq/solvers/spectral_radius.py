@@ -32,7 +32,7 @@ def spectral_radius(
         func: the map ``g``, ``(B, C, ...) -> (B, C, ...)``, that does not mix items of the batch; differentiable.
         state: ``(B, C, ...)``.
         iterations: number of products, at least 2. Defaults to 40.
-        seed: of the random vector to start from. Defaults to 0.
+        seed: of the random vector to start from, the same for all items. Defaults to 0.
 
     Returns:
         ``(B,)``, float64; NaN where a product is not finite, 0 where the vector vanishes.
@@ -50,7 +50,9 @@ def spectral_radius(
     if not y.requires_grad:  # a map to a constant
         return torch.zeros(len(state), dtype=torch.float64, device=state.device)
     generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(state.shape, generator=generator).to(device=state.device, dtype=y.dtype)
+    # the same for each item, so that its estimate does not depend on its batch
+    v = torch.randn((1, *state.shape[1:]), generator=generator).to(device=state.device, dtype=y.dtype)
+    v = v.expand_as(state)
     shape = (-1, *[1] * (state.ndim - 1))
     skipped = iterations // 2
     growth = torch.zeros(state.shape[0], dtype=torch.float64, device=state.device)

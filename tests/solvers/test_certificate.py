@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from monai_deq.networks.blocks import RecurrentUpdate
+from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
 from monai_deq.solvers import (
+    Certificate,
     certified_solve,
     certify,
     check_certificate,
@@ -162,6 +163,27 @@ def test_certify_tells_a_cycle_and_a_start_that_is_kept() -> None:
     state, record = still.solve_state(fixed, fixed)
     (c,) = certify(still, fixed, fixed, state, record, 1e-3, random_starts=1, start_rms=2.0, start_smoothness=1.0)
     assert c.verdict == "converged" and c.start_distance == pytest.approx(2.0, rel=1e-5) and c.spectral_radius is None
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_the_certificate_of_a_pair_does_not_depend_on_its_batch(ndim: int) -> None:
+    torch.manual_seed(0)
+    moving, fixed = torch.rand(2, 3, 1, *(16, 20, 12)[:ndim])
+    update = UNetUpdate(ndim, RegistrationUNet(ndim, 2 + ndim, None, (4, 4), (4,), (4,), flow_std=0.3))
+    # cut off: neither the start nor the vector of the spectral radius is forgotten
+    network = DEQRegistrationNet(update, max_steps=3, num_states=0).eval()
+
+    def certificates(items: list[int]) -> list[Certificate]:
+        state, record = network.solve_state(moving[items], fixed[items])
+        settings = {"spectral_iterations": 3, "random_starts": 2}
+        return certify(network, moving[items], fixed[items], state, record, 0.0, **settings)
+
+    alone = [certificates([i])[0] for i in range(3)]
+    for items in ([0, 1, 2], [2, 0], [1, 1]):
+        for i, certificate in zip(items, certificates(items), strict=True):
+            assert certificate.start_distance == pytest.approx(alone[i].start_distance, rel=1e-4)
+            assert certificate.spectral_radius == pytest.approx(alone[i].spectral_radius, rel=1e-4)
+    assert alone[0].start_distance != pytest.approx(alone[1].start_distance, rel=1e-3)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
