@@ -157,7 +157,8 @@ class PreparePooledPairBatch(PreparePairBatch):
             chance, length = torch.rand(2, generator=torch.Generator().manual_seed(key)).tolist()
             if not known and chance < self.random_share:
                 shape = (1, *ddf.shape[1:])
-                ddf[i : i + 1] = random_smooth_ddf(shape, self.random_rms * length, self.random_smoothness, key)
+                rms = self.random_rms * length
+                ddf[i : i + 1] = random_smooth_ddf(shape, rms, self.random_smoothness, key, ddf.device)
                 met[i] = True
         new = [i for i, known in enumerate(met) if not known]
         if centers is not None:

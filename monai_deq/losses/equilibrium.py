@@ -165,7 +165,7 @@ class EquilibriumLoss(nn.Module):
             e = step * (length / longest).reshape(-1, *[1] * (x.ndim - 1))
         else:
             smoothness, shape = self.contraction_smoothness * _FINEST**high, (1, *x.shape[1:])
-            e = torch.cat([random_smooth_ddf(shape, length, smoothness, s) for s in seeds]).to(x)
+            e = torch.cat([random_smooth_ddf(shape, length, smoothness, s, x.device) for s in seeds]).to(x)
         # a map that has stopped for good takes no step
         size = _mean_square(e)
         return (_mean_square(g(x + e) - gx) / size.where(size > 0, 1.0)).mean()

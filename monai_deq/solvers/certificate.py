@@ -269,7 +269,7 @@ def certify(
         shape, largest = (1, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
         for i in range(random_starts):
             # each item from the same, whatever its place: a pair's certificate does not depend on its batch
-            random = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i).to(fixed.device)
+            random = random_smooth_ddf(shape, start_rms, start_smoothness, seed + i, fixed.device)
             random = random.repeat(batch, *[1] * (ndim + 1))
             start, other_center = starting_point(network, moving, fixed, random)
             other, _ = network.solve_state(moving, fixed, start, **other_center, **dict(solve_settings or {}))

@@ -346,6 +346,14 @@ def test_random_starts_depend_on_the_seed(ndim: int) -> None:
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
+def test_random_starts_are_smoothed_on_the_device_of_the_images(ndim: int, smoothed_on: list[str]) -> None:
+    batch = {key: torch.zeros(2, 1, *(24, 20, 16)[:ndim]) for key in ("moving", "fixed")}
+    batch |= {"slot": torch.arange(2), "ticket": torch.arange(2)}
+    _, _, (_, ddf), _ = PreparePooledPairBatch(StatePool(2), random_share=1.0)(batch, "meta")
+    assert ddf.device.type == "meta" and smoothed_on == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
 def test_new_pairs_among_others_start_from_the_coarse_solution(ndim: int) -> None:
     class Coarse(torch.nn.Module):
         def coarse_solution(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:

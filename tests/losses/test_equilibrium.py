@@ -252,3 +252,12 @@ def test_processes_draw_what_one_draws_for_all(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr("monai_deq.losses.equilibrium.process_rank", lambda rank=rank: rank)
         parts.append(loss(slice(rank, None, 2)))
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5) and parts[0] != pytest.approx(parts[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_random_changes_are_smoothed_on_the_device_of_the_displacement(ndim: int, smoothed_on: list[str]) -> None:
+    image = torch.zeros(2, 1, *SIZES[ndim], device="meta")
+    prediction = (image, torch.zeros(2, ndim, *SIZES[ndim], device="meta"), [])
+    loss = EquilibriumLoss(Nothing(), Linear(0.5).to("meta"), contraction_weight=1.0)
+    loss(prediction, {"moving": image, "fixed": image})
+    assert smoothed_on == ["meta", "meta"]

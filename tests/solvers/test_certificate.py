@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import convolve1d
 
 from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
@@ -119,6 +120,26 @@ def test_random_smooth_ddf(ndim: int) -> None:
     for kwargs in ({"rms": -1.0}, {"rms": math.nan}, {"smoothness": 0.0}):
         with pytest.raises(ValueError, match="rms must not be negative and smoothness above 0"):
             random_smooth_ddf(shape, **kwargs)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_random_fields_are_smoothed_where_they_are_used(ndim: int, smoothed_on: list[str]) -> None:
+    shape = (1, ndim, *[20, 18, 22][:ndim])
+    # no device but the CPU has its own noise, and no autocast reaches the smoothing
+    expected = random_smooth_ddf(shape, smoothness=2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(random_smooth_ddf(shape, smoothness=2.0), expected)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[0].numpy()
+    # the share of a Gaussian of sigma 2 in each voxel, to four sigma
+    weights = np.diff([math.erf((n - 0.5) / (2 * math.sqrt(2))) / 2 for n in range(-8, 10)])
+    smooth = noise
+    for axis in range(1, ndim + 1):
+        smooth = convolve1d(smooth, weights, axis, mode="constant")
+    smooth *= 3.0 / np.sqrt((smooth**2).sum(0).mean())
+    np.testing.assert_allclose(expected[0], smooth, atol=1e-5)
+    assert smoothed_on == ["cpu", "cpu"]
+    field = random_smooth_ddf(shape, smoothness=2.0, device="meta", dtype=torch.float64)
+    assert (field.device.type, field.dtype) == ("meta", torch.float64) and smoothed_on[2:] == ["meta"]
 
 
 class PullToFixed(torch.nn.Module):
