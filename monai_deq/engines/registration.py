@@ -87,9 +87,10 @@ class PreparePooledPairBatch(PreparePairBatch):
         random_rms: their largest RMS length in voxels; it is drawn uniformly. Defaults to 3.
         random_smoothness: their smoothness, see :py:func:`monai_deq.solvers.random_smooth_ddf`. Defaults to 8.
         random_steps: smallest and largest number of steps of an iteration, drawn uniformly for each batch and given to
-            the network as ``max_steps``. Defaults to ``None``: the network's own.
+            the network as ``max_steps``; above its ``num_states``. Defaults to ``None``: the network's own.
         network: the network that is trained, asked for its ``coarse_solution`` if it has one, and for its
-            ``proximal_weight``. Defaults to ``None``: new pairs in a batch with others start from zero.
+            ``proximal_weight`` and ``num_states``. Defaults to ``None``: new pairs in a batch with others start from
+            zero.
         target_keys: see :py:class:`PreparePairBatch`. Defaults to none.
         seed: of the random starts. Defaults to 0.
 
@@ -120,13 +121,19 @@ class PreparePooledPairBatch(PreparePairBatch):
             )
         if random_steps is not None and not (len(random_steps) == 2 and 1 <= random_steps[0] <= random_steps[1]):
             raise ValueError(f"random_steps must be the smallest and the largest number of steps, got {random_steps}.")
+        network = getattr(network, "module", network)
+        states = int(getattr(network, "num_states", 0))
+        if random_steps is not None and random_steps[0] <= states:
+            raise ValueError(
+                f"random_steps must be above the {states} intermediate states of the network (num_states), got "
+                f"{random_steps}."
+            )
         self.pool = pool
         self.random_steps = random_steps
         self.random_share = random_share
         self.random_rms = random_rms
         self.random_smoothness = random_smoothness
         self.seed = int(seed)
-        network = getattr(network, "module", network)
         self.coarse_solution = getattr(network, "coarse_solution", None)
         # solved for again, not read from a checkpoint, after a training was resumed
         pulled = bool(getattr(network, "proximal_weight", 0.0)) and getattr(network, "coarse", None) is not None

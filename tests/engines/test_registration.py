@@ -420,6 +420,21 @@ def test_pooled_batches_refuse(options: dict[str, Any], words: str) -> None:
         PreparePooledPairBatch(StatePool(2), **options)
 
 
+def test_random_steps_leave_room_for_the_intermediate_states() -> None:
+    network = DEQRegistrationNet(ShiftByBrightness(), max_steps=5, num_states=3)
+    images = torch.rand(2, 1, 7, 6)
+    for low in (1, 3):
+        with pytest.raises(ValueError, match=rf"random_steps must be above the 3 .*num_states.*got \({low}, 9\)"):
+            PreparePooledPairBatch(StatePool(2), random_steps=(low, 9), network=network)
+        with pytest.raises(ValueError):  # which is what such a number comes to
+            network(images, images, max_steps=low)
+    prepare = PreparePooledPairBatch(StatePool(2), random_steps=(4, 4), network=network)
+    moving, _, args, settings = prepare(
+        {"moving": images, "fixed": images, "slot": torch.arange(2), "ticket": torch.arange(2)}
+    )
+    assert len(network(moving, *args, **settings)[2]) == 3
+
+
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_output_of_a_trainer(ndim: int) -> None:
     torch.manual_seed(0)
