@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +25,15 @@ class GradientClipping:
 
     Args:
         network: the network.
-        max_norm: bound on the L2 norm over all parameters.
+        max_norm: bound on the L2 norm over all parameters; ``None`` is none: a gradient that is not finite is still an
+            error.
 
     Raises:
         ValueError: When ``max_norm`` is not above 0.
     """
 
-    def __init__(self, network: torch.nn.Module, max_norm: float) -> None:
+    def __init__(self, network: torch.nn.Module, max_norm: float | None) -> None:
+        max_norm = math.inf if max_norm is None else max_norm
         if not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}.")
         self.network = network

@@ -31,7 +31,9 @@ class Steepness(torch.nn.Module):
         return (prediction * y).mean()
 
 
-def train(max_norm: float, gradient: tuple[float, float], amp: bool = False) -> tuple[list[float], SupervisedTrainer]:
+def train(
+    max_norm: float | None, gradient: tuple[float, float], amp: bool = False
+) -> tuple[list[float], SupervisedTrainer]:
     """Gradients that the optimizer gets to see when the loss's is ``gradient``."""
     network = Line()
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
@@ -59,11 +61,12 @@ def train(max_norm: float, gradient: tuple[float, float], amp: bool = False) -> 
         (1.0, (3.0, 4.0), (0.6, 0.8)),
         (2.5, (-3.0, 4.0), (-1.5, 2.0)),
         (5.1, (3.0, 4.0), (3.0, 4.0)),  # below the bound nothing changes
+        (None, (300.0, 4.0), (300.0, 4.0)),
     ],
 )
 @pytest.mark.parametrize("amp", [False, True])
 def test_gradient_of_the_step(
-    monkeypatch: pytest.MonkeyPatch, amp: bool, max_norm: float, gradient: Any, expected: Any
+    monkeypatch: pytest.MonkeyPatch, amp: bool, max_norm: float | None, gradient: Any, expected: Any
 ) -> None:
     # the scaler multiplies the gradient; the bound is on what is left when that is undone
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=1024.0))
@@ -75,13 +78,14 @@ def test_gradient_of_the_step(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("enabled", [None, False])
+@pytest.mark.parametrize("max_norm", [1.0, None])
 def test_non_finite_gradient_stops_the_training(
-    monkeypatch: pytest.MonkeyPatch, bad: float, enabled: bool | None
+    monkeypatch: pytest.MonkeyPatch, max_norm: float | None, bad: float, enabled: bool | None
 ) -> None:
     # without a GPU a scaler does nothing, and does not skip such a step either
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", enabled=False))
     with pytest.raises(RuntimeError, match="gradient is not finite in iteration 1 of epoch 1.*--resume true"):
-        train(1.0, (1.0, bad), amp=enabled is not None)
+        train(max_norm, (1.0, bad), amp=enabled is not None)
 
 
 def test_scaler_skips_a_step_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
