@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from monai_deq.networks import is_compiled
 from monai_deq.solvers import random_smooth_ddf
 from monai_deq.utils import process_count, process_rank
 
@@ -71,7 +72,8 @@ class EquilibriumLoss(nn.Module):
             number of calls, for a training that is resumed. Defaults to 0.
 
     Raises:
-        ValueError: When a number is out of its range, or a penalty is asked for and the network has a hidden state.
+        ValueError: When a number is out of its range, a penalty is asked for and the network has a hidden state, or
+            that on the Jacobian and the network is compiled.
     """
 
     def __init__(
@@ -115,6 +117,11 @@ class EquilibriumLoss(nn.Module):
                 "network: the penalties are for maps of the displacement alone, this one has a hidden state."
             )
         self.loss = loss
+        if jacobian_weight and is_compiled(network):
+            raise ValueError(
+                f"jacobian_weight {jacobian_weight} takes second derivatives, which torch.compile does not have: set "
+                "compile to false, or jacobian_weight to 0."
+            )
         # not a submodule: its parameters are not this module's
         self._network: tuple[Any] = (network,)
         self.residual_weight = residual_weight

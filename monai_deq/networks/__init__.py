@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from . import blocks, nets
-from .compile import compile_backbones
+from .compile import compile_backbones, is_compiled
 from .memory_format import fast_memory_format
 from .normalization import normalize_convolutions
 from .utils import load_checkpoint, load_weights, trained_with
@@ -13,6 +13,7 @@ __all__ = [
     "blocks",
     "compile_backbones",
     "fast_memory_format",
+    "is_compiled",
     "load_checkpoint",
     "load_weights",
     "nets",

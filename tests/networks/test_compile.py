@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from monai_deq.losses import EquilibriumLoss, RegistrationLoss, StatesLoss
 from monai_deq.networks import compile_backbones
 from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
@@ -38,6 +39,23 @@ class TestCompileBackbones:
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert results[0][0].abs().max() > 0.01
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+    def test_penalty_on_the_contraction_has_the_same_gradient(self, network):
+        moving, fixed = torch.rand(2, 1, 1, 11, 14)
+        gradients = []
+        for net in (network, compile_backbones(copy.deepcopy(network))):
+            loss = EquilibriumLoss(StatesLoss(RegistrationLoss(2)), net, contraction_weight=2.0)
+            loss(net.train()(moving, fixed), {"moving": moving, "fixed": fixed}).backward()
+            gradients.append(net.update.backbone.flow.weight.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+    def test_penalty_on_the_jacobian_is_refused(self, network):
+        EquilibriumLoss(nn.Identity(), network, jacobian_weight=0.5)
+        network = compile_backbones(network)
+        with pytest.raises(ValueError, match=r"jacobian_weight 0\.5 takes second derivatives.* compile to false"):
+            EquilibriumLoss(nn.Identity(), network, jacobian_weight=0.5)
+        EquilibriumLoss(nn.Identity(), network, contraction_weight=0.5, residual_weight=0.5, agreement_weight=0.5)
 
     def test_all_backbones_and_only_when_enabled(self, network):
         network = coarse_to_fine(network, 2, 2)
