@@ -64,17 +64,24 @@ def part_sizes(sizes: Sequence[int | None], found: int, things: str, where: str)
     return {part: remain if size is None else size for part, size in zip(PARTS, sizes, strict=True)}
 
 
-def part_of(parts: Mapping[str, list[dict[str, Any]]], name: str) -> list[dict[str, Any]]:
+def part_of(parts: Mapping[str, list[dict[str, Any]]], name: str, required: str | None = None) -> list[dict[str, Any]]:
     """
     One part of a split.
 
     Args:
         parts: what :py:func:`monai_deq.data.split_subjects` or :py:func:`monai_deq.data.split_pairs` returned.
         name: ``"training"``, ``"validation"`` or ``"test"``.
+        required: what each of its subjects must have, e.g. ``"label"``. Defaults to ``None``: nothing.
 
     Raises:
-        ValueError: When there is no such part.
+        ValueError: When there is no such part, or a subject lacks what is required.
     """
     if name not in parts:
         raise ValueError(f"split must be one of {', '.join(map(repr, parts))}, got {name!r}.")
+    lacking = [str(item["subject"]) for item in parts[name] if required and item.get(required) is None]
+    if lacking:
+        raise ValueError(
+            f"The {name} part needs a {required} of each subject, but {len(lacking)} of its {len(parts[name])} "
+            f"subjects have none: {shorten(lacking)}. Choose another split, or name subjects by split_lists."
+        )
     return parts[name]
