@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ignite.engine import Events
 
-from monai_deq.networks import load_checkpoint, load_weights
+from monai_deq.networks import load_checkpoint, load_weights, trained_with
 from monai_deq.utils import as_flag, gather_items, process_rank, refuse_existing, replace_file
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
-_OWN = {"network", "averaged", "trainer", "best_epoch", "best_metric", "rng_state", "scaler", "settings"}
+#: what checkpoints did not have at first, or do not always have
+_OPTIONAL = {"averaged", "scaler", "settings", "training_pairs"}
+_OWN = {"network", "trainer", "best_epoch", "best_metric", "rng_state"} | _OPTIONAL
 
 #: where the learning rate schedules of PyTorch and MONAI keep their length
 _SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
@@ -58,6 +60,9 @@ class TrainingCheckpoint:
         settings: what evaluation and inference should know of the training (e.g. the image size), written beside
             ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`. Those that are others than
             the training began with are named in a warning when it is resumed.
+        pairs_per_epoch: number of pairs in an epoch of all processes. With it ``model.json`` has ``training_pairs``:
+            how many the weights in ``model.pt`` have been trained on, those behind ``weights`` included. Defaults to
+            ``None``: not counted.
 
     Raises:
         ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
@@ -77,6 +82,7 @@ class TrainingCheckpoint:
         weights_without: str | None = None,
         averaged: torch.nn.Module | None = None,
         settings: Mapping[str, Any] | None = None,
+        pairs_per_epoch: int | None = None,
     ) -> None:
         self.resume, self.overwrite = as_flag(resume, "resume"), as_flag(overwrite, "overwrite")
         if self.resume and self.overwrite:
@@ -90,6 +96,9 @@ class TrainingCheckpoint:
         self.weights_without = weights_without
         self.averaged = averaged
         self.settings = dict(settings or {})
+        self.pairs_per_epoch = pairs_per_epoch
+        #: what the weights that the training starts from have been trained on
+        self.earlier_pairs = 0
         taken = _OWN & set(self.objects)
         if taken:
             raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
@@ -130,11 +139,21 @@ class TrainingCheckpoint:
             load_weights(self.network, self.weights, self.weights_without)
             if self.averaged is not None:
                 self.averaged.load_state_dict(self.network.state_dict())
+            self._count_earlier_pairs()
             self.logger.info(f"training starts from the weights in {self.weights}")
+
+    def _count_earlier_pairs(self) -> None:
+        if self.pairs_per_epoch is not None and self.weights and Path(self.weights).is_file():
+            # of the last epoch, or as training writes it beside the best weights
+            own = load_checkpoint(self.weights).get("training_pairs")
+            self.earlier_pairs = int(own or trained_with(self.weights).get("training_pairs") or 0)
+
+    def _training_pairs(self, epoch: int) -> int | None:
+        return None if self.pairs_per_epoch is None else self.earlier_pairs + epoch * self.pairs_per_epoch
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = (_OWN - {"averaged", "scaler", "settings"} | set(self.objects)) - set(checkpoint)
+        absent = (_OWN - _OPTIONAL | set(self.objects)) - set(checkpoint)
         if absent:
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         trainer = checkpoint["trainer"]
@@ -162,6 +181,10 @@ class TrainingCheckpoint:
         # a scaler that is not in use, or was not when the checkpoint was written, has nothing to say
         if scaler is not None and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
+        if self.pairs_per_epoch is not None and checkpoint.get("training_pairs") is not None:
+            self.earlier_pairs = checkpoint["training_pairs"] - trainer["epoch"] * self.pairs_per_epoch
+        else:  # which checkpoints did not say at first
+            self._count_earlier_pairs()
         engine.state.epoch = trainer["epoch"]
         engine.state.iteration = trainer["iteration"]
         if self.validator is not None and checkpoint["best_epoch"] >= 0:
@@ -218,6 +241,7 @@ class TrainingCheckpoint:
             "rng_state": torch.get_rng_state(),
             "scaler": {} if scaler is None else scaler.state_dict(),
             "settings": json.loads(json.dumps(self.settings)),
+            "training_pairs": self._training_pairs(engine.state.epoch),
         }
         if process_rank() > 0:
             return
@@ -225,7 +249,9 @@ class TrainingCheckpoint:
             with replace_file(self.best_path) as path:
                 torch.save(checkpoint["averaged"] or checkpoint["network"], path)
             with replace_file(self.best_path.with_suffix(".json")) as path:
-                path.write_text(json.dumps({**self.settings, "epoch": best_epoch}, indent=2) + "\n")
+                pairs = self._training_pairs(best_epoch)
+                counted = {} if pairs is None else {"training_pairs": pairs}
+                path.write_text(json.dumps({**self.settings, **counted, "epoch": best_epoch}, indent=2) + "\n")
             self.logger.info(f"best validation score so far: wrote {self.best_path}")
         with replace_file(self.last_path) as path:
             torch.save(checkpoint, path)

@@ -92,6 +92,7 @@ class Training:
         validate: bool = True,
         amp: bool = False,
         decay_power: float | None = None,
+        pairs_per_epoch_counted: int | None = None,
         **kwargs: Any,
     ) -> None:
         torch.manual_seed(seed)
@@ -117,6 +118,7 @@ class Training:
             self.network,
             {"optimizer": self.optimizer, "lr_scheduler": scheduler},
             self.validator if validate else None,
+            pairs_per_epoch=pairs_per_epoch_counted,
             **kwargs,
         )
         self.trainer = SupervisedTrainer(
@@ -313,6 +315,29 @@ def test_overwrite_starts_from_the_beginning(tmp_path: Path) -> None:
     again = Training(tmp_path, 1, scores=(0.2,), overwrite=True).run()
     assert again.losses == first.losses[:ITERATIONS]
     assert load(tmp_path / "last.pt")["best_metric"] == 0.2 and trained_with(tmp_path / "model.pt")["epoch"] == 1
+
+
+def test_pairs_are_counted_up_to_the_weights_that_are_kept(tmp_path: Path) -> None:
+    def run(folder: str, *args: Any, **kwargs: Any) -> int:
+        count = {"pairs_per_epoch_counted": 2 * ITERATIONS}
+        Training(tmp_path / folder, *args, **{**count, **kwargs}).run()
+        return trained_with(tmp_path / folder / "model.pt")["training_pairs"]
+
+    # two batches of two pairs an epoch; the second of three epochs is the best
+    assert run("a", 3, scores=(0.1, 0.9, 0.2)) == 2 * 4
+    weights = tmp_path / "a" / "model.pt"
+    assert run("b", 1, scores=(0.1, 0.2, 0.3), weights=weights) == 8 + 4
+    assert run("c", 1, scores=(0.1,), weights=tmp_path / "a" / "last.pt") == 3 * 4 + 4
+    # a resumed training knows what it started from
+    assert run("b", 2, scores=(0.1, 0.2, 0.3), resume=True) == 8 + 2 * 4
+    # checkpoints did not say it at first
+    last = tmp_path / "b" / "last.pt"
+    checkpoint = load(last)
+    del checkpoint["training_pairs"]
+    torch.save(checkpoint, last)
+    assert run("b", 3, scores=(0.1, 0.2, 0.3), resume=True, weights=weights) == 8 + 3 * 4
+    Training(tmp_path / "uncounted", 1).run()
+    assert "training_pairs" not in trained_with(tmp_path / "uncounted" / "model.pt")
 
 
 def test_start_from_weights(tmp_path: Path) -> None:
