@@ -146,9 +146,9 @@ class RegistrationUNet(nn.Module):
         """
         layer: Any = self.decoder[i]
         weight, n = layer.conv.weight, below.shape[1]
-        return layer.adn(
-            _convolve(below, weight[:, :n], layer.conv.bias, cut) + _convolve(skip, weight[:, n:], None, cut)
-        )
+        x = _convolve(below, weight[:, :n], layer.conv.bias, cut)
+        # in place: without a third tensor of the size of the result
+        return layer.adn(x.add_(_convolve(skip, weight[:, n:], None, cut)))
 
     def _forward_in_parts(self, x: torch.Tensor) -> torch.Tensor:
         n = x.shape[-1]
