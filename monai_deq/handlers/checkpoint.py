@@ -35,9 +35,9 @@ class TrainingCheckpoint:
     score is the best so far, ``model.pt``, the weights of the network alone, or those of its running mean.
 
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
-    resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of
-    a learning rate schedule a training is not resumed with a schedule of another length. Place it after the validation
-    handler and after the handler that steps the learning rate.
+    resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of a learning rate
+    schedule a training is not resumed with a schedule of another length. Place it after the validation handler and
+    after the handler that steps the learning rate.
 
     Of several processes the first one writes, and all of them read: the folder must be one that they share. Networks
     are given as they are, without ``DistributedDataParallel`` around them. ``state_dict`` of the other objects is
