@@ -43,6 +43,8 @@ _TRAINING_SETTINGS = (
     "masked_similarity",
     "keypoint_weight",
 )
+#: those that change what a training costs and nothing else; a comparison may ask for other ones
+_RECOMPUTATION = ("use_checkpoint", "checkpoint_parts")
 
 
 class FirstPair:
@@ -124,7 +126,8 @@ def measure_costs(
             trained_with = method.trained_with()
             training = method.parser("train", trained_with=trained_with)
             # what the training itself was given; the rest is the overlay's
-            training.update({k: v for k, v in trained_with.items() if k in _TRAINING_SETTINGS})
+            of_training = {*_TRAINING_SETTINGS, *(k for k in _RECOMPUTATION if k not in (method.overrides or {}))}
+            training.update({k: v for k, v in trained_with.items() if k in of_training})
             trained = load_weights(training.get_parsed_content("network"), method.checkpoint).train()
             loss, optimizer = training.get_parsed_content("loss"), training.get_parsed_content("optimizer")
             costs[name]["parameters"] = sum(p.numel() for p in trained.parameters())

@@ -245,6 +245,22 @@ def test_costs_are_those_of_the_training(tmp_path: Path, cohort: Path) -> None:
     assert saved[1] / saved[0] == pytest.approx(4 / 2, rel=0.1)
 
 
+def test_costs_are_those_of_a_training_with_recomputation(tmp_path: Path, cohort: Path) -> None:
+    memory = {}
+    for name, trained, asked in [
+        ("kept", {"use_checkpoint": False}, {}),
+        ("recomputed", {"use_checkpoint": True}, {}),
+        ("asked for", {"use_checkpoint": False}, {"use_checkpoint": "true"}),
+        ("in parts", {"use_checkpoint": True, "checkpoint_parts": 4}, {}),
+    ]:
+        write_checkpoint("deqreg", tmp_path / name, max_steps=2, num_states=1, **trained)
+        options = {"dataset_dir": str(cohort), "split_sizes": [2, 1, 2], **asked}
+        method = BundleMethod("deqreg", BUNDLE, tmp_path / name / "deqreg", ["slices.json"], options)
+        memory[name] = measure_costs({"deqreg": method}, rounds=1)["deqreg"]["saved_memory_mb"]
+    assert memory["asked for"] == pytest.approx(memory["recomputed"], rel=0.02)
+    assert memory["in parts"] < memory["recomputed"] < 0.6 * memory["kept"]
+
+
 @pytest.mark.parametrize("amp", [True, False])
 def test_amp_as_text(amp: bool, tmp_path: Path, cohort: Path) -> None:
     write_checkpoint("deqreg", tmp_path)
