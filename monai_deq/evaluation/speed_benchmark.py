@@ -28,6 +28,7 @@ SPEED_CASES: dict[str, dict[str, Any]] = {
     "DEQReg, plain": {"method": "deqreg_pool"},
     "DEQReg, Anderson": _ANDERSON,
     "DEQReg, Anderson to 0.003 voxel": {**_ANDERSON, "tolerance": 0.003, "coarse_tolerance": 0.001},
+    "DEQReg, Anderson to 0.004 voxel": {**_ANDERSON, "tolerance": 0.004, "coarse_tolerance": 0.002},
     "DEQReg, Anderson to 0.005 voxel": {**_ANDERSON, "tolerance": 0.005, "coarse_tolerance": 0.005},
 }
 
