@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from .command_line import refuse_unknown_settings
-from .files import refuse_existing, replace_file
-from .flags import as_flag
+from .files import json_ready, refuse_existing, replace_file, write_json
 from .mean_std import MeanStd, mean_std
 from .processes import (
     end_processes,
@@ -18,6 +16,7 @@ from .processes import (
     process_rank,
     wait_for_all,
 )
+from .settings import as_flag, refuse_unknown_settings
 from .unused import refuse_unused
 
 __all__ = [
@@ -27,6 +26,7 @@ __all__ = [
     "gather_items",
     "gather_to_first",
     "init_processes",
+    "json_ready",
     "local_device",
     "mean_over_processes",
     "mean_std",
@@ -37,4 +37,5 @@ __all__ = [
     "refuse_unused",
     "replace_file",
     "wait_for_all",
+    "write_json",
 ]

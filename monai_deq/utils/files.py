@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["refuse_existing", "replace_file"]
+__all__ = ["json_ready", "refuse_existing", "replace_file", "write_json"]
 
 
 @contextmanager
@@ -55,3 +58,42 @@ def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:
     if there:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise FileExistsError(f"{there[0]}{more} exists already and is not overwritten. {advice}")
+
+
+def json_ready(value: Any) -> Any:
+    """
+    A value as JSON takes it: numbers of NumPy and PyTorch as Python's, paths as text, ``None`` in place of NaN and
+    infinity, which JSON does not know.
+
+    Args:
+        value: numbers, texts, and mappings and sequences of them.
+
+    Raises:
+        TypeError: When there is something else in it.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    raise TypeError(f"JSON knows no {type(value).__name__}, got {value!r}.")
+
+
+def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
+    """
+    Write a JSON file that appears whole or not at all.
+
+    Args:
+        path: the file.
+        content: see :py:func:`json_ready`.
+        indent: of the text. Defaults to 2.
+    """
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(json_ready(content), indent=indent, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files appear whole or not at all, and nothing is overwritten unasked."""
+"""Files appear whole or not at all, nothing is overwritten unasked, and JSON has no NaN."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from monai_deq.utils import refuse_existing, replace_file
+from monai_deq.utils import json_ready, refuse_existing, replace_file, write_json
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -89,3 +92,21 @@ def test_refuse_existing(tmp_path: Path) -> None:
     paths[2].write_text("x")
     with pytest.raises(FileExistsError, match=r"/b and 1 more exists? already"):
         refuse_existing(map(str, paths), "")
+
+
+def test_json_of_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    content = {
+        1: [np.float32(0.5), float("nan"), -float("inf")],
+        "tensor": torch.tensor([[1.5, float("nan")]]),
+        "path": tmp_path,
+        "rest": (True, None, np.int64(3), "text"),
+    }
+    write_json(tmp_path / "a.json", content)
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "1": [0.5, None, None],
+        "tensor": [[1.5, None]],
+        "path": str(tmp_path),
+        "rest": [True, None, 3, "text"],
+    }
+    with pytest.raises(TypeError, match="JSON knows no object"):
+        json_ready({"a": [object()]})

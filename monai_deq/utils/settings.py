@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for on the command line of ``python -m monai.bundle run``."""
+"""What comes in by the command line of ``python -m monai.bundle run``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,26 @@ from typing import Any
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-__all__ = ["refuse_unknown_settings"]
+__all__ = ["as_flag", "refuse_unknown_settings"]
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """
+    A flag of a configuration: ``--resume false`` on the command line arrives as the text ``"false"``, which Python
+    takes for true.
+
+    Args:
+        value: a bool, or the text ``"true"`` or ``"false"`` in any case.
+        name: name of the flag, for the error.
+
+    Raises:
+        ValueError: When it is something else.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError(f"{name} must be true or false, got {value!r}.")
 
 
 def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A setting that the configuration does not have is refused on the command line of a bundle."""
+"""Flags, and settings that the configuration does not have, on the command line of a bundle."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from monai_deq.utils import refuse_unknown_settings
+from monai_deq.utils import as_flag, refuse_unknown_settings
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
@@ -59,3 +60,17 @@ def test_file_of_arguments(files: str, tmp_path: Path) -> None:
     arguments.write_text(json.dumps({"config_file": str(tmp_path / "train.json"), "max_epoch": 3}))
     with pytest.raises(ValueError, match="has no setting max_epoch"):
         refuse_unknown_settings([PROGRAM, "run", "--args_file", str(arguments)])
+
+
+@pytest.mark.parametrize(
+    ("value", "flag"),
+    [(True, True), (False, False), ("true", True), ("false", False), ("True", True), ("FALSE", False)],
+)
+def test_flags(value: Any, flag: bool) -> None:
+    assert as_flag(value, "resume") is flag
+
+
+@pytest.mark.parametrize("value", ["yes", "", "0", 0, 1, None, [], 1.0])
+def test_anything_else_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="resume must be true or false, got"):
+        as_flag(value, "resume")
