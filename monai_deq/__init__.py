@@ -3,12 +3,26 @@
 
 from __future__ import annotations
 
-from . import baselines, data, engines, handlers, inferers, losses, metrics, networks, solvers, transforms, utils
+from . import (
+    baselines,
+    certificates,
+    data,
+    engines,
+    handlers,
+    inferers,
+    losses,
+    metrics,
+    networks,
+    solvers,
+    transforms,
+    utils,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "baselines",
+    "certificates",
     "data",
     "engines",
     "handlers",

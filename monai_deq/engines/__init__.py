@@ -3,6 +3,16 @@
 
 from __future__ import annotations
 
-from .registration import PreparePairBatch, PreparePooledPairBatch, RegistrationEvaluator
+from .batches import PreparePairBatch, PreparePooledPairBatch
+from .registration import RegistrationEvaluator, RegistrationTrainer
+from .schedules import Schedule, nlst_schedule, oasis_schedule
 
-__all__ = ["PreparePairBatch", "PreparePooledPairBatch", "RegistrationEvaluator"]
+__all__ = [
+    "PreparePairBatch",
+    "PreparePooledPairBatch",
+    "RegistrationEvaluator",
+    "RegistrationTrainer",
+    "Schedule",
+    "nlst_schedule",
+    "oasis_schedule",
+]

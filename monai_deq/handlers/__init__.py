@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .checkpoint import TrainingCheckpoint, WeightsLoader
+from .checkpoints import TrainingCheckpoint, WeightsLoader
 from .epoch_loss import EpochMeanLoss
 from .folded_voxels import FoldedVoxels
 from .gradient_clipping import GradientClipping

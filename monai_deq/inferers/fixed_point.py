@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from monai.inferers import Inferer
+from torch.nn.parallel import DistributedDataParallel
 
+from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import certified_solve, check_certificate
 
 __all__ = ["FixedPointInferer"]
-
-_SETTINGS = ("solver", "max_steps", "tolerance", "relative_tolerance", "solver_options")
 
 
 class FixedPointInferer(Inferer):
@@ -23,22 +22,32 @@ class FixedPointInferer(Inferer):
     Solve a batch of pairs to equilibrium with a network's own map.
 
     Args:
-        certificate: examine each solution: arguments of :py:func:`monai_deq.solvers.certify`, such as
-            ``{"spectral_iterations": 40, "random_starts": 1}``; an empty dictionary for what costs one step.
-            Defaults to ``None``: not examined.
-        settings: ``max_steps``, ``tolerance``, ``relative_tolerance``, ``solver`` or ``solver_options`` in place of
-            the network's own; ``None`` values are left to the network.
-
-    Raises:
-        TypeError: When there is no such setting.
+        certificate: examine each solution, see :py:func:`monai_deq.certificates.check_certificate`; an empty
+            dictionary for what costs one step. Defaults to ``None``: not examined.
+        max_steps: step limit. Defaults to the network's own.
+        tolerance: RMS residual in voxels at which a pair stops. Defaults to the network's own.
+        relative_tolerance: relative residual at which a pair stops. Defaults to the network's own.
+        solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
+        solver_options: further options of the solver.
     """
 
-    def __init__(self, certificate: Mapping[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        certificate: Mapping[str, Any] | None = None,
+        max_steps: int | None = None,
+        tolerance: float | None = None,
+        relative_tolerance: float | None = None,
+        solver: str | None = None,
+        solver_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        unknown = sorted(set(settings) - set(_SETTINGS))
-        if unknown:
-            raise TypeError(f"FixedPointInferer takes {', '.join(_SETTINGS)}, got {', '.join(unknown)}.")
-        self.settings = {k: v for k, v in settings.items() if v is not None}
+        self.changes = {
+            "max_steps": max_steps,
+            "tolerance": tolerance,
+            "relative_tolerance": relative_tolerance,
+            "name": solver,
+            "options": solver_options,
+        }
         self.certificate = check_certificate(certificate)
 
     def __call__(  # type: ignore[override]
@@ -51,7 +60,7 @@ class FixedPointInferer(Inferer):
         """
         Args:
             inputs: moving images ``(B, 1, *spatial)``.
-            network: module with a method ``solve``.
+            network: a :py:class:`monai_deq.networks.nets.RegistrationNet`.
             fixed: fixed images ``(B, 1, *spatial)``.
             initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to zero.
 
@@ -62,9 +71,9 @@ class FixedPointInferer(Inferer):
             solution itself, and there are the list ``verdict`` (of a classical method its ``reason``) and, where asked
             for, the tensors ``spectral_radius`` and ``start_distance``.
         """
-        module = getattr(network, "module", network)  # DistributedDataParallel has no solve
+        module: Any = network.module if isinstance(network, DistributedDataParallel) else network
         ddf, record, certificates = certified_solve(
-            module, inputs, fixed, initial_ddf, self.certificate, **self.settings
+            module, inputs, fixed, initial_ddf, self.certificate, **self.changes
         )
         with torch.no_grad():
             warped = warp_by_ddf(inputs, ddf)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from .equilibrium import EquilibriumLoss
 from .keypoint import KeypointLoss, KeypointSupervisedLoss
-from .masked_similarity import MaskedSimilarityLoss
-from .registration import RegistrationLoss, StatesLoss
-from .state_weights import exponential_state_weights
+from .registration import MaskedSimilarityLoss, RegistrationLoss, StatesLoss
 
 __all__ = [
     "EquilibriumLoss",
@@ -16,5 +14,4 @@ __all__ = [
     "MaskedSimilarityLoss",
     "RegistrationLoss",
     "StatesLoss",
-    "exponential_state_weights",
 ]

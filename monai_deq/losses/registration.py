@@ -11,9 +11,8 @@ from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.utils import as_flag
 
-__all__ = ["RegistrationLoss", "StatesLoss"]
+__all__ = ["MaskedSimilarityLoss", "RegistrationLoss", "StatesLoss"]
 
 
 class RegistrationLoss(nn.Module):
@@ -73,37 +72,95 @@ class RegistrationLoss(nn.Module):
             return self.similarity(*images) + self.weight * self.smoothness(ddf)
 
 
+class MaskedSimilarityLoss(nn.Module):
+    """
+    Mean of a similarity over the voxels inside a mask, e.g. over the lungs of a chest CT, in float32 with autocast off.
+    Every image of a batch counts the same, whatever the size of its mask; with a mask of all voxels this is the mean
+    over the image.
+
+    The similarity of a voxel may look at its surroundings beyond the mask: the window of the local cross-correlation
+    sees the border of the lung from inside.
+
+    Args:
+        spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
+        similarity: loss of ``(warped, fixed)`` that is not reduced (``reduction="none"``). Defaults to MONAI's local
+            normalised cross-correlation with window 5.
+    """
+
+    def __init__(self, spatial_dims: int = 3, similarity: nn.Module | None = None) -> None:
+        super().__init__()
+        self.similarity = (
+            LocalNormalizedCrossCorrelationLoss(spatial_dims=spatial_dims, kernel_size=5, reduction="none")
+            if similarity is None
+            else similarity
+        )
+
+    def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            warped: moving image on the grid of the fixed one, ``(B, 1, *spatial)``.
+            fixed: ``(B, 1, *spatial)``.
+            mask: ``(B, 1, *spatial)`` of the fixed image; inside where greater than zero.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError: When the mask has another shape or is empty, or the similarity is reduced.
+        """
+        if mask.shape != fixed.shape:
+            raise ValueError(f"mask must have the shape of fixed, {tuple(fixed.shape)}, got {tuple(mask.shape)}.")
+        inside = (mask > 0).flatten(1)
+        count = inside.sum(dim=1)
+        if not (count > 0).all():
+            empty = torch.nonzero(count == 0).flatten().tolist()
+            raise ValueError(f"mask must hold a voxel of every image, it is empty for batch item(s) {empty}.")
+        with torch.autocast(device_type=fixed.device.type, enabled=False):
+            # float64 stays, for checks of gradients
+            warped, fixed = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (warped, fixed))
+            values = self.similarity(warped, fixed)
+            if values.shape != fixed.shape:
+                raise ValueError(
+                    f"similarity must give a value for each voxel, shape {tuple(fixed.shape)}, got "
+                    f'{tuple(values.shape)}; build it with reduction="none".'
+                )
+            # not a product: what is not finite outside must not come in
+            return (values.flatten(1).where(inside, 0.0).sum(dim=1) / count).mean()
+
+
 class StatesLoss(nn.Module):
     """
     Loss at the final state plus the weighted sum of the losses at the intermediate states (paper, Eq. 4 and Eq. 9).
 
     Args:
         loss: loss of ``(warped, fixed, ddf)``, e.g. :py:class:`RegistrationLoss`.
-        gamma: weight of each intermediate state: one number for all (Eq. 9), or one number for each (Eq. 4).
-            Defaults to 0.5.
-        use_checkpoint: keep nothing of each loss but its arguments for the backward pass, and evaluate it again there:
-            the memory of one loss instead of that of all states, for about the time of one more evaluation each. The
-            loss must give the same value again. Defaults to ``False``.
+        gamma: weight of each intermediate state: one number for all (Eq. 9), one number for each, or
+            ``"exponential"``: ``w_t = 10^((t - 1) / (T - 1))`` of RIIR (Eq. 4), divided by that of the final state,
+            which is one here. Defaults to 0.5.
+        checkpointed: keep nothing of each loss but its arguments for the backward pass, and evaluate it again there:
+            the memory of one loss instead of that of all states. Defaults to ``False``.
         mask_key: key of the fixed image's mask in the target, which ``loss`` is given as a fourth argument. Defaults to
             ``None``: it is given none.
 
     Raises:
-        ValueError: When a weight is negative, or ``use_checkpoint`` is neither true nor false.
+        ValueError: When a weight is negative, or a text other than ``"exponential"``.
     """
 
     def __init__(
         self,
         loss: nn.Module,
-        gamma: float | Sequence[float] = 0.5,
-        use_checkpoint: bool = False,
+        gamma: float | Sequence[float] | str = 0.5,
+        checkpointed: bool = False,
         mask_key: str | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss
         self.mask_key = mask_key
+        if isinstance(gamma, str) and gamma != "exponential":
+            raise ValueError(f'gamma must be numbers or "exponential", got {gamma!r}.')
         self.gamma = gamma
-        self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
-        if any(w < 0 for w in self.weights(1 if isinstance(gamma, (int, float)) else len(gamma))):
+        self.checkpointed = checkpointed
+        if any(w < 0 for w in self.weights(len(gamma) if isinstance(gamma, Sequence) else 1)):
             raise ValueError(f"gamma must not be negative, got {gamma}.")
 
     def weights(self, num_states: int) -> list[float]:
@@ -116,7 +173,9 @@ class StatesLoss(nn.Module):
         Raises:
             ValueError: When ``gamma`` is a sequence of another length.
         """
-        if isinstance(self.gamma, (int, float)):
+        if isinstance(self.gamma, str):
+            return [10.0 ** (t / num_states - 1) for t in range(num_states)]
+        if not isinstance(self.gamma, Sequence):
             return [float(self.gamma)] * num_states
         if len(self.gamma) != num_states:
             raise ValueError(f"gamma has {len(self.gamma)} weights for {num_states} intermediate states.")
@@ -159,6 +218,6 @@ class StatesLoss(nn.Module):
         return self.loss(warp_by_ddf(moving, ddf), fixed, ddf, *mask)  # type: ignore[no-any-return]
 
     def _run(self, func: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
+        if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(func, *args, use_reentrant=False)  # type: ignore[no-any-return]
         return func(*args)

@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 from . import blocks, nets
-from .compile import compile_backbones, is_compiled
-from .memory_format import fast_memory_format
-from .normalization import normalize_convolutions
-from .utils import load_checkpoint, load_weights, trained_with
+from .checkpoints import load_checkpoint, load_weights
+from .compilation import compile_backbones, on_device
+from .records import NetworkRecord, build_component, describe, load_network, read_record
 
 __all__ = [
+    "NetworkRecord",
     "blocks",
+    "build_component",
     "compile_backbones",
-    "fast_memory_format",
-    "is_compiled",
+    "describe",
     "load_checkpoint",
+    "load_network",
     "load_weights",
     "nets",
-    "normalize_convolutions",
-    "trained_with",
+    "on_device",
+    "read_record",
 ]

@@ -1,42 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed-point solvers under TorchDEQ, their record, and what can be said of a solution."""
+"""Fixed-point solvers under TorchDEQ, and their record."""
 
 from __future__ import annotations
 
-from .certificate import (
-    Certificate,
-    Verdict,
-    certified_solve,
-    certify,
-    check_certificate,
-    residual_at,
-    starting_point,
-    verdict,
-)
-from .fixed_point import SOLVERS, anderson_solver, plain_solver, torchdeq_name
-from .random_start import random_smooth_ddf
-from .record import SolverRecord, StopReason
-from .solve import build_deq, check_solver_options, solve_fixed_point
-from .spectral_radius import spectral_radius
+from .fixed_point import SOLVERS, anderson_solver, plain_solver, residual_norms, torchdeq_name
+from .random_fields import random_smooth_ddf
+from .records import SolverRecord, StopReason
+from .solving import SolverSettings, build_deq, solve_fixed_point
 
 __all__ = [
-    "Certificate",
     "SOLVERS",
     "SolverRecord",
+    "SolverSettings",
     "StopReason",
-    "Verdict",
     "anderson_solver",
     "build_deq",
-    "certified_solve",
-    "certify",
-    "check_certificate",
-    "check_solver_options",
     "plain_solver",
     "random_smooth_ddf",
-    "residual_at",
+    "residual_norms",
     "solve_fixed_point",
-    "spectral_radius",
-    "starting_point",
     "torchdeq_name",
-    "verdict",
 ]

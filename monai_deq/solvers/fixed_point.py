@@ -15,9 +15,9 @@ import torch
 from torchdeq.solver import register_solver
 from torchdeq.solver.stat import SolverStat
 
-from monai_deq.solvers.record import SolverRecord, StopReason
+from monai_deq.solvers.records import SolverRecord, StopReason
 
-__all__ = ["SOLVERS", "anderson_solver", "plain_solver", "torchdeq_name"]
+__all__ = ["SOLVERS", "anderson_solver", "plain_solver", "residual_norms", "torchdeq_name"]
 
 #: how far ``patience`` shortens the steps: beyond that it is rounding that the residual cannot fall below
 _SMALLEST_SHARE = 1 / 16
@@ -34,10 +34,18 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
-def _residuals(fx: torch.Tensor, gx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS over voxels of ``|f|``, and ``|f| / |g|``, per item."""
+def residual_norms(fx: torch.Tensor, gx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Residual and relative residual of each item.
+
+    Args:
+        fx: ``(B, C, *spatial)``, ``g(x) - x``.
+        gx: ``(B, C, *spatial)``, ``g(x)``.
+
+    Returns:
+        ``(B,)`` RMS over voxels of ``|f|``, and ``(B,)`` ``|f| / |g|``, 0 where nothing moves.
+    """
     norm = _norm(fx)
-    # 0 / 0 means that nothing moves: converged
     return norm * max(fx[0, 0].numel(), 1) ** -0.5, torch.where(norm == 0, norm, norm / _norm(gx))
 
 
@@ -79,11 +87,11 @@ def _iterate(
             raise ValueError(f"the map must keep the shape of the state {tuple(x.shape)}, it gave {tuple(gx.shape)}.")
         fx = gx - x
         norm = _norm(fx)
-        residual, relative = _residuals(fx[:, :ddf_channels], gx[:, :ddf_channels])
+        residual, relative = residual_norms(fx[:, :ddf_channels], gx[:, :ddf_channels])
         met, met_relative = residual <= tol, relative <= rel_tol
         if ddf_channels is not None:
             # a hidden state that still moves may move the displacement again
-            hidden, hidden_relative = _residuals(fx[:, ddf_channels:], gx[:, ddf_channels:])
+            hidden, hidden_relative = residual_norms(fx[:, ddf_channels:], gx[:, ddf_channels:])
             met, met_relative = met & (hidden <= tol), met_relative & (hidden_relative <= rel_tol)
         finite = torch.isfinite(norm)
         nan = torch.full_like(residual, float("nan"))

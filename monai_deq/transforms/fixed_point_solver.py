@@ -12,8 +12,8 @@ from monai.transforms import Transform
 from monai.transforms.transform import MapTransform
 from monai.utils import TransformBackends, convert_to_tensor
 
+from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.solvers import certified_solve, check_certificate
 from monai_deq.transforms.warp import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
@@ -37,17 +37,15 @@ class FixedPointSolver(Transform):
     and meta data of the fixed image. Images of any number type are converted to that of the network's parameters.
 
     Args:
-        network: module with ``solve(moving, fixed, initial_ddf, **settings) -> (ddf, SolverRecord)``, such as
-            :py:class:`monai_deq.networks.nets.DEQRegistrationNet`. It is used in eval mode, and each of its modules is
-            left in the mode it was in.
+        network: a :py:class:`monai_deq.networks.nets.RegistrationNet`. It is used in eval mode, and each of its modules
+            is left in the mode it was in.
         solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
         max_steps: step limit. Defaults to the network's own.
         tolerance: RMS residual in voxels at which to stop. Defaults to the network's own.
         relative_tolerance: relative residual at which to stop. Defaults to the network's own.
         solver_options: further options of the solver.
-        certificate: examine the solution: arguments of :py:func:`monai_deq.solvers.certify`, such as
-            ``{"spectral_iterations": 40, "random_starts": 1}``; an empty dictionary for what costs one step.
-            Defaults to ``None``: not examined.
+        certificate: examine the solution, see :py:func:`monai_deq.certificates.check_certificate`; an empty dictionary
+            for what costs one step. Defaults to ``None``: not examined.
         device: where to solve, for a network without parameters. Defaults to the device of the network's parameters.
             Results come back to the device of the fixed image.
 
@@ -73,14 +71,13 @@ class FixedPointSolver(Transform):
                 f"network must have a method solve(moving, fixed, initial_ddf), {type(network).__name__} has none."
             )
         self.network = network
-        settings = {
-            "solver": solver,
+        self.changes = {
+            "name": solver,
             "max_steps": max_steps,
             "tolerance": tolerance,
             "relative_tolerance": relative_tolerance,
-            "solver_options": solver_options,
+            "options": solver_options,
         }
-        self.settings = {k: v for k, v in settings.items() if v is not None}
         self.certificate = check_certificate(certificate)
         self.device = None if device is None else torch.device(device)
 
@@ -97,7 +94,7 @@ class FixedPointSolver(Transform):
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
             ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
             ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a
-            certificate the fields of :py:class:`monai_deq.solvers.Certificate` too, with the residuals at the solution
+            certificate the fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution
             itself.
 
         Raises:
@@ -113,7 +110,7 @@ class FixedPointSolver(Transform):
         self.network.eval()
         try:
             ddf, record, certificates = certified_solve(
-                self.network, moving_batch, fixed_batch, start, self.certificate, **self.settings
+                self.network, moving_batch, fixed_batch, start, self.certificate, **self.changes
             )
             with torch.no_grad():
                 warped = warp_by_ddf(moving_batch, ddf)

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks: warp, backbones, updates."""
+"""Building blocks: warping, convolutions, backbones, updates."""
 
 from __future__ import annotations
 
-from .cnn import RegistrationCNN
-from .conv_gru import ConvGRUCell
-from .convolution import SmallVolumeConv3d, convolve, with_small_volumes
-from .gradient_update import GradientUpdate
-from .recurrent_update import RecurrentUpdate
-from .similarity_gradient import similarity_gradient
-from .unet import RegistrationUNet
-from .unet_update import UNetUpdate
-from .voxelmorph_update import VoxelMorphUpdate
-from .warp import DDFWarp, check_ddf, warp_by_ddf
-from .warp_points import OutsidePoints, check_outside, points_outside, warp_points_by_ddf
+from .backbones import RegistrationCNN, RegistrationUNet
+from .convolutions import ConvGRUCell, SmallVolumeConv3d, convolve, with_small_volumes
+from .updates import (
+    GradientUpdate,
+    RecurrentUpdate,
+    RegistrationUpdate,
+    UNetUpdate,
+    VoxelMorphUpdate,
+    similarity_gradient,
+)
+from .warping import (
+    DDFWarp,
+    OutsidePoints,
+    check_ddf,
+    check_outside,
+    points_outside,
+    warp_by_ddf,
+    warp_points_by_ddf,
+)
 
 __all__ = [
     "ConvGRUCell",
@@ -23,6 +31,7 @@ __all__ = [
     "RecurrentUpdate",
     "RegistrationCNN",
     "RegistrationUNet",
+    "RegistrationUpdate",
     "SmallVolumeConv3d",
     "UNetUpdate",
     "VoxelMorphUpdate",

@@ -3,9 +3,28 @@
 
 from __future__ import annotations
 
-from .deq_registration_net import DEQRegistrationNet
-from .pair_network import PairNetwork
-from .resolution_levels import coarse_to_fine, refuse_untrained_coarse
-from .unrolled_registration_net import UnrolledRegistrationNet
+from .equilibrium import (
+    DEQRegistrationNet,
+    GradientSettings,
+    RestSettings,
+    coarse_to_fine,
+    set_coarse_solver,
+)
+from .interface import IteratedNet, RegistrationNet
+from .systems import gradirn, riir, unrolling, voxelmorph
+from .unrolled import UnrolledRegistrationNet
 
-__all__ = ["DEQRegistrationNet", "PairNetwork", "UnrolledRegistrationNet", "coarse_to_fine", "refuse_untrained_coarse"]
+__all__ = [
+    "DEQRegistrationNet",
+    "GradientSettings",
+    "IteratedNet",
+    "RegistrationNet",
+    "RestSettings",
+    "UnrolledRegistrationNet",
+    "coarse_to_fine",
+    "gradirn",
+    "riir",
+    "set_coarse_solver",
+    "unrolling",
+    "voxelmorph",
+]

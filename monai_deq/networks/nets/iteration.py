@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every driver of an update does with it: check the pair, make the state, make the map."""
+"""What the drivers of an update share: state, map, and images and displacements at half and at twice the size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = ["check_pair", "hidden_channels", "initial_state", "proximal", "recomputed", "relaxed", "state_map"]
+__all__ = [
+    "checkpointed_map",
+    "downsample",
+    "downsample_ddf",
+    "hidden_channels",
+    "initial_state",
+    "proximal_map",
+    "relaxed_map",
+    "state_map",
+    "upsample_state",
+]
+
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+_AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def hidden_channels(update: nn.Module) -> int:
@@ -22,28 +36,6 @@ def hidden_channels(update: nn.Module) -> int:
         update: the update.
     """
     return int(getattr(update, "hidden_channels", 0))
-
-
-def check_pair(moving: torch.Tensor, fixed: torch.Tensor) -> None:
-    """
-    Check a batch of pairs.
-
-    Args:
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-
-    Raises:
-        ValueError: When shape or type do not fit.
-    """
-    if moving.shape != fixed.shape or moving.ndim not in (4, 5) or moving.shape[1] != 1:
-        raise ValueError(
-            "moving and fixed must have the same shape (B, 1, H, W[, D]), "
-            f"got {tuple(moving.shape)} and {tuple(fixed.shape)}."
-        )
-    if not (moving.is_floating_point() and fixed.is_floating_point()):
-        raise ValueError(
-            f"moving and fixed must have floating point intensities in [0, 1], got {moving.dtype} and {fixed.dtype}."
-        )
 
 
 def initial_state(fixed: torch.Tensor, ddf: torch.Tensor | None, hidden: int = 0) -> torch.Tensor:
@@ -97,7 +89,7 @@ def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> C
     return g_hidden if hidden_channels(update) else g
 
 
-def recomputed(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def checkpointed_map(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     The same map, of which nothing but the argument is kept for the backward pass: there it is evaluated again.
 
@@ -111,7 +103,7 @@ def recomputed(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.
     return call
 
 
-def relaxed(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+def relaxed_map(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     The map ``x + factor * (g(x) - x)``, with the fixed points of ``g``.
 
@@ -122,7 +114,7 @@ def relaxed(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Call
     return func if factor == 1 else lambda x: torch.lerp(x, func(x), factor)
 
 
-def proximal(
+def proximal_map(
     func: Callable[[torch.Tensor], torch.Tensor], weight: float, center: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """
@@ -141,3 +133,48 @@ def proximal(
         return out - pull if x.shape[1] == ndim else torch.cat([out[:, :ndim] - pull, out[:, ndim:]], dim=1)
 
     return call
+
+
+def downsample(image: torch.Tensor) -> torch.Tensor:
+    """
+    Half the size, rounded up: means of two voxels along each axis; a last odd voxel stands alone, and an axis of one
+    voxel is left as it is.
+
+    Args:
+        image: ``(B, C, *spatial)``.
+    """
+    window = [min(n, 2) for n in image.shape[2:]]
+    return _AVERAGE[image.ndim - 2](image, window, ceil_mode=True, count_include_pad=False)
+
+
+def _factors(ddf: torch.Tensor, fine: Sequence[int], coarse: Sequence[int]) -> torch.Tensor:
+    """By how much the values of a displacement grow from a coarse to a fine grid, per component."""
+    # an axis of one voxel was not halved
+    factors = ddf.new_tensor([1 if n == m else 2 for n, m in zip(fine, coarse, strict=True)])
+    return factors.view(1, -1, *[1] * (ddf.ndim - 2))
+
+
+def downsample_ddf(ddf: torch.Tensor) -> torch.Tensor:
+    """
+    A displacement on the grid of half the size, in voxels of that grid.
+
+    Args:
+        ddf: ``(B, ndim, *spatial)`` in voxels.
+    """
+    coarse = downsample(ddf)
+    return coarse / _factors(ddf, ddf.shape[2:], coarse.shape[2:])
+
+
+def upsample_state(state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """
+    A displacement, and a hidden state behind it, on the grid twice as fine.
+
+    Args:
+        state: ``(B, ndim + hidden, *spatial)``, the displacement in voxels.
+        size: spatial size of the finer grid, to which the result is cropped.
+    """
+    ndim = state.ndim - 2
+    # without align_corners the finer voxels lie symmetrically in the coarse ones: displacements double, exactly
+    fine = F.interpolate(state, scale_factor=2, mode=_LINEAR[ndim], align_corners=False)
+    fine = fine[(..., *(slice(n) for n in size))]  # type: ignore[index]
+    return torch.cat([_factors(fine, size, state.shape[2:]) * fine[:, :ndim], fine[:, ndim:]], dim=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The U-Net of VoxelMorph for any number of input channels."""
+"""The networks inside the updates: the U-Net of VoxelMorph and the plain CNN of GraDIRN."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from monai.networks.blocks import Convolution, UpSample
 from monai.networks.layers import Conv, Pool
 from torch.utils.checkpoint import checkpoint
 
-from monai_deq.networks.blocks.backbone import start_he_normal, start_small, start_without
-from monai_deq.networks.blocks.convolution import convolve, with_small_volumes
-from monai_deq.utils import as_flag
+from monai_deq.networks.blocks.convolutions import (
+    convolve,
+    init_flow_,
+    init_he_normal_,
+    init_zero_inputs_,
+    with_small_volumes,
+)
 
-__all__ = ["RegistrationUNet"]
+__all__ = ["RegistrationCNN", "RegistrationUNet"]
 
 _ACT = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
 
@@ -42,11 +46,9 @@ class RegistrationUNet(nn.Module):
             first displacement is next to zero. Defaults to 1e-5.
         zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
             Defaults to none.
-        use_checkpoint: keep only the input for the backward pass, and compute what the layers made of it again there:
-            the layers at full resolution in parts along the last axis, one part at a time, the others together. The
-            result is the same. Defaults to ``False``.
-        checkpoint_parts: number of these parts. More of them need less memory, and more time where they meet: each
-            reaches as many voxels beyond its ends as there are convolutions at full resolution. Defaults to 4.
+        checkpoint_parts: keep only the input for the backward pass, and compute what the layers made of it again
+            there: the layers at full resolution in so many parts along the last axis, one at a time. The result is the
+            same; more parts need less memory and more time. Defaults to 0: nothing is computed again.
 
     Raises:
         ValueError: When the channels do not describe a U-Net, or another argument is out of its range.
@@ -62,8 +64,7 @@ class RegistrationUNet(nn.Module):
         final_channels: Sequence[int] = (16, 16),
         flow_std: float = 1e-5,
         zero_inputs: Sequence[int] = (),
-        use_checkpoint: bool = False,
-        checkpoint_parts: int = 4,
+        checkpoint_parts: int = 0,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -73,10 +74,11 @@ class RegistrationUNet(nn.Module):
                 "decoder_channels must have one entry fewer than encoder_channels (at least 2), "
                 f"got {len(decoder_channels)} and {len(encoder_channels)}."
             )
-        if int(checkpoint_parts) != checkpoint_parts or checkpoint_parts < 1:
-            raise ValueError(f"checkpoint_parts must be a whole number of at least 1, got {checkpoint_parts}.")
-        self.use_checkpoint = as_flag(use_checkpoint, "use_checkpoint")
+        if int(checkpoint_parts) != checkpoint_parts or checkpoint_parts < 0:
+            raise ValueError(f"checkpoint_parts must be a whole number, not negative, got {checkpoint_parts}.")
         self.checkpoint_parts = int(checkpoint_parts)
+        self.encoder_channels, self.decoder_channels = tuple(encoder_channels), tuple(decoder_channels)
+        self.final_channels = tuple(final_channels)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.out_channels = spatial_dims if out_channels is None else out_channels
@@ -97,9 +99,9 @@ class RegistrationUNet(nn.Module):
         self.final = nn.Sequential(*[conv(i, o) for i, o in zip(finals[:-1], finals[1:], strict=True)])
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
         with_small_volumes(self)
-        start_he_normal(self)
-        start_small(self.flow, flow_std)
-        start_without(self.first_conv, zero_inputs)
+        init_he_normal_(self)
+        init_flow_(self.flow, flow_std)
+        init_zero_inputs_(self.first_conv, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:
@@ -117,14 +119,10 @@ class RegistrationUNet(nn.Module):
         Raises:
             ValueError: When the channels or a spatial size do not fit.
         """
-        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"expected an input of shape (B, {self.in_channels}, {self.spatial_dims} spatial sizes), "
-                f"got {tuple(x.shape)}."
-            )
+        _check_input(x, self.spatial_dims, self.in_channels)
         if any(n % self.divisor for n in x.shape[2:]):
             raise ValueError(f"spatial sizes must be multiples of {self.divisor}, got {tuple(x.shape[2:])}.")
-        if self.use_checkpoint and torch.is_grad_enabled():
+        if self.checkpoint_parts and torch.is_grad_enabled():
             return self._forward_in_parts(x)
         skip = self.encoder[0](x)
         return self.flow(self.final(self._join(-1, self.up(self._below(self.down(skip))), skip)))
@@ -201,3 +199,82 @@ def _convolve(
         return convolve(x, weight, bias, (1,) * ndim)
     x = F.pad(x, (int(not cut[0]), int(not cut[1]))) if not all(cut) else x
     return convolve(x, weight, bias, (1,) * (ndim - 1) + (0,))
+
+
+class RegistrationCNN(nn.Module):
+    """
+    Convolutions at one resolution with LeakyReLU 0.2 between them, the network inside each step of GraDIRN (Qiu et
+    al., "Embedding Gradient-based Optimization in Image Registration Networks", MICCAI 2022). With its defaults five
+    convolutions of width three, 89,987 parameters with 5 input channels in 3-D. Weights start He-normal, the last
+    convolution next to zero.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: number of input channels.
+        out_channels: number of output channels. Defaults to ``spatial_dims`` (a displacement).
+        channels: channels of the convolutions before the last one.
+        flow_std: standard deviation of the initial weights of the last convolution. Defaults to 1e-5.
+        zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
+            Defaults to none.
+
+    Raises:
+        ValueError: When ``spatial_dims`` is neither 2 nor 3, or ``channels`` is empty.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        in_channels: int = 5,
+        out_channels: int | None = None,
+        channels: Sequence[int] = (32, 32, 32, 32),
+        flow_std: float = 1e-5,
+        zero_inputs: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
+        if not channels:
+            raise ValueError("channels must have at least one entry, got none.")
+        self.spatial_dims = spatial_dims
+        self.in_channels = in_channels
+        self.out_channels = spatial_dims if out_channels is None else out_channels
+        self.channels = tuple(channels)
+        widths = [in_channels, *channels]
+        act = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
+        self.layers = nn.Sequential(
+            *[
+                Convolution(spatial_dims, i, o, kernel_size=3, act=act, norm=None, adn_ordering="A")
+                for i, o in zip(widths[:-1], widths[1:], strict=True)
+            ]
+        )
+        self.flow = Conv["CONV", spatial_dims](widths[-1], self.out_channels, kernel_size=3, padding=1)
+        with_small_volumes(self)
+        init_he_normal_(self)
+        init_flow_(self.flow, flow_std)
+        init_zero_inputs_(self.first_conv, zero_inputs)
+
+    @property
+    def first_conv(self) -> nn.Module:
+        """The convolution that sees the input."""
+        return self.layers[0].conv  # type: ignore[return-value,union-attr]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: ``(B, in_channels, *spatial)``.
+
+        Returns:
+            ``(B, out_channels, *spatial)``.
+
+        Raises:
+            ValueError: When the shape does not fit.
+        """
+        _check_input(x, self.spatial_dims, self.in_channels)
+        return self.flow(self.layers(x))
+
+
+def _check_input(x: torch.Tensor, spatial_dims: int, channels: int) -> None:
+    if x.ndim != spatial_dims + 2 or x.shape[1] != channels:
+        raise ValueError(
+            f"expected an input of shape (B, {channels}, {spatial_dims} spatial sizes), got {tuple(x.shape)}."
+        )

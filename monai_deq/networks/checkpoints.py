@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading of trained weights."""
+"""Checkpoint files and the weights in them."""
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ["load_checkpoint", "load_weights", "trained_with"]
-
-logger = logging.getLogger("monai_deq")
+__all__ = ["load_checkpoint", "load_weights"]
 
 
 def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") -> Mapping[str, Any]:
@@ -85,41 +81,3 @@ def load_weights(network: nn.Module, path: str | Path, without: str | None = Non
         )
     network.load_state_dict(state, strict=not without)
     return network
-
-
-def trained_with(path: str | Path | None) -> dict[str, Any]:
-    """
-    Settings a checkpoint was trained with, as training writes them beside it (``model.pt`` -> ``model.json``). Those of
-    ``last.pt``, the last epoch of the same training, are in ``model.json`` too.
-
-    Args:
-        path: checkpoint file, or ``None`` for a method that has none.
-
-    Returns:
-        The settings; an empty dict when there is no such file, which is logged as a warning where there is a
-        checkpoint.
-
-    Raises:
-        ValueError: When the file does not hold such settings.
-    """
-    if path is None:
-        return {}
-    file = Path(path).with_suffix(".json")
-    if not file.is_file() and Path(path).name == "last.pt":
-        file = file.with_name("model.json")
-    if not file.is_file():
-        if Path(path).is_file():
-            logger.warning(
-                "there are no settings of the training at %s beside %s: image size, relaxation, proximal_weight and "
-                "the like are the defaults unless they are given",
-                file,
-                path,
-            )
-        return {}
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as e:
-        raise ValueError(f"{file} is not readable JSON ({e}): restore it, or remove it to give the settings.") from e
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds a {type(settings).__name__}, expected a dictionary of settings.")
-    return settings

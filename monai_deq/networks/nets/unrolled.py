@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks import UNetUpdate, warp_by_ddf
-from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
-from monai_deq.networks.nets.pyramid import coarser, finer
-from monai_deq.solvers import SolverRecord, solve_fixed_point
+from monai_deq.networks.blocks import UNetUpdate
+from monai_deq.networks.nets.interface import IteratedNet, check_pair
+from monai_deq.networks.nets.iteration import downsample, hidden_channels, initial_state, state_map, upsample_state
+from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
 
 __all__ = ["UnrolledRegistrationNet"]
 
 
-class UnrolledRegistrationNet(nn.Module):
+class UnrolledRegistrationNet(IteratedNet):
     """
     Deformable registration by a fixed schedule of steps of a learned update, trained by back-propagation through time
     (paper, Eq. 3-4): RIIR with one level, GraDIRN and Unrolling with three, VoxelMorph with a single step.
@@ -28,9 +28,7 @@ class UnrolledRegistrationNet(nn.Module):
     phi)``; from level to level it is interpolated and its values doubled. Level ``l`` of ``L`` has images of
     ``2 ** -(L - 1 - l)`` of the full size, by means of two voxels along each axis.
 
-    In eval mode ``net(moving, fixed)`` returns ``(warped, ddf)``, as :py:class:`monai.networks.nets.VoxelMorph`; in
-    training mode ``(warped, ddf, states)``, ``states`` the list of the displacements before the last one in the order
-    of the iteration, at full size, or an empty list. :py:meth:`solve` takes any number of steps on the finest level.
+    In training mode the displacements before the last one are returned too, at full size, for a loss on all of them.
 
     Args:
         update: module ``f(moving, fixed, ddf) -> delta``, its weights shared by all steps and levels, or a sequence of
@@ -83,6 +81,9 @@ class UnrolledRegistrationNet(nn.Module):
         self.updates = nn.ModuleList(updates)
         self.hidden_channels = widths[0]
         self.all_states = all_states
+        self.coarse = None
+        #: of the finest level: all its steps
+        self.solver = SolverSettings(max_steps=self.steps[-1], tolerance=0.0)
 
     def _update(self, level: int) -> nn.Module:
         return self.updates[min(level, len(self.updates) - 1)]
@@ -91,7 +92,7 @@ class UnrolledRegistrationNet(nn.Module):
         """The image on each level, from coarse to fine."""
         images = [image]
         while len(images) < len(self.steps):
-            images.insert(0, coarser(images[0]))
+            images.insert(0, downsample(images[0]))
         return images
 
     def _start(
@@ -107,17 +108,24 @@ class UnrolledRegistrationNet(nn.Module):
             for _ in range(n):
                 state = g(state)
                 states.append(state)
-            state = finer(state, fixeds[level + 1].shape[2:])
+            state = upsample_state(state, fixeds[level + 1].shape[2:])
         return state, states
 
     def _full_size(self, state: torch.Tensor, level: int, fixeds: list[torch.Tensor]) -> torch.Tensor:
         """Displacement of a state of a level on the full grid."""
         ddf = state[:, : state.ndim - 2]
         for fixed in fixeds[level + 1 :]:
-            ddf = finer(ddf, fixed.shape[2:])
+            ddf = upsample_state(ddf, fixed.shape[2:])
         return ddf
 
-    def fixed_point_map(self, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    @property
+    def update(self) -> nn.Module | list[nn.Module]:
+        """The update, or those of the levels from coarse to fine."""
+        return self.updates[0] if len(self.updates) == 1 else list(self.updates)
+
+    def fixed_point_map(  # type: ignore[override]
+        self, moving: torch.Tensor, fixed: torch.Tensor
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """
         The map of the finest level for a batch of pairs. Nothing in the training of an unrolled network makes its
         iteration come to rest; this serves to see whether it does.
@@ -133,24 +141,17 @@ class UnrolledRegistrationNet(nn.Module):
         return state_map(self._update(len(self.steps) - 1), moving, fixed)
 
     def solve_state(
-        self,
-        moving: torch.Tensor,
-        fixed: torch.Tensor,
-        initial_ddf: torch.Tensor | None = None,
-        max_steps: int | None = None,
-        tolerance: float = 0.0,
-        **kwargs: Any,
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **changes: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
         """
-        Run the schedule without gradients, as :py:meth:`solve`, and return the whole state.
+        Run the schedule without gradients, with any number of steps on the finest level.
 
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: see :py:meth:`solve`.
-            max_steps: see :py:meth:`solve`.
-            tolerance: see :py:meth:`solve`.
-            kwargs: see :py:meth:`solve`.
+            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)`` in voxels; the coarser
+                levels are then left out, and a hidden state starts anew. Defaults to the whole schedule, from zero.
+            changes: settings of the solver on the finest level, in place of as many steps as the schedule has.
 
         Returns:
             The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record
@@ -162,61 +163,26 @@ class UnrolledRegistrationNet(nn.Module):
         state, record = solve_fixed_point(
             g,
             state,
-            max_steps=self.steps[-1] if max_steps is None else max_steps,
-            tolerance=tolerance,
+            self.solver.changed(**changes),
             ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
-            **kwargs,
         )
         levels = self.steps[-2::-1] if initial_ddf is None else ()
         return state, replace(record, coarse_steps=tuple(torch.full_like(record.steps, n) for n in levels))
 
-    def solve(
-        self,
-        moving: torch.Tensor,
-        fixed: torch.Tensor,
-        initial_ddf: torch.Tensor | None = None,
-        max_steps: int | None = None,
-        tolerance: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, SolverRecord]:
+    def training_states(  # type: ignore[override]
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """
-        Run the schedule without gradients, with any number of steps on the finest level.
+        The displacements of all steps at full size, or the final one alone, with their gradients.
 
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)`` in voxels; the coarser
-                levels are then left out, and a hidden state starts anew. Defaults to none: the whole schedule, from
-                zero.
-            max_steps: steps on the finest level. Defaults to those of the schedule.
-            tolerance: RMS residual in voxels at which an item stops before. Defaults to 0.
-            kwargs: further settings of :py:func:`monai_deq.solvers.solve_fixed_point`.
+            initial_ddf: see :py:meth:`solve_state`.
 
         Returns:
-            The displacement ``(B, ndim, *spatial)`` and the record of the finest level.
+            ``(B, ndim, *spatial)`` each.
         """
-        state, record = self.solve_state(moving, fixed, initial_ddf, max_steps, tolerance, **kwargs)
-        # without the hidden state, which a view would keep in memory
-        return state[:, : fixed.ndim - 2].clone() if self.hidden_channels else state, record
-
-    def forward(
-        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """
-        Args:
-            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
-            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)``. Defaults to none.
-
-        Returns:
-            ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode.
-
-        Raises:
-            ValueError: When the shapes do not fit.
-        """
-        if not self.training:
-            ddf, _ = self.solve(moving, fixed, initial_ddf)
-            return warp_by_ddf(moving, ddf), ddf
         check_pair(moving, fixed)
         movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
         state, states = self._start(movings, fixeds, initial_ddf)
@@ -228,4 +194,4 @@ class UnrolledRegistrationNet(nn.Module):
         # a warm start leaves the coarser levels out
         levels = [level for level, n in enumerate(self.steps) for _ in range(n)][-len(states) :]
         earlier = zip(states[:-1], levels, strict=False) if self.all_states else ()
-        return warp_by_ddf(moving, ddf), ddf, [self._full_size(s, level, fixeds) for s, level in earlier]
+        return [*(self._full_size(s, level, fixeds) for s, level in earlier), ddf]

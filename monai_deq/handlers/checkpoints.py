@@ -3,26 +3,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import Events
+from ignite.handlers import Checkpoint, DiskSaver
 
-from monai_deq.networks import load_checkpoint, load_weights, trained_with
-from monai_deq.utils import as_flag, gather_items, process_rank, refuse_existing, replace_file
+from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record
+from monai_deq.networks.nets import IteratedNet
+from monai_deq.utils import gather_items, process_count, process_rank, refuse_existing
 
 if TYPE_CHECKING:
     from ignite.engine import Engine
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
-
-#: what checkpoints did not have at first, or do not always have
-_OPTIONAL = {"averaged", "scaler", "settings", "training_pairs"}
-_OWN = {"network", "trainer", "best_epoch", "best_metric", "rng_state"} | _OPTIONAL
 
 #: where the learning rate schedules of PyTorch and MONAI keep their length
 _SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
@@ -30,44 +28,41 @@ _SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
 
 class TrainingCheckpoint:
     """
-    After each epoch writes ``last.pt``, all that is needed to go on (network, optimizer and what else is named, state
-    of the trainer and of its gradient scaler, best validation score, random state of the CPU), and, when the validation
-    score is the best so far, ``model.pt``, the weights of the network alone, or those of its running mean.
+    After each epoch writes ``last.pt`` by Ignite's :py:class:`ignite.handlers.Checkpoint`, all that is needed to go on
+    (network, optimizer and what else is named, state of the trainer and of its gradient scaler, best validation score,
+    random state of the CPU), and, when the validation score is the best so far, ``model.pt``, the weights of the
+    network alone, or those of its running mean, with their record ``model.json``, see
+    :py:class:`monai_deq.networks.NetworkRecord`.
 
     Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
     resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of a learning rate
     schedule a training is not resumed with a schedule of another length. Place it after the validation handler and
     after the handler that steps the learning rate.
 
-    Of several processes the first one writes, and all of them read: the folder must be one that they share. Networks
-    are given as they are, without ``DistributedDataParallel`` around them. ``state_dict`` of the other objects is
-    called in all processes, so that it may gather what each of them has, as that of
+    Of several processes the first one writes, and all of them read: the folder must be one that they share.
+    ``state_dict`` of the objects is called in all processes, so that it may gather what each of them has, as that of
     :py:class:`monai_deq.data.StatePool` does.
 
     Args:
         save_dir: folder of the checkpoints.
-        network: the network.
+        network: the network, without ``DistributedDataParallel`` around it.
         objects: other objects with ``state_dict``/``load_state_dict``, by name (optimizer, scheduler).
         validator: engine whose key metric decides on ``model.pt``; without one the last epoch is the best.
         resume: go on from ``last.pt`` where there is one. Defaults to ``False``.
         overwrite: start anew over an existing checkpoint. Defaults to ``False``.
         weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
-        weights_without: beginning of the names of weights that ``weights`` leave as they are, see
-            :py:func:`monai_deq.networks.load_weights`. Defaults to none.
+        coarse_weights: checkpoint that the coarser networks have their weights from already; ``weights`` leave them as
+            they are. Defaults to none.
         averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it
-            starts from the same weights, its weights are in ``last.pt`` too, and ``model.pt`` has them. The validator
-            should score it. Defaults to none.
-        settings: what evaluation and inference should know of the training (e.g. the image size), written beside
-            ``model.pt`` as ``model.json``, see :py:func:`monai_deq.networks.trained_with`. Those that are others than
-            the training began with are named in a warning when it is resumed.
-        pairs_per_epoch: number of pairs in an epoch of all processes. With it ``model.json`` has ``training_pairs``:
-            how many the weights in ``model.pt`` have been trained on, those behind ``weights`` included. Defaults to
-            ``None``: not counted.
+            starts from the same weights, and ``model.pt`` has its weights. The validator should score it. Defaults to
+            none.
+        record: fields of the :py:class:`monai_deq.networks.NetworkRecord` but the network's own. Those that are others
+            than the training began with are named in a warning when it is resumed.
 
     Raises:
         ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
-            checkpoint's own.
-        TypeError: When ``settings`` hold what JSON does not know.
+            checkpoint's own; when a training starts with coarser networks that nothing has trained.
+        TypeError: When the record holds what JSON does not know.
     """
 
     def __init__(
@@ -79,34 +74,33 @@ class TrainingCheckpoint:
         resume: bool = False,
         overwrite: bool = False,
         weights: str | Path | None = None,
-        weights_without: str | None = None,
+        coarse_weights: str | Path | None = None,
         averaged: torch.nn.Module | None = None,
-        settings: Mapping[str, Any] | None = None,
-        pairs_per_epoch: int | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
-        self.resume, self.overwrite = as_flag(resume, "resume"), as_flag(overwrite, "overwrite")
-        if self.resume and self.overwrite:
+        if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other.")
+        self.resume, self.overwrite = resume, overwrite
         self.last_path = Path(save_dir) / "last.pt"
         self.best_path = Path(save_dir) / "model.pt"
         self.network = network
         self.objects = dict(objects or {})
         self.validator = validator
         self.weights = weights
-        self.weights_without = weights_without
+        self.coarse_weights = coarse_weights
         self.averaged = averaged
-        self.settings = dict(settings or {})
-        self.pairs_per_epoch = pairs_per_epoch
-        #: what the weights that the training starts from have been trained on
-        self.earlier_pairs = 0
-        taken = _OWN & set(self.objects)
+        taken = {"network", "averaged", "scaler", "training"} & set(self.objects)
         if taken:
             raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
-        try:
-            json.dumps(self.settings)
-        except TypeError as e:
-            raise TypeError(f"settings must be plain values that JSON knows, got {self.settings}.") from e
         self.logger = logging.getLogger("monai_deq")
+        try:
+            description = describe(network)
+        except ValueError as e:
+            self.logger.warning(f"the record of the weights will not have their network: {e}")
+            description = None
+        self.record = NetworkRecord(network=description, **describe(dict(record or {})))
+        #: what the weights that the training starts from have been trained on
+        self.earlier_pairs = 0
 
     def attach(self, engine: Engine) -> None:
         """
@@ -135,34 +129,32 @@ class TrainingCheckpoint:
             refuse_existing([self.last_path, self.best_path], advice)
         if self.resume:
             self.logger.info(f"nothing to resume in {self.last_path.parent}: training starts from the beginning")
+        coarse = self.network.coarse if isinstance(self.network, IteratedNet) else None
+        if coarse is not None and not (self.weights or self.coarse_weights):
+            # they are not trained with the finest one, and would stay what chance has made of them
+            raise ValueError(
+                "coarser_levels needs the coarser networks trained: give --coarse_weights, the model.pt of a training "
+                "at half the size."
+            )
         if self.weights:
-            load_weights(self.network, self.weights, self.weights_without)
+            self.earlier_pairs = _pairs_behind(self.weights)
+            load_weights(self.network, self.weights, without="coarse." if self.coarse_weights else None)
             if self.averaged is not None:
                 self.averaged.load_state_dict(self.network.state_dict())
-            self._count_earlier_pairs()
             self.logger.info(f"training starts from the weights in {self.weights}")
-
-    def _count_earlier_pairs(self) -> None:
-        if self.pairs_per_epoch is not None and self.weights and Path(self.weights).is_file():
-            # of the last epoch, or as training writes it beside the best weights
-            own = load_checkpoint(self.weights).get("training_pairs")
-            self.earlier_pairs = int(own or trained_with(self.weights).get("training_pairs") or 0)
-
-    def _training_pairs(self, epoch: int) -> int | None:
-        return None if self.pairs_per_epoch is None else self.earlier_pairs + epoch * self.pairs_per_epoch
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = (_OWN - _OPTIONAL | set(self.objects)) - set(checkpoint)
+        absent = {"network", "averaged", "scaler", "training", *self.objects} - set(checkpoint)
         if absent:
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
-        trainer = checkpoint["trainer"]
-        if trainer["epoch_length"] != engine.state.epoch_length:
+        training = checkpoint["training"]
+        if training["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
-                f"{self.last_path} was trained with {trainer['epoch_length']} iterations an epoch, this run has "
+                f"{self.last_path} was trained with {training['epoch_length']} iterations an epoch, this run has "
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
             )
-        epochs_left = trainer["epoch"] < (engine.state.max_epochs or 0)
+        epochs_left = training["epoch"] < (engine.state.max_epochs or 0)
         rates = [group["lr"] for name in self.objects for group in _param_groups(checkpoint[name])]
         if epochs_left and rates and not any(rates):
             raise ValueError(
@@ -174,28 +166,24 @@ class TrainingCheckpoint:
         load_weights(self.network, self.last_path)
         if self.averaged is not None:
             # begun without a mean: from here on
-            self.averaged.load_state_dict(checkpoint.get("averaged") or self.network.state_dict())
-        for name, item in self.objects.items():
-            item.load_state_dict(checkpoint[name])
+            self.averaged.load_state_dict(checkpoint["averaged"] or self.network.state_dict())
+        Checkpoint.load_objects(self.objects, {name: checkpoint[name] for name in self.objects})
         scaler = getattr(engine, "scaler", None)
         # a scaler that is not in use, or was not when the checkpoint was written, has nothing to say
-        if scaler is not None and checkpoint.get("scaler"):
+        if scaler is not None and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        if self.pairs_per_epoch is not None and checkpoint.get("training_pairs") is not None:
-            self.earlier_pairs = checkpoint["training_pairs"] - trainer["epoch"] * self.pairs_per_epoch
-        else:  # which checkpoints did not say at first
-            self._count_earlier_pairs()
-        engine.state.epoch = trainer["epoch"]
-        engine.state.iteration = trainer["iteration"]
-        if self.validator is not None and checkpoint["best_epoch"] >= 0:
+        self.earlier_pairs = training["earlier_pairs"]
+        engine.state.epoch = training["epoch"]
+        engine.state.iteration = training["iteration"]
+        if self.validator is not None and training["best_epoch"] >= 0:
             if self.best_path.is_file():
                 state: Any = self.validator.state
-                state.best_metric, state.best_metric_epoch = checkpoint["best_metric"], checkpoint["best_epoch"]
+                state.best_metric, state.best_metric_epoch = training["best_metric"], training["best_epoch"]
             else:
                 self.logger.warning(f"{self.best_path} is gone: the best score is counted from here on anew")
-        torch.set_rng_state(checkpoint["rng_state"].cpu())
-        self.logger.info(f"resumed after epoch {trainer['epoch']} from {self.last_path}")
-        began, now = checkpoint.get("settings", {}), json.loads(json.dumps(self.settings))
+        torch.set_rng_state(training["rng_state"].cpu())
+        self.logger.info(f"resumed after epoch {training['epoch']} from {self.last_path}")
+        began, now = _flat(training["record"]), _flat(asdict(self.record))
         changed = [f"{k} {began[k]!r} (now {now[k]!r})" for k in now if k in began and began[k] != now[k]]
         if changed:
             self.logger.warning(
@@ -226,35 +214,34 @@ class TrainingCheckpoint:
         if self.validator is not None:
             best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
             best_metric = float(getattr(self.validator.state, "best_metric", -1))
-        scaler = getattr(engine, "scaler", None)
-        checkpoint = {
-            "network": self.network.state_dict(),
-            "averaged": {} if self.averaged is None else self.averaged.state_dict(),
-            **{name: item.state_dict() for name, item in self.objects.items()},
-            "trainer": {
-                "epoch": engine.state.epoch,
-                "iteration": engine.state.iteration,
-                "epoch_length": engine.state.epoch_length,
-            },
+        training = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
             "best_epoch": best_epoch,
             "best_metric": best_metric,
             "rng_state": torch.get_rng_state(),
-            "scaler": {} if scaler is None else scaler.state_dict(),
-            "settings": json.loads(json.dumps(self.settings)),
-            "training_pairs": self._training_pairs(engine.state.epoch),
+            "earlier_pairs": self.earlier_pairs,
+            "pairs": self.earlier_pairs + engine.state.epoch * _pairs_per_epoch(engine),
+            "record": asdict(self.record),
         }
-        if process_rank() > 0:
-            return
+        objects = {
+            "network": self.network,
+            "averaged": self.averaged or _State({}),
+            **self.objects,
+            "training": _State(training),
+            "scaler": getattr(engine, "scaler", None) or _State({}),
+        }
+        saver = DiskSaver(str(self.last_path.parent), atomic=True, create_dir=True, require_empty=False)
         if best_epoch == engine.state.epoch:
-            with replace_file(self.best_path) as path:
-                torch.save(checkpoint["averaged"] or checkpoint["network"], path)
-            with replace_file(self.best_path.with_suffix(".json")) as path:
-                pairs = self._training_pairs(best_epoch)
-                counted = {} if pairs is None else {"training_pairs": pairs}
-                path.write_text(json.dumps({**self.settings, **counted, "epoch": best_epoch}, indent=2) + "\n")
-            self.logger.info(f"best validation score so far: wrote {self.best_path}")
-        with replace_file(self.last_path) as path:
-            torch.save(checkpoint, path)
+            best = {"network": self.averaged or self.network}
+            Checkpoint(best, saver, filename_pattern=self.best_path.name)(engine)
+            if process_rank() == 0:
+                more = {"training_pairs": training["pairs"], "epoch": best_epoch}
+                record = replace(self.record, training={**self.record.training, **more})
+                record.write(self.best_path.with_suffix(".json"))
+                self.logger.info(f"best validation score so far: wrote {self.best_path}")
+        Checkpoint(objects, saver, filename_pattern=self.last_path.name)(engine)
 
     def completed(self, engine: Engine) -> None:
         """Say so when there are no best weights."""
@@ -264,9 +251,44 @@ class TrainingCheckpoint:
             )
 
 
+class _State:
+    """A part of a checkpoint that no object keeps."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+
 def _param_groups(state: Any) -> list[Mapping[str, Any]]:
     """Those of an optimizer; none of any other object."""
     return list(state.get("param_groups", ())) if isinstance(state, Mapping) else []
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    out = {}
+    for key, value in content.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return out
+
+
+def _pairs_per_epoch(engine: Any) -> int:
+    """Pairs of all processes in an epoch."""
+    sampler = getattr(engine.data_loader, "sampler", None)
+    return 0 if sampler is None else len(sampler) * process_count()
+
+
+def _pairs_behind(weights: str | Path) -> int:
+    """What weights have been trained on, so far as it is known."""
+    training = load_checkpoint(weights).get("training", {})
+    if "pairs" in training:
+        return int(training["pairs"])
+    try:
+        return int(read_record(weights).training.get("training_pairs") or 0)
+    except FileNotFoundError:
+        return 0
 
 
 class WeightsLoader:

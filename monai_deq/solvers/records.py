@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from monai_deq.utils import json_ready
+
 __all__ = ["SolverRecord", "StopReason"]
 
 
@@ -23,11 +25,10 @@ class StopReason:
 @dataclass(frozen=True)
 class SolverRecord:
     """
-    Record of a solve, one entry per item of the batch. All tensors are on the CPU and carry no gradient.
+    Record of a solve, one entry per item of the batch, on the CPU and without gradient.
 
     Attributes:
-        steps: ``(B,)``, evaluations of the map that were spent on the item (a step that gave a non-finite result is
-            not counted: it was not taken).
+        steps: ``(B,)``, evaluations of the map for the item; one that gave a non-finite result is not counted.
         residual: ``(B, N)``, RMS over voxels of ``|g(x_k) - x_k|`` in voxels at the state that step ``k + 1`` started
             from; NaN after the item had stopped. The state returned is one application of the map further on.
         relative_residual: ``(B, N)``, ``|g(x_k) - x_k| / |g(x_k)|``; NaN after the item had stopped.
@@ -75,24 +76,22 @@ class SolverRecord:
 
     def item(self, index: int) -> dict[str, Any]:
         """
-        The record of one item in plain Python values, fit for JSON: a residual that is not finite (a relative one
-        where ``g(x)`` is zero, or any where no step was taken) is ``None``.
+        The record of one item in plain Python values, fit for JSON: a residual that is not finite is ``None``.
 
         Args:
             index: position in the batch.
         """
-
-        def number(value: torch.Tensor) -> float | None:
-            return float(value) if bool(torch.isfinite(value)) else None
-
         n = int(self.steps[index])
-        return {
-            "steps": n,
-            "residual": number(self.final_residual[index]),
-            "relative_residual": number(self.final_relative_residual[index]),
-            "converged": bool(self.converged[index]),
-            "reason": self.reason[index],
-            "coarse_steps": [int(steps[index]) for steps in self.coarse_steps],
-            "residual_trace": [number(v) for v in self.residual[index, :n]],
-            "relative_residual_trace": [number(v) for v in self.relative_residual[index, :n]],
-        }
+        content: dict[str, Any] = json_ready(
+            {
+                "steps": n,
+                "residual": self.final_residual[index],
+                "relative_residual": self.final_relative_residual[index],
+                "converged": self.converged[index],
+                "reason": self.reason[index],
+                "coarse_steps": [steps[index] for steps in self.coarse_steps],
+                "residual_trace": self.residual[index, :n],
+                "relative_residual_trace": self.relative_residual[index, :n],
+            }
+        )
+        return content

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a network is laid out for speed: compiled backbones, order of the weights in memory."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+
+__all__ = ["compile_backbones", "on_device"]
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def compile_backbones(network: Network) -> Network:
+    """
+    Have the backbones of a network's updates, their convolutions, compiled by ``torch.compile`` when they are first
+    called; the iteration around them is left as it is, as are the names of the parameters. PyTorch needs a C++
+    compiler for it on a CPU, and it has no second derivatives.
+
+    Args:
+        network: changed in place; modules with a backbone are those with an attribute ``backbone``.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: When there is no backbone in it.
+    """
+    candidates = [getattr(module, "backbone", None) for module in network.modules()]
+    backbones = {backbone for backbone in candidates if isinstance(backbone, nn.Module)}
+    if not backbones:
+        raise ValueError(f"{type(network).__name__} has no backbone that could be compiled.")
+    for backbone in backbones:
+        # images of one size are the rule; another one is compiled anew
+        backbone.compile(dynamic=False)
+    return network
+
+
+def on_device(network: Network, device: torch.device | str, compiled: bool = False) -> Network:
+    """
+    Move a network to a device, there in the memory format in which its convolutions are fast: channels last on a CPU,
+    where it was measured to be faster in 2-D and 3-D, with float32 and bfloat16; elsewhere the format that is there.
+
+    Args:
+        network: changed in place.
+        device: where it goes.
+        compiled: whether to have its backbones compiled, see :py:func:`compile_backbones`. Defaults to ``False``.
+
+    Returns:
+        The network.
+    """
+    memory_format = torch.preserve_format
+    if torch.device(device).type == "cpu":
+        ndim = max((p.ndim for p in network.parameters()), default=0)
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(ndim, memory_format)
+    network = network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    return compile_backbones(network) if compiled else network
