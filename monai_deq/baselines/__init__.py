@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from .classical import ClassicalRegistration
+from .classical import ClassicalRegistration, InitialAlignment
 from .elastix import ElastixRegistration
-from .initial import InitialAlignment
 
 __all__ = ["ClassicalRegistration", "ElastixRegistration", "InitialAlignment"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base of the systems without anything to train."""
+"""Systems without anything to train: their base, and the images as they come."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.networks.nets.iteration import check_pair, initial_state
 from monai_deq.solvers import SolverRecord
 
-__all__ = ["ClassicalRegistration"]
+__all__ = ["ClassicalRegistration", "InitialAlignment"]
 
 
 class ClassicalRegistration(nn.Module, ABC):
     """
-    Base of the baselines: a module without parameters that takes the place of a registration network in eval mode, so
-    that the same inferer, metrics and tables serve it.
-
-    A subclass gives ``solve`` and ``reason``, the word that its records carry for why an item stopped.
+    Base of the baselines: a module without parameters that takes the place of a registration network in eval mode. A
+    subclass gives ``solve`` and ``reason``, the word in its records for why an item stopped.
     """
 
     reason: str
@@ -35,28 +34,21 @@ class ClassicalRegistration(nn.Module, ABC):
         Args:
             moving: ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement to start from, ``(B, ndim, *spatial)`` in voxels.
-            kwargs: settings of a fixed-point solver (``solver``, ``max_steps``, ``tolerance``, ``relative_tolerance``,
-                ``solver_options``). There is none here: they are ignored.
+            initial_ddf: displacement to start from, ``(B, ndim, *spatial)`` in voxels. Defaults to none.
+            kwargs: settings of a fixed-point solver, ignored: there is none.
 
         Returns:
-            The displacement ``(B, ndim, *spatial)`` in voxels and a record.
+            The displacement ``(B, ndim, *spatial)`` in voxels, float32 at least, and a record.
         """
 
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Args:
-            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
-            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            initial_ddf: displacement to start from, ``(B, ndim, *spatial)`` in voxels. Defaults to none.
+        Register as :py:meth:`solve` does; ``RuntimeError`` in training mode.
 
         Returns:
             ``(warped, ddf)``.
-
-        Raises:
-            RuntimeError: In training mode.
         """
         if self.training:
             raise RuntimeError(f"{type(self).__name__} has nothing to train: call eval() before using it.")
@@ -73,3 +65,19 @@ class ClassicalRegistration(nn.Module, ABC):
             converged=torch.zeros(batch_size, dtype=torch.bool),
             reason=(self.reason,) * batch_size,
         )
+
+
+class InitialAlignment(ClassicalRegistration):
+    """
+    No deformation at all: the images as they come, or under a given displacement. On data that was affinely aligned
+    beforehand this is the row "Affine" of the paper's Table 1. The records say ``"not iterated"``.
+    """
+
+    reason = "not iterated"
+
+    def solve(
+        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """See :py:meth:`ClassicalRegistration.solve`; ``initial_ddf`` or zero is handed back."""
+        check_pair(moving, fixed)
+        return initial_state(fixed, initial_ddf), self._record(fixed.shape[0])

@@ -23,7 +23,7 @@ _MIN_SIZE = 4
 
 
 def _load_itk() -> Any:
-    """The module ``itk`` with elastix in it. It takes seconds to import, so only who registers with it does."""
+    """The module ``itk`` with elastix in it, which takes seconds to import."""
     itk, found = optional_import("itk")
     if not found or not hasattr(itk, "ElastixRegistrationMethod"):  # the package itk alone has no elastix
         raise OptionalImportError(
@@ -41,10 +41,8 @@ def _as_elastix(value: Any) -> list[str]:
 @contextmanager
 def _threads(itk: Any, number: int | None) -> Iterator[None]:
     """
-    Number of threads of what is made inside, where one is given.
-
-    It is set for all of ITK and put back, since elastix's own ``SetNumberOfThreads`` does not do so, and with a bending
-    energy crashes the process at 2 or more (seen in itk-elastix 0.25.4; its issue 160).
+    Number of threads of what is made inside, where one is given; set for all of ITK and put back. elastix's own
+    ``SetNumberOfThreads`` crashes the process with a bending energy (itk-elastix 0.25.4, its issue 160).
     """
     before = itk.MultiThreaderBase.GetGlobalDefaultNumberOfThreads()
     if number is not None:
@@ -60,28 +58,21 @@ class ElastixRegistration(ClassicalRegistration):
     Deformable registration of each pair by elastix (Klein et al., IEEE TMI 2010): a B-spline transform, optimised from
     coarse to fine by adaptive stochastic gradient descent. Needs the package ``itk-elastix``.
 
-    From the paper (its baseline "elastix"): three levels of a B-spline transform, grid spacing 4 voxels. The paper does
-    not give the rest. Ours, chosen on 2-D slices of validation subjects of neurite-OASIS: mutual information
-    with 64 histogram bins, the weight of the bending energy (without it the transform folds far more than the paper
-    reports), the numbers of samples and iterations; for all else what elastix itself sets for a B-spline transform.
+    From the paper: three levels, grid spacing 4 voxels. Chosen on slices of validation subjects of neurite-OASIS:
+    mutual information with 64 histogram bins, the weight of the bending energy (without it the transform folds far more
+    than the paper reports), samples and iterations; for all else what elastix itself sets for a B-spline transform.
 
-    Images are taken as they come, with a spacing of 1 in voxels, and not aligned affinely before. On each level they
-    are smoothed but keep their size, so that also small images have all levels; the control points lie 4, 2 and 1
-    times ``grid_spacing`` apart.
-
-    The samples are drawn with a fixed seed: with one thread the result is the same in each run; with several the order
-    of sums is not, and the optimiser carries the rounding on. Nothing is written to disk or, unless
-    ``verbose``, to the console. The records say ``"elastix"``, with 0 steps and a residual of NaN: iterations of an
-    optimiser are not steps of a fixed-point solver.
+    Images are not aligned affinely before. On each level they are smoothed but keep their size; the control points lie
+    4, 2 and 1 times ``grid_spacing`` apart. The samples are drawn with a fixed seed: with one thread the result is the
+    same in each run. Nothing is written to disk. The records say ``"elastix"``, with 0 steps and a residual of NaN.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
         levels: number of levels. Defaults to 3.
         grid_spacing: distance of the control points on the last level, in voxels. Defaults to 4.
-        metric: elastix's name of the similarity measure, such as ``"AdvancedMattesMutualInformation"`` or
-            ``"AdvancedNormalizedCorrelation"``. Defaults to the first.
-        bending_weight: weight of the bending energy of the transform (voxel units) beside the measure; the measures
-            differ in scale, and so does a fit weight. 0 leaves it out. Defaults to 10.
+        metric: elastix's name of the similarity measure. Defaults to ``"AdvancedMattesMutualInformation"``.
+        bending_weight: weight of the bending energy of the transform (voxel units) beside the measure; a fit weight
+            depends on the scale of the measure. 0 leaves it out. Defaults to 10.
         iterations: iterations on each level. Defaults to 256.
         samples: positions sampled in each iteration. Defaults to 2048.
         parameters: further parameters of elastix, or other values of those set here, by elastix's names, such as
@@ -92,13 +83,6 @@ class ElastixRegistration(ClassicalRegistration):
     Raises:
         OptionalImportError: When the package is not installed.
         ValueError: When an argument is out of its range, or elastix would write files.
-
-    Example:
-
-    .. code-block:: python
-
-        net = ElastixRegistration(spatial_dims=3).eval()
-        warped, ddf = net(moving, fixed)  # (B, 1, H, W, D) and (B, 3, H, W, D)
     """
 
     reason = "elastix"
@@ -128,9 +112,7 @@ class ElastixRegistration(ClassicalRegistration):
         if not bending_weight >= 0:
             raise ValueError(f"bending_weight must not be negative, got {bending_weight}.")
         _load_itk()
-        self.spatial_dims = spatial_dims
-        self.threads = threads
-        self.verbose = verbose
+        self.spatial_dims, self.threads, self.verbose = spatial_dims, threads, verbose
         settings: dict[str, Any] = {
             "FixedImagePyramid": "FixedSmoothingImagePyramid",
             "MovingImagePyramid": "MovingSmoothingImagePyramid",
@@ -153,14 +135,9 @@ class ElastixRegistration(ClassicalRegistration):
             "WriteResultImage": False,
         }
         if bending_weight > 0:
-            settings.update(
-                {
-                    "Registration": "MultiMetricMultiResolutionRegistration",
-                    "Metric": [metric, "TransformBendingEnergyPenalty"],
-                    "Metric0Weight": 1.0,
-                    "Metric1Weight": bending_weight,
-                }
-            )
+            settings["Registration"] = "MultiMetricMultiResolutionRegistration"
+            settings["Metric"] = [metric, "TransformBendingEnergyPenalty"]
+            settings.update({"Metric0Weight": 1.0, "Metric1Weight": bending_weight})
         settings.update(parameters or {})
         self.parameter_map = {name: _as_elastix(value) for name, value in settings.items()}
         writing = [k for k, v in self.parameter_map.items() if k.startswith("Write") and v != ["false"]]
@@ -171,21 +148,11 @@ class ElastixRegistration(ClassicalRegistration):
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
         """
-        Register the pairs of a batch, one after the other.
-
-        Args:
-            moving: ``(B, 1, *spatial)``, on any device; elastix itself runs on the CPU, in float32.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: must be ``None``: a B-spline transform cannot start from any given field.
-            kwargs: settings of a fixed-point solver, ignored.
-
-        Returns:
-            The displacement ``(B, ndim, *spatial)`` in voxels, in float32 at least and on the device of ``fixed``, and
-            the record.
+        See :py:meth:`ClassicalRegistration.solve`. One pair after the other, on the CPU, in float32.
 
         Raises:
             ValueError: When the images do not fit each other or this module, are too small or have intensities that
-                are not finite or all the same, or a field to start from is given.
+                are not finite or all the same, or ``initial_ddf`` is given: a B-spline transform cannot start from it.
             RuntimeError: When elastix fails on an item.
         """
         check_pair(moving, fixed)
@@ -218,8 +185,7 @@ class ElastixRegistration(ClassicalRegistration):
     def _register(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         """Displacement ``(ndim, *spatial)`` that pulls one image onto another."""
         itk = _load_itk()
-        # ITK counts axes from the last one of an array: its axis 0 is the last here, and component 0 of a vector its
-        # displacement
+        # ITK counts axes, and components of a vector, from the last axis of an array
         moving_image, fixed_image = (
             itk.image_from_array(np.ascontiguousarray(x.detach().cpu().float().numpy())) for x in (moving, fixed)
         )

@@ -14,7 +14,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.transforms.warp import on_grid_of
+from monai_deq.transforms.warping import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
 

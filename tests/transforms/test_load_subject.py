@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.data import MetaTensor, PersistentDataset
 
-from monai_deq.transforms.load_subject import (
+from monai_deq.transforms import (
     CheckedCompose,
     CheckLabeld,
     CheckRegistrationImaged,

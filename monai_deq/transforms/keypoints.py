@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read keypoints, check them against their image and the other set of a pair, and follow a change of image size."""
+"""Keypoints: read, checked against their image and the other set of a pair, carried to another image size."""
 
 from __future__ import annotations
 
@@ -12,25 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms.transform import MapTransform
-from monai.utils import ensure_tuple
+from monai.transforms import MapTransform
 
-from monai_deq.data.grid import source_of
+from monai_deq.data import source_of
 from monai_deq.networks.blocks import OutsidePoints, check_outside, points_outside
 
-__all__ = [
-    "CheckSameKeypointsD",
-    "CheckSameKeypointsDict",
-    "CheckSameKeypointsd",
-    "LoadKeypointsD",
-    "LoadKeypointsDict",
-    "LoadKeypointsd",
-    "ResizeKeypointsD",
-    "ResizeKeypointsDict",
-    "ResizeKeypointsd",
-    "load_keypoints",
-    "resize_keypoints",
-]
+from .images import existing_file, one_image_each
+
+__all__ = ["CheckSameKeypointsD", "CheckSameKeypointsDict", "CheckSameKeypointsd", "load_keypoints", "resize_keypoints"]
+__all__ += ["LoadKeypointsD", "LoadKeypointsDict", "LoadKeypointsd"]
+__all__ += ["ResizeKeypointsD", "ResizeKeypointsDict", "ResizeKeypointsd"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -51,35 +42,31 @@ def load_keypoints(path: str | Path, spatial_dims: int) -> torch.Tensor:
         FileNotFoundError: When there is no such file.
         ValueError: When it holds anything but such lines, or none.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"keypoints: the file {str(path)!r} does not exist.")
-    expected = f"expected lines of {spatial_dims} voxel coordinates separated by commas, without a header"
+    path = existing_file(path, "keypoints")
+    expected = f"{path}: expected lines of {spatial_dims} voxel coordinates separated by commas, without a header"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, of an empty file
             points = np.loadtxt(path, delimiter=",", ndmin=2)
     except (ValueError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: {expected}; cannot read it ({e}).") from e
+        raise ValueError(f"{expected}; cannot read it ({e}).") from e
     if not points.size:
-        raise ValueError(f"{path}: {expected}; the file is empty.")
+        raise ValueError(f"{expected}; the file is empty.")
     if points.shape[1] != spatial_dims:
-        raise ValueError(f"{path}: {expected}; got {points.shape[1]} column(s).")
+        raise ValueError(f"{expected}; got {points.shape[1]} column(s).")
     if not np.isfinite(points).all():
         line = 1 + int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
-        raise ValueError(f"{path}: {expected}; point {line} has NaN or infinity.")
+        raise ValueError(f"{expected}; point {line} has NaN or infinity.")
     return torch.from_numpy(points.astype(np.float32))
 
 
 def resize_keypoints(points: torch.Tensor, old_size: Sequence[int], new_size: Sequence[int]) -> torch.Tensor:
     """
-    The same points on the grid of the image after MONAI's ``Resize``: the grids cover the same field of view, so that
-    voxel borders, not centres, coincide: ``(points + 0.5) * new / old - 0.5``.
+    The same points on the grid of the image after MONAI's ``Resize``, where voxel borders, not centres, coincide.
 
     Args:
         points: ``(..., ndim)`` in voxels of the old grid.
-        old_size: number of voxels along each axis before.
-        new_size: number of voxels along each axis after.
+        old_size, new_size: number of voxels along each axis before and after.
 
     Returns:
         ``(..., ndim)`` in voxels of the new grid.
@@ -93,15 +80,13 @@ class LoadKeypointsd(MapTransform):
     Dictionary-based wrapper of :py:func:`load_keypoints`, with a check that the points lie in their image.
 
     Args:
-        keys: keys of the file names, and of the points ``(N, ndim)``.
+        keys, allow_missing_keys: of the file names, and of the points ``(N, ndim)``; see MONAI's ``MapTransform``.
         image_keys: keys of the images ``(C, *spatial)`` they belong to, one for each of ``keys``.
         outside: points outside the voxels of the image are an error with ``"refuse"``; with ``"clamp"`` they are kept
             as they are, for a metric that clamps, and their number is logged. Defaults to ``"refuse"``.
-        allow_missing_keys: leave out keys that are absent. Defaults to False.
 
     Raises:
-        ValueError: When ``outside`` or the number of image keys is wrong, a file holds no points, or a point lies
-            outside its image and is refused.
+        ValueError: When an argument is wrong, a file holds no points, or a point lies outside and is refused.
     """
 
     def __init__(
@@ -113,11 +98,10 @@ class LoadKeypointsd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         check_outside(outside)
-        self.image_keys = _one_image_each(self.keys, image_keys)
+        self.image_keys = one_image_each(self.keys, image_keys)
         self.outside = outside
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Read the keypoints of the item."""
         d = dict(data)
         for key, image_key in self.key_iterator(d, self.image_keys):
             file, image = d[key], d[image_key]
@@ -146,9 +130,8 @@ class CheckSameKeypointsd(MapTransform):
     Refuse sets of keypoints that cannot correspond point by point.
 
     Args:
-        keys: keys of the points ``(N, ndim)``, each compared with the first one. Defaults to
+        keys, allow_missing_keys: of the points ``(N, ndim)``, each compared with the first. Defaults to
             ``("fixed_keypoints", "moving_keypoints")``.
-        allow_missing_keys: leave out keys that are absent. Defaults to False.
 
     Raises:
         ValueError: When two sets differ in the number of points.
@@ -160,7 +143,6 @@ class CheckSameKeypointsd(MapTransform):
         super().__init__(keys, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Compare the keypoints of the item."""
         d = dict(data)
         first, *others = list(self.key_iterator(d)) or [None]
         for key in others:
@@ -178,14 +160,9 @@ class ResizeKeypointsd(MapTransform):
     Dictionary-based wrapper of :py:func:`resize_keypoints`. Let it come before the images are resized.
 
     Args:
-        keys: keys of the points ``(N, ndim)``.
-        image_keys: keys of the images ``(C, *spatial)`` they belong to, still at their old size, one for each of
-            ``keys``.
+        keys, allow_missing_keys: of the points ``(N, ndim)``; see MONAI's ``MapTransform``.
+        image_keys: keys of the images ``(C, *spatial)`` they belong to, still at their old size, one for each.
         spatial_size: size that the images will have.
-        allow_missing_keys: leave out keys that are absent. Defaults to False.
-
-    Raises:
-        ValueError: When the number of image keys is wrong.
     """
 
     def __init__(
@@ -196,24 +173,16 @@ class ResizeKeypointsd(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.image_keys = _one_image_each(self.keys, image_keys)
+        self.image_keys = one_image_each(self.keys, image_keys)
         self.spatial_size = tuple(spatial_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Resize the keypoints of the item."""
         d = dict(data)
         for key, image_key in self.key_iterator(d, self.image_keys):
             d[key] = resize_keypoints(d[key], d[image_key].shape[1:], self.spatial_size)
         return d
 
 
-def _one_image_each(keys: Sequence[Hashable], image_keys: KeysCollection) -> tuple[Hashable, ...]:
-    images = ensure_tuple(image_keys)
-    if len(images) != len(keys):
-        raise ValueError(f"image_keys must name one image for each of {tuple(keys)}, got {images}.")
-    return images
-
-
-LoadKeypointsD = LoadKeypointsDict = LoadKeypointsd
 CheckSameKeypointsD = CheckSameKeypointsDict = CheckSameKeypointsd
+LoadKeypointsD = LoadKeypointsDict = LoadKeypointsd
 ResizeKeypointsD = ResizeKeypointsDict = ResizeKeypointsd

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images, label maps and keypoints of an item warped by the displacement in it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
+
+from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_by_ddf, warp_points_by_ddf
+
+__all__ = ["WarpByDDFD", "WarpByDDFDict", "WarpByDDFd"]
+__all__ += ["WarpPointsByDDF", "WarpPointsByDDFD", "WarpPointsByDDFDict", "WarpPointsByDDFd"]
+
+
+def on_grid_of(image: torch.Tensor, reference: Any) -> torch.Tensor:
+    """The image ``(C, *spatial)`` with the meta data of the reference on whose grid it lies, if it is a MetaTensor."""
+    if not isinstance(reference, MetaTensor):
+        return image
+    # MetaTensor copies what it is given; of a slice it would count the channel as a spatial axis
+    return MetaTensor(image, meta=dict(reference.meta), spatial_ndim=image.ndim - 1)
+
+
+def require_keys(data: Mapping[Hashable, Any], keys: Sequence[Hashable], transform: str) -> None:
+    """Raise ``KeyError`` when the item that ``transform`` is given lacks one of ``keys``."""
+    absent = [key for key in keys if key not in data]
+    if absent:
+        raise KeyError(f"{transform} finds no {absent} in the item, which has {sorted(map(str, data))}.")
+
+
+class WarpByDDFd(MapTransform):
+    """
+    Pull images or label maps back through a displacement field of the item. The results lie on the field's grid.
+
+    Args:
+        keys, allow_missing_keys: of the images ``(C, *spatial)``; see MONAI's ``MapTransform``.
+        ddf_key: displacement ``(ndim, *spatial)`` in voxels. Defaults to ``"ddf"``.
+        output_keys: where the results go. Defaults to ``keys`` (in place).
+        mode: ``"bilinear"``, or ``"nearest"`` for label maps; one, or one a key. Defaults to ``"bilinear"``. With
+            ``"nearest"`` the number type stays; with ``"bilinear"`` an image of whole numbers becomes float32.
+
+    Raises:
+        ValueError: When a mode is unknown, or the numbers of keys, output keys and modes differ.
+        KeyError: When the item has no displacement, or not one of ``keys``.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ddf_key: str = "ddf",
+        output_keys: KeysCollection | None = None,
+        mode: str | tuple[str, ...] = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ddf_key = ddf_key
+        self.output_keys = ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys))
+        self.mode = ensure_tuple_rep(mode, len(self.keys))
+        if not set(self.mode) <= {"bilinear", "nearest"}:
+            raise ValueError(f'mode must be "bilinear" or "nearest", got {mode!r}.')
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        require_keys(d, (self.ddf_key,), "WarpByDDFd")
+        field = d[self.ddf_key]
+        ddf = convert_to_tensor(field, track_meta=False)
+        for key, out_key, mode in self.key_iterator(d, self.output_keys, self.mode):
+            image = convert_to_tensor(d[key], track_meta=False)
+            # label numbers are exact in float32 up to 2^24
+            work = image if image.is_floating_point() else image.to(torch.float32)
+            warped = warp_by_ddf(work[None], ddf[None].to(work.device), mode=mode)[0]
+            d[out_key] = on_grid_of(warped.to(image.dtype) if mode == "nearest" else warped, field)
+        return d
+
+
+class WarpPointsByDDF(Transform):
+    """
+    Move points of the fixed image to where the field finds them in the moving image: ``points + ddf(points)``, see
+    :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`.
+
+    Args:
+        outside: ``"refuse"`` points outside the grid of the field, or ``"clamp"``: they move by the displacement of
+            the nearest border point, and their number is logged. Defaults to ``"refuse"``.
+    """
+
+    backend = [TransformBackends.TORCH]
+
+    def __init__(self, outside: OutsidePoints = "refuse") -> None:
+        check_outside(outside)
+        self.outside = outside
+
+    def __call__(self, points: NdarrayOrTensor, ddf: NdarrayOrTensor) -> torch.Tensor:  # type: ignore[override]
+        """
+        Args:
+            points: ``(N, ndim)``, voxels of the fixed image, coordinate ``i`` along array axis ``i``.
+            ddf: ``(ndim, *spatial)`` in voxels.
+
+        Returns:
+            ``(N, ndim)``, voxels of the moving image; float32, or float64 where points or field are.
+
+        Raises:
+            ValueError: When the shapes do not fit, a point is not finite, or lies outside and is refused.
+        """
+        plain_points, plain_ddf = (convert_to_tensor(value, track_meta=False) for value in (points, ddf))
+        return warp_points_by_ddf(plain_points[None], plain_ddf[None], outside=self.outside)[0]
+
+
+class WarpPointsByDDFd(MapTransform):
+    """
+    Dictionary-based wrapper of :py:class:`WarpPointsByDDF`.
+
+    Args:
+        keys, allow_missing_keys: of the points ``(N, ndim)`` of the fixed image; see MONAI's ``MapTransform``.
+        ddf_key: displacement ``(ndim, *spatial)`` in voxels. Defaults to ``"ddf"``.
+        output_keys: where the results go. Defaults to ``keys`` (in place).
+        outside: see :py:class:`WarpPointsByDDF`. Defaults to ``"refuse"``.
+
+    Raises:
+        KeyError: When the item has no displacement, or not one of ``keys``.
+    """
+
+    backend = WarpPointsByDDF.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        ddf_key: str = "ddf",
+        output_keys: KeysCollection | None = None,
+        outside: OutsidePoints = "refuse",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ddf_key = ddf_key
+        self.output_keys = ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys))
+        self.warp = WarpPointsByDDF(outside)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        require_keys(d, (self.ddf_key,), "WarpPointsByDDFd")
+        for key, out_key in self.key_iterator(d, self.output_keys):
+            d[out_key] = self.warp(d[key], d[self.ddf_key])
+        return d
+
+
+WarpByDDFD = WarpByDDFDict = WarpByDDFd
+WarpPointsByDDFD = WarpPointsByDDFDict = WarpPointsByDDFd
