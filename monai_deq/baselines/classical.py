@@ -3,57 +3,32 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-import torch.nn as nn
 
-from monai_deq.networks.blocks import warp_by_ddf
-from monai_deq.networks.nets.iteration import check_pair, initial_state
+from monai_deq.networks.nets import RegistrationNet
+from monai_deq.networks.nets.interface import check_pair
+from monai_deq.networks.nets.iteration import initial_state
 from monai_deq.solvers import SolverRecord
 
 __all__ = ["ClassicalRegistration", "InitialAlignment"]
 
 
-class ClassicalRegistration(nn.Module, ABC):
+class ClassicalRegistration(RegistrationNet):
     """
-    Base of the baselines: a module without parameters that takes the place of a registration network in eval mode. A
-    subclass gives ``solve`` and ``reason``, the word in its records for why an item stopped.
+    Base of the baselines: no parameters, and no fixed-point solver, whose settings are ignored. A subclass gives
+    ``solve`` and ``reason``, the word in its records for why an item stopped.
     """
 
     reason: str
 
-    @abstractmethod
-    def solve(
-        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, SolverRecord]:
+    def training_states(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """
-        Register a batch of pairs.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement to start from, ``(B, ndim, *spatial)`` in voxels. Defaults to none.
-            kwargs: settings of a fixed-point solver, ignored: there is none.
-
-        Returns:
-            The displacement ``(B, ndim, *spatial)`` in voxels, float32 at least, and a record.
+        Raises:
+            RuntimeError: Always.
         """
-
-    def forward(
-        self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Register as :py:meth:`solve` does; ``RuntimeError`` in training mode.
-
-        Returns:
-            ``(warped, ddf)``.
-        """
-        if self.training:
-            raise RuntimeError(f"{type(self).__name__} has nothing to train: call eval() before using it.")
-        ddf, _ = self.solve(moving, fixed, initial_ddf)
-        return warp_by_ddf(moving, ddf), ddf
+        raise RuntimeError(f"{type(self).__name__} has nothing to train: call eval() before using it.")
 
     def _record(self, batch_size: int) -> SolverRecord:
         """Record without a step of a fixed-point solver, and so without a residual."""
@@ -78,6 +53,6 @@ class InitialAlignment(ClassicalRegistration):
     def solve(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """See :py:meth:`ClassicalRegistration.solve`; ``initial_ddf`` or zero is handed back."""
+        """See :py:meth:`monai_deq.networks.nets.RegistrationNet.solve`; ``initial_ddf`` or zero is handed back."""
         check_pair(moving, fixed)
         return initial_state(fixed, initial_ddf), self._record(fixed.shape[0])

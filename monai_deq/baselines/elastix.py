@@ -13,7 +13,8 @@ import torch
 from monai.utils import OptionalImportError, optional_import
 
 from monai_deq.baselines.classical import ClassicalRegistration
-from monai_deq.networks.nets.iteration import check_pair, initial_state
+from monai_deq.networks.nets.interface import check_pair
+from monai_deq.networks.nets.iteration import initial_state
 from monai_deq.solvers import SolverRecord
 
 __all__ = ["ElastixRegistration"]
@@ -148,7 +149,7 @@ class ElastixRegistration(ClassicalRegistration):
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
         """
-        See :py:meth:`ClassicalRegistration.solve`. One pair after the other, on the CPU, in float32.
+        See :py:meth:`monai_deq.networks.nets.RegistrationNet.solve`. One pair after the other, on the CPU, in float32.
 
         Raises:
             ValueError: When the images do not fit each other or this module, are too small or have intensities that

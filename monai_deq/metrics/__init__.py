@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-from .folded_voxels import FoldedVoxelsMetric, compute_folded_voxels
-from .jacobian import jacobian_determinant
-from .label_hausdorff import LabelHausdorffMetric
-from .label_overlap import LabelDiceMetric, compute_label_dice, compute_label_hausdorff
-from .non_diffeomorphic_volume import NonDiffeomorphicVolumeMetric, compute_non_diffeomorphic_volume
-from .reduced_metric import ReducedIterationMetric
-from .std_log_jacobian import StdLogJacobianForm, StdLogJacobianMetric, compute_std_log_jacobian
-from .target_registration_error import (
+from .base import ReducedIterationMetric
+from .labels import LabelDiceMetric, LabelHausdorffMetric, compute_label_dice, compute_label_hausdorff
+from .landmarks import (
     TargetRegistrationErrorForm,
     TargetRegistrationErrorMetric,
     compute_landmark_errors,
     compute_target_registration_error,
+)
+from .regularity import (
+    FoldedVoxelsMetric,
+    NonDiffeomorphicVolumeMetric,
+    StdLogJacobianForm,
+    StdLogJacobianMetric,
+    compute_folded_voxels,
+    compute_non_diffeomorphic_volume,
+    compute_std_log_jacobian,
+    jacobian_determinant,
 )
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from scipy import ndimage
 
 from monai_deq.metrics import (
@@ -231,3 +231,28 @@ def test_metric_refuses() -> None:
         TargetRegistrationErrorMetric(form="paper")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="holds no scores"):
         TargetRegistrationErrorMetric(pair_percentile=70).aggregate()
+
+
+@pytest.mark.parametrize("form", ["linear", "learn2reg"])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_no_field_is_the_error_before_registration(ndim: int, form: Any) -> None:
+    size = (7, 12, 5)[:ndim]
+    _, fixed, moving = draw(size, batch=2)
+    affines = [np.diag([0.7, 2.0, 3.5, 1.0]), np.diag([1.5, 0.5, 1.0, 1.0])]
+    images = [MetaTensor(torch.zeros(1, *size), affine=affine, spatial_ndim=ndim) for affine in affines]
+    expected = [
+        np.linalg.norm((p.double() - q.double()).numpy() * np.diag(affine)[:ndim], axis=1).mean()
+        for p, q, affine in zip(fixed, moving, affines, strict=True)
+    ]
+    for points, reference in (((list(fixed), list(moving)), images), ((fixed, moving), list_data_collate(images))):
+        scores = TargetRegistrationErrorMetric(form=form)(None, *points, reference)
+        np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-9)
+    # the pairs may have different numbers of landmarks, and points outside the image are seen
+    metric = TargetRegistrationErrorMetric(spacing=1, form=form)
+    scores = metric(None, [fixed[0, :4], fixed[1]], [moving[0, :4], moving[1]], images)
+    assert float(scores[0]) == pytest.approx(float((fixed[0, :4] - moving[0, :4]).norm(dim=1).mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="1 of 17 points lie outside"):
+        fixed[0, 2] = 50
+        metric(None, list(fixed), list(moving), images)
+    with pytest.raises(ValueError, match="reference: expected an image where y_pred is None"):
+        metric(None, fixed, moving)

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
-import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.utils import MetricReduction, convert_to_tensor
 from scipy import ndimage
 
-from monai_deq.metrics.reduced_metric import ReducedIterationMetric
+from monai_deq.metrics.base import ReducedIterationMetric, check_spacing, image_spacing
 
-__all__ = ["LabelDiceMetric", "compute_label_dice", "compute_label_hausdorff"]
+__all__ = ["LabelDiceMetric", "LabelHausdorffMetric", "compute_label_dice", "compute_label_hausdorff"]
 
 
 def _check_labels(labels: Sequence[int]) -> tuple[int, ...]:
@@ -27,7 +25,8 @@ def _check_labels(labels: Sequence[int]) -> tuple[int, ...]:
     return checked
 
 
-def _check_label_map(label_map: torch.Tensor, name: str) -> torch.Tensor:
+def _renumber(label_map: torch.Tensor, name: str, labels: Sequence[int]) -> torch.Tensor:
+    """Check a label map; put 1, 2, ... for the labels in the order given, 0 for all else: numbers may have gaps."""
     if not isinstance(label_map, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(label_map).__name__}.")
     if label_map.ndim not in (4, 5) or label_map.shape[1] != 1:
@@ -35,26 +34,21 @@ def _check_label_map(label_map: torch.Tensor, name: str) -> torch.Tensor:
     plain: torch.Tensor = convert_to_tensor(label_map, track_meta=False)
     if plain.is_floating_point() and not torch.equal(plain, plain.round()):
         raise ValueError(f"{name}: expected integer values, got fractions or NaN. Warp labels with nearest neighbour.")
-    return plain
+    values, order = torch.sort(torch.tensor([int(label) for label in labels], device=plain.device))
+    plain = plain.long().contiguous()
+    position = torch.searchsorted(values, plain).clamp(max=len(values) - 1)
+    return torch.where(values[position] == plain, order[position] + 1, 0).to(torch.int16)
 
 
-def _check_pair(warped_label: torch.Tensor, fixed_label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    warped_label = _check_label_map(warped_label, "warped_label")
-    fixed_label = _check_label_map(fixed_label, "fixed_label")
-    if warped_label.shape != fixed_label.shape:
+def _renumber_pair(
+    warped_label: torch.Tensor, fixed_label: torch.Tensor, labels: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    warped, fixed = _renumber(warped_label, "warped_label", labels), _renumber(fixed_label, "fixed_label", labels)
+    if warped.shape != fixed.shape:
         raise ValueError(
-            f"warped_label: expected the shape of fixed_label, {tuple(fixed_label.shape)}, "
-            f"got {tuple(warped_label.shape)}."
+            f"warped_label: expected the shape of fixed_label, {tuple(fixed.shape)}, got {tuple(warped.shape)}."
         )
-    return warped_label, fixed_label.to(warped_label.device)
-
-
-def _renumber(label_map: torch.Tensor, labels: Sequence[int]) -> torch.Tensor:
-    """Put 1, 2, ... for the labels in the order given, 0 for all else: label numbers may be large and have gaps."""
-    values, order = torch.sort(torch.tensor([int(label) for label in labels], device=label_map.device))
-    label_map = label_map.long().contiguous()
-    position = torch.searchsorted(values, label_map).clamp(max=len(values) - 1)
-    return torch.where(values[position] == label_map, order[position] + 1, 0).to(torch.int16)
+    return warped, fixed.to(warped.device)
 
 
 def compute_label_dice(
@@ -83,14 +77,10 @@ def compute_label_dice(
         ValueError: when shapes do not fit, values are not integers, or ``labels`` holds 0 or a label twice.
     """
     labels = _check_labels(labels)
-    warped_label, fixed_label = _check_pair(warped_label, fixed_label)
-    warped, fixed = _renumber(warped_label, labels), _renumber(fixed_label, labels)
-    source = warped
-    if moving_label is not None:
-        source = _renumber(_check_label_map(moving_label, "moving_label").to(warped.device), labels)
-        if len(source) != len(warped):
-            raise ValueError(f"moving_label: expected {len(warped)} batch items, got {len(source)}.")
-
+    warped, fixed = _renumber_pair(warped_label, fixed_label, labels)
+    source = warped if moving_label is None else _renumber(moving_label, "moving_label", labels).to(warped.device)
+    if len(source) != len(warped):
+        raise ValueError(f"moving_label: expected {len(warped)} batch items, got {len(source)}.")
     # MONAI gives NaN where the fixed image lacks the label; the moving side is for us to add
     dice = compute_dice(warped, fixed, include_background=False, num_classes=len(labels) + 1)
     present = torch.stack([torch.bincount(item, minlength=len(labels) + 1)[1:] > 0 for item in source.flatten(1)])
@@ -101,21 +91,20 @@ def compute_label_hausdorff(
     warped_label: torch.Tensor,
     fixed_label: torch.Tensor,
     labels: Sequence[int],
-    spacing: float | Sequence[float] | None = None,
+    spacing: float | Sequence[float] | torch.Tensor | None = None,
     percentile: float | None = None,
 ) -> torch.Tensor:
     """
     Symmetric Hausdorff distance of each label, between the voxels on the two surfaces.
 
-    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance` on the joint bounding box of each label, so that the
-    cost is that of the structures and not of labels times volume. With ``percentile`` it is the larger of the two
-    directed percentiles, unweighted by surface area.
+    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance` on the joint bounding box of each label: the cost is
+    that of the structures. With ``percentile`` it is the larger of the two directed percentiles, unweighted by area.
 
     Args:
         warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
         fixed_label: fixed labels, same shape.
         labels: the labels to score, without the background 0.
-        spacing: size of a voxel in mm, one number or one per axis. Defaults to None: 1 mm.
+        spacing: size of a voxel in mm, one number, one per axis, or shape (B, ndim). Defaults to None: 1 mm.
         percentile: above 0, up to 100, e.g. 95 for HD95. Defaults to None: the largest distance.
 
     Returns:
@@ -127,17 +116,11 @@ def compute_label_hausdorff(
             ``spacing`` or ``percentile`` is out of range.
     """
     labels = _check_labels(labels)
-    warped_label, fixed_label = _check_pair(warped_label, fixed_label)
-    spatial_dims = warped_label.ndim - 2
-    # MONAI takes Python floats alone; the zooms of a NIfTI header are NumPy's
-    sizes = np.ones(spatial_dims) if spacing is None else np.asarray(spacing, dtype=float)
-    if sizes.shape not in ((), (spatial_dims,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise ValueError(f"spacing: expected one number or {spatial_dims} numbers above 0, got {spacing}.")
-    voxel_size = np.broadcast_to(sizes, spatial_dims).tolist()
+    warped, fixed = (item.cpu().numpy()[:, 0] for item in _renumber_pair(warped_label, fixed_label, labels))
+    voxel_size = check_spacing(1.0 if spacing is None else spacing, len(warped), warped.ndim - 1).tolist()
     if percentile is not None and not 0 < percentile <= 100:
         raise ValueError(f"percentile: expected a number above 0 and up to 100, or None, got {percentile}.")
 
-    warped, fixed = (_renumber(label_map, labels).cpu().numpy()[:, 0] for label_map in (warped_label, fixed_label))
     distances = torch.full((len(warped), len(labels)), float("nan"))
     for b in range(len(warped)):
         boxes = (ndimage.find_objects(item[b], max_label=len(labels)) for item in (warped, fixed))
@@ -149,17 +132,22 @@ def compute_label_hausdorff(
             )
             pred, target = (torch.from_numpy(item[b][box] == i + 1)[None, None] for item in (warped, fixed))
             distances[b, i] = compute_hausdorff_distance(
-                pred, target, include_background=True, percentile=percentile, spacing=voxel_size
+                pred, target, include_background=True, percentile=percentile, spacing=voxel_size[b]
             )
     return distances.to(warped_label.device)
+
+
+def _check_fixed(y: torch.Tensor | None) -> torch.Tensor:
+    if y is None:
+        raise ValueError("y: expected the fixed labels, got None. Call metric(y_pred=warped_label, y=fixed_label).")
+    return y
 
 
 class LabelDiceMetric(ReducedIterationMetric):
     """
     Cumulative form of :py:func:`compute_label_dice`: mean over the labels of a pair, then over the pairs.
 
-    Call it as ``metric(y_pred=warped_label, y=fixed_label)``, optionally with ``moving_label``; batch-first tensors or
-    lists of channel-first tensors.
+    Call it as ``metric(warped_label, fixed_label)`` or ``metric(warped_label, fixed_label, moving_label)``.
 
     Args:
         labels: the labels to score, without the background 0.
@@ -171,27 +159,49 @@ class LabelDiceMetric(ReducedIterationMetric):
     """
 
     def __init__(
-        self,
-        labels: Sequence[int],
-        reduction: MetricReduction | str = MetricReduction.MEAN,
-        get_not_nans: bool = False,
+        self, labels: Sequence[int], reduction: MetricReduction | str = "mean", get_not_nans: bool = False
     ) -> None:
-        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
+        super().__init__(reduction, get_not_nans)
         self.labels = _check_labels(labels)
 
-    def _compute_list(self, y_pred: Any, y: Any = None, moving_label: Any = None) -> torch.Tensor:  # type: ignore[override]
-        # MONAI hands keyword arguments whole to every item; the moving labels go item by item
-        if moving_label is not None and len(moving_label) != len(y_pred):
-            raise ValueError(f"moving_label: expected {len(y_pred)} items, as in y_pred, got {len(moving_label)}.")
-        scores = []
-        for i, warped in enumerate(y_pred):
-            fixed, moving = (None if items is None else items[i][None] for items in (y, moving_label))
-            scores.append(self._compute_tensor(warped[None], fixed, moving))
-        return torch.cat(scores)
-
-    def _compute_tensor(  # type: ignore[override]
+    def compute_scores(
         self, y_pred: torch.Tensor, y: torch.Tensor | None = None, moving_label: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if y is None:
-            raise ValueError("y: expected the fixed labels, got None. Call metric(y_pred=warped_label, y=fixed_label).")
-        return compute_label_dice(y_pred, y, self.labels, moving_label)
+        return compute_label_dice(y_pred, _check_fixed(y), self.labels, moving_label)
+
+
+class LabelHausdorffMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_label_hausdorff`: mean over the labels of a pair, then over the pairs.
+
+    Call it as ``metric(warped_label, fixed_label)``.
+
+    Args:
+        labels: the labels to score, without the background 0.
+        spacing: size of a voxel in mm, one number or one per axis. Defaults to None: that of the fixed labels where
+            they are MetaTensors, else 1 mm.
+        percentile: e.g. 95 for HD95. Defaults to None: the largest distance.
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to False.
+
+    Raises:
+        ValueError: when ``labels`` is empty, or holds 0 or a label twice.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        spacing: float | Sequence[float] | None = None,
+        percentile: float | None = None,
+        reduction: MetricReduction | str = "mean",
+        get_not_nans: bool = False,
+    ) -> None:
+        super().__init__(reduction, get_not_nans)
+        self.labels = _check_labels(labels)
+        self.spacing = spacing
+        self.percentile = percentile
+
+    def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        fixed = _check_fixed(y)
+        spacing = image_spacing(fixed) if self.spacing is None else self.spacing
+        return compute_label_hausdorff(y_pred, fixed, self.labels, spacing, self.percentile)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PairResultsSaver: CSV and JSON against numbers worked out by hand."""
+"""PairResultsSaver: CSV and JSON against numbers worked out by hand. OutputGuard: refused before any work."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import decollate_batch, list_data_collate
-from monai.handlers import from_engine
 
-from monai_deq.handlers import FoldedVoxels, LabelDice, PairResultsSaver
+from monai_deq.handlers import MetricHandler, OutputGuard, PairResultsSaver
+from monai_deq.metrics import FoldedVoxelsMetric, LabelDiceMetric
+from monai_deq.transforms import SaveRegistrationd
 
 LABELS = {3: "left", 8: "right"}
 NAN = float("nan")
@@ -62,16 +64,9 @@ FOLDED = [100.0, 0.0, 0.0]
 
 def evaluate(saver: PairResultsSaver, outputs: list[Any], labels: list[int] | None = None) -> Engine:
     engine = Engine(lambda engine, batch: batch)
-    decollated = isinstance(outputs[0], list)
-
-    def take(*keys: str) -> Any:
-        if decollated:
-            return from_engine(keys if len(keys) > 1 else keys[0])
-        return lambda output: tuple(output[k] for k in keys) if len(keys) > 1 else output[keys[0]]
-
     labels = list(LABELS) if labels is None else labels
-    LabelDice(labels, output_transform=take("warped_label", "fixed_label")).attach(engine, "dice")
-    FoldedVoxels(output_transform=take("ddf")).attach(engine, "folded_percent")
+    MetricHandler(LabelDiceMetric(labels), ["warped_label", "fixed_label"]).attach(engine, "dice")
+    MetricHandler(FoldedVoxelsMetric(), "ddf").attach(engine, "folded_percent")
     saver.attach(engine)
     engine.run(outputs)
     return engine
@@ -98,7 +93,7 @@ def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, caps
     batches = [list_data_collate(ITEMS[:2]), list_data_collate(ITEMS[2:])]
     outputs = [decollate_batch(b) for b in batches] if batching == "decollated" else batches
     info = {"data_set": "made up", "spatial_size": None}
-    saver = PairResultsSaver(tmp_path / "new", ["dice", "folded_percent"], LABELS, "both", prefix="test", info=info)
+    saver = PairResultsSaver(tmp_path / "new", LABELS, "both", ["dice", "folded_percent"], prefix="test", info=info)
     engine = evaluate(saver, outputs)
     assert {p.name for p in (tmp_path / "new").iterdir()} == {"test_pairs.csv", "test_summary.json"}
 
@@ -166,7 +161,7 @@ def test_files_against_hand_computed_numbers(tmp_path: Path, batching: str, caps
 
 
 def test_one_pair_has_no_deviation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both")
+    saver = PairResultsSaver(tmp_path, LABELS, "both", ["dice"])
     evaluate(saver, [[ITEMS[0]]])
     assert saver.json_path.name == "evaluation_summary.json"
     assert read_json(saver.json_path)["summary"]["dice"] == {"mean": number(0.75), "std": None, "pairs": 1}
@@ -174,7 +169,7 @@ def test_one_pair_has_no_deviation(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_no_score_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both")
+    saver = PairResultsSaver(tmp_path, LABELS, "both", ["dice"])
     evaluate(saver, [[ITEMS[2]]])
     result = read_json(saver.json_path)
     assert result["summary"]["dice"] == {"mean": None, "std": None, "pairs": 0}
@@ -188,9 +183,10 @@ def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
         {**item, "verdict": v, "spectral_radius": torch.tensor(0.25 * i)}
         for i, (item, v) in enumerate(zip(ITEMS, verdicts, strict=True))
     ]
-    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {3: "left", 8: "right"}, "two")
+    saver = PairResultsSaver(tmp_path, LABELS, "two")  # all metrics that the engine keeps
     evaluate(saver, [items[:2], items[2:]])
     assert [row["verdict"] for row in read_csv(saver.csv_path)] == verdicts
+    assert list(read_csv(saver.csv_path)[0])[2:4] == ["dice", "folded_percent"]
     assert read_json(saver.json_path)["verdicts"] == {"cycling": 2, "converged": 1}
     assert "start_distance" not in read_csv(saver.csv_path)[0]
     summary = read_json(saver.json_path)["summary"]
@@ -198,7 +194,7 @@ def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
 
 
 def test_one_label(tmp_path: Path) -> None:
-    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], {8: "right"}, "one")
+    saver = PairResultsSaver(tmp_path, {8: "right"}, "one", ["dice", "folded_percent"])
     evaluate(saver, [ITEMS[:2], ITEMS[2:]], labels=[8])
     result = read_json(saver.json_path)
     assert result["per_label"] == {"dice": {"8": {"name": "right", "mean": 0.5, "std": None, "pairs": 1}}}
@@ -213,55 +209,56 @@ def test_refuses_to_overwrite_before_any_work(tmp_path: Path) -> None:
         (folder / name).write_text("precious")
         worked: list[Any] = []
         engine = Engine(lambda engine, batch, worked=worked: worked.append(batch))
-        PairResultsSaver(folder, [], {}, "", overwrite="false").attach(engine)  # type: ignore[arg-type]
+        PairResultsSaver(folder, {}, "", []).attach(engine)
         with pytest.raises(FileExistsError, match=rf"{name} exists already.*--overwrite true"):
             engine.run([0])
         assert not worked and [p.name for p in folder.iterdir()] == [name]
         assert (folder / name).read_text() == "precious"
-        evaluate(PairResultsSaver(folder, ["dice"], LABELS, "both", overwrite=True), [ITEMS])
+        evaluate(PairResultsSaver(folder, LABELS, "both", ["dice"], overwrite=True), [ITEMS])
         assert len(read_csv(folder / "evaluation_pairs.csv")) == 3
         assert read_json(folder / "evaluation_summary.json")["num_pairs"] == 3
 
 
 def test_second_run_starts_from_nothing(tmp_path: Path) -> None:
-    saver = PairResultsSaver(tmp_path, ["dice"], LABELS, "both", overwrite=True)
+    saver = PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=True)
     for _ in range(2):
         evaluate(saver, [ITEMS])
     assert read_json(saver.json_path)["num_pairs"] == 3
 
 
 def test_nothing_is_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(writer: Any, rows: Any) -> None:
-        writer.writerow(rows[0])
+    def fail(frame: Any, path: Path, **kwargs: Any) -> None:
+        path.write_text("fixed,moving")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(csv.DictWriter, "writerows", fail)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
     with pytest.raises(OSError, match="no space left"):
-        evaluate(PairResultsSaver(tmp_path, ["dice"], LABELS, "both"), [ITEMS])
+        evaluate(PairResultsSaver(tmp_path, LABELS, "both", ["dice"]), [ITEMS])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no scores of a metric 'hd'.*\['dice', 'folded_percent'\]"):
-        evaluate(PairResultsSaver(tmp_path, ["hd"], LABELS, "both"), [ITEMS])
+        evaluate(PairResultsSaver(tmp_path, LABELS, "both", ["hd"]), [ITEMS])
     with pytest.raises(RuntimeError, match=r"'dice' has 2 scores a pair for 3 labels"):
-        evaluate(PairResultsSaver(tmp_path, ["dice"], {**LABELS, 9: "third"}, "three"), [ITEMS])
+        evaluate(PairResultsSaver(tmp_path, {**LABELS, 9: "third"}, "three", ["dice"]), [ITEMS])
     with pytest.raises(KeyError, match="steps"):
         evaluate(
-            PairResultsSaver(tmp_path, ["dice"], LABELS, "both"),
+            PairResultsSaver(tmp_path, LABELS, "both", ["dice"]),
             [[{k: v for k, v in ITEMS[0].items() if k != "steps"}]],
         )
     for info in ({"size": torch.tensor(3)}, {"residual": NAN}):
         with pytest.raises(TypeError, match="info"):
-            PairResultsSaver(tmp_path, ["dice"], LABELS, "both", info=info)
-    with pytest.raises(ValueError, match="overwrite"):
-        PairResultsSaver(tmp_path, ["dice"], LABELS, "both", overwrite=1)  # type: ignore[arg-type]
+            PairResultsSaver(tmp_path, LABELS, "both", ["dice"], info=info)
+    for overwrite in (1, "false"):
+        with pytest.raises(ValueError, match="overwrite: expected True or False, got"):
+            PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=overwrite)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_percentile_over_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     percentiles = {"folded_percent": 70, "dice": 25.0}
-    saver = PairResultsSaver(tmp_path, ["dice", "folded_percent"], LABELS, "both", percentiles=percentiles)
+    saver = PairResultsSaver(tmp_path, LABELS, "both", ["dice", "folded_percent"], percentiles=percentiles)
     evaluate(saver, [ITEMS])
     summary = read_json(saver.json_path)["summary"]
     # four tenths of the way from the second to the third of three; a quarter between the two scores that are there
@@ -270,4 +267,47 @@ def test_percentile_over_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "p70 40.0000)" in capsys.readouterr().out
     for wrong in ({"hd": 70}, {"dice": 101}):
         with pytest.raises(ValueError, match="percentiles must be from 0 to 100"):
-            PairResultsSaver(tmp_path, ["dice"], LABELS, "both", percentiles=wrong)
+            PairResultsSaver(tmp_path, LABELS, "both", ["dice"], percentiles=wrong)
+    with pytest.raises(RuntimeError, match="no scores of a metric 'hd'"):
+        evaluate(PairResultsSaver(tmp_path / "all", LABELS, "both", percentiles={"hd": 70}), [ITEMS])
+
+
+NAMES = [{"moving_subject": m, "fixed_subject": f} for m, f in ("ab", "bc", "ca")]
+SAID = {
+    "steps": 1,
+    "evaluations": 1,
+    "residual": 0.1,
+    "relative_residual": 0.1,
+    "converged": True,
+    "reason": "tolerance",
+}
+
+
+def register(saver: SaveRegistrationd) -> list[Any]:
+    def iteration(engine: Engine, item: dict[str, Any]) -> Any:
+        done.append(item["moving_subject"])
+        return saver({**item, "warped": torch.zeros(1, 2, 2), "ddf": torch.zeros(2, 2, 2), **SAID})
+
+    done: list[Any] = []
+    engine = Engine(iteration)
+    OutputGuard(saver, NAMES).attach(engine)
+    try:
+        engine.run(NAMES)
+    except FileExistsError:
+        assert done == []  # not one pair registered in vain
+        raise
+    return done
+
+
+def test_refuses_before_any_work(tmp_path: Path) -> None:
+    assert register(SaveRegistrationd(tmp_path)) == ["a", "b", "c"]
+    assert len(list(tmp_path.iterdir())) == 9
+    for path in tmp_path.glob("[ab]_*"):
+        path.unlink()
+    # only results of the last pair are left
+    with pytest.raises(FileExistsError, match=r"c_to_a_.* and 2 more exists already.*--overwrite true"):
+        register(SaveRegistrationd(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert register(SaveRegistrationd(tmp_path / "other")) == ["a", "b", "c"]
+    assert register(SaveRegistrationd(tmp_path, overwrite=True)) == ["a", "b", "c"]
+    assert len(list(tmp_path.glob("*.*"))) == 9

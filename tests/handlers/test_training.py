@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GradientClipping inside MONAI's trainer, in single and in mixed precision."""
+"""Handlers of a trainer: gradients clipped in single and in mixed precision, loss and pairs of every epoch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, decollate_batch
 from monai.engines import SupervisedTrainer
 
-from monai_deq.handlers import GradientClipping
+from monai_deq.data import PairDataset, RandomPairSampler
+from monai_deq.handlers import EpochMeanLoss, GradientClipping, ListedOutput, SamplerEpochSetter
+
+SUBJECTS, PAIRS = 6, 5
 
 
 class Line(torch.nn.Module):
@@ -76,9 +81,10 @@ def test_gradient_of_the_step(
     assert trainer.network.a.item() == pytest.approx(-expected[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("enabled", [None, False])
-@pytest.mark.parametrize("max_norm", [1.0, None])
+@pytest.mark.parametrize(
+    ("bad", "enabled", "max_norm"),
+    [(float("nan"), None, 1.0), (float("inf"), None, None), (float("nan"), False, None), (float("inf"), False, 1.0)],
+)
 def test_non_finite_gradient_stops_the_training(
     monkeypatch: pytest.MonkeyPatch, max_norm: float | None, bad: float, enabled: bool | None
 ) -> None:
@@ -123,3 +129,68 @@ def test_the_sum_of_accumulated_gradients_is_clipped_once(monkeypatch: pytest.Mo
     trainer.run()
     # (8 - 7) / 2, and what an epoch has left over, 3 / 2
     assert seen == pytest.approx([0.5, 1.0] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["train_loss", "loss_of_the_epoch"])
+def test_mean_of_each_epoch(name: str) -> None:
+    losses = iter([1.0, 2.0, 6.0, -1.0, 0.25, 3.0])
+    engine = Engine(lambda engine, batch: {"loss": torch.tensor(next(losses), requires_grad=True), "pred": None})
+    EpochMeanLoss(**({} if name == "train_loss" else {"name": name})).attach(engine)
+    means: list[float] = []
+    # a logger that is attached later finds the mean of the epoch that ends
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: means.append(e.state.metrics[name]))
+    engine.run([0] * 3, max_epochs=2)
+    assert means == pytest.approx([3.0, 0.75])
+
+
+def test_nan_shows() -> None:
+    engine = Engine(lambda engine, batch: {"loss": torch.tensor(batch)})
+    EpochMeanLoss().attach(engine)
+    assert torch.isnan(torch.tensor(engine.run([1.0, float("nan"), 2.0]).metrics["train_loss"]))
+
+
+def test_decollated_output_of_a_trainer() -> None:
+    engine = Engine(lambda engine, batch: decollate_batch({"image": torch.zeros(2, 1, 4), "loss": torch.tensor(batch)}))
+    EpochMeanLoss().attach(engine)
+    assert engine.run([1.0, 4.0]).metrics["train_loss"] == 2.5
+
+
+def test_listed_output() -> None:
+    engine = Engine(lambda engine, batch: batch)
+    ListedOutput().attach(engine)
+    assert engine.run([{"loss": 1.0}]).output == [{"loss": 1.0}]
+    assert engine.run([[{"loss": 1.0}]]).output == [{"loss": 1.0}]
+
+
+def expected(epoch: int) -> list[tuple[str, str]]:
+    sampler = RandomPairSampler(SUBJECTS, PAIRS, seed=11)
+    sampler.set_epoch(epoch)
+    return [(str(f), str(m)) for f, m in sampler]
+
+
+@pytest.mark.parametrize(
+    ("workers", "first"),
+    [({}, 1), ({"num_workers": 1}, 3), ({"num_workers": 1, "persistent_workers": True}, 1)],
+)
+def test_pairs_of_every_epoch(workers: dict[str, Any], first: int) -> None:
+    subjects = [{"subject": str(i), "image": torch.zeros(1, 2, 2)} for i in range(SUBJECTS)]
+    sampler = RandomPairSampler(SUBJECTS, PAIRS, seed=11)
+    loader = DataLoader(PairDataset(subjects), sampler=sampler, batch_size=2, **workers)
+    drawn: dict[int, list[tuple[str, str]]] = {}
+
+    def iteration(engine: Engine, batch: dict[str, Any]) -> None:
+        drawn.setdefault(engine.state.epoch, []).extend(
+            zip(batch["fixed_subject"], batch["moving_subject"], strict=True)
+        )
+
+    engine = Engine(iteration)
+    SamplerEpochSetter(sampler).attach(engine)
+
+    @engine.on(Events.STARTED)
+    def resume(engine: Engine) -> None:
+        # as a checkpoint does
+        engine.state.epoch, engine.state.iteration = first - 1, (first - 1) * len(loader)
+
+    engine.run(loader, max_epochs=4)
+    assert drawn == {epoch: expected(epoch) for epoch in range(first, 5)}
+    assert expected(1) != expected(2) != expected(3) != expected(4)

@@ -8,13 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.utils import MetricReduction, convert_to_tensor
 from scipy import ndimage
 
-from monai_deq.metrics.jacobian import check_ddf
-from monai_deq.metrics.reduced_metric import ReducedIterationMetric
-from monai_deq.metrics.spacing import affine_spacing
+from monai_deq.metrics.base import ReducedIterationMetric, check_ddf, check_spacing, image_spacing
 from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_points_by_ddf
 
 __all__ = [
@@ -35,18 +32,6 @@ def _check_form(form: str) -> None:
 def _check_percentile(name: str, percentile: float | None) -> None:
     if percentile is not None and not 0 <= percentile <= 100:
         raise ValueError(f"{name}: expected None or a number from 0 to 100, got {percentile!r}.")
-
-
-def _check_spacing(spacing: float | Sequence[float] | torch.Tensor, batch: int, ndim: int) -> torch.Tensor:
-    """Voxel sizes ``(1 or B, 1, ndim)`` in mm."""
-    given = torch.as_tensor(spacing, dtype=torch.float64)
-    expected = ((), (ndim,), (batch, ndim))
-    if tuple(given.shape) not in expected or not (torch.isfinite(given) & (given > 0)).all():
-        raise ValueError(
-            f"spacing: expected voxel sizes in mm above 0: one number, {ndim}, or {ndim} for each of {batch} items; "
-            f"got {given.tolist()}."
-        )
-    return given.expand(1, ndim).reshape(-1, 1, ndim) if given.ndim < 2 else given[:, None]
 
 
 def _check_points(name: str, points: Any, expected: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -86,8 +71,7 @@ def compute_landmark_errors(
     .. math:: e_n = \left\lVert s \odot \left(p_n + \mathrm{ddf}(p_n) - q_n\right) \right\rVert_2
 
     with fixed points :math:`p_n`, moving points :math:`q_n` and the voxel size :math:`s`. The pull-back field moves
-    FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`; there the errors
-    are measured. Computed in float64.
+    FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`. In float64.
 
     The two forms differ by the roughness of the field (by 0.5 % of the error where displacements of 3 voxels change
     every 8 voxels at random): say which one a table shows.
@@ -118,11 +102,11 @@ def compute_landmark_errors(
     ddf = check_ddf(ddf)
     fixed_points = _check_points("fixed_points", fixed_points)
     moving_points = _check_points("moving_points", moving_points, tuple(fixed_points.shape)).to(ddf.device)
-    voxel_size = _check_spacing(spacing, ddf.shape[0], ddf.shape[1]).to(ddf.device)
+    voxel_size = check_spacing(spacing, ddf.shape[0], ddf.shape[1]).to(ddf.device)
     found = warp_points_by_ddf(fixed_points, ddf, outside=outside)
     if form == "learn2reg":
         found = _warp_by_splines(fixed_points, ddf)
-    return torch.linalg.vector_norm((found - moving_points) * voxel_size, dim=-1)
+    return torch.linalg.vector_norm((found - moving_points) * voxel_size[:, None], dim=-1)
 
 
 def compute_target_registration_error(
@@ -135,18 +119,12 @@ def compute_target_registration_error(
     form: TargetRegistrationErrorForm = "linear",
 ) -> torch.Tensor:
     """
-    Mean, or a percentile, of the landmark errors of each pair; see :py:func:`compute_landmark_errors`, also for what is
-    raised.
+    Mean, or a percentile, of the landmark errors of each pair; arguments not said here and errors are those of
+    :py:func:`compute_landmark_errors`.
 
     Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
-        fixed_points: landmarks of the fixed image, shape (B, N, ndim), voxel units.
-        moving_points: the same landmarks in the moving image, same shape and order.
-        spacing: voxel size of the moving image in mm: one number, one per axis, or shape (B, ndim).
         percentile: percentile over the landmarks of a pair, interpolated linearly, e.g. 95, or 70: what the 30 % worst
             landmarks exceed. Defaults to None: the mean.
-        outside: ``"refuse"`` or ``"clamp"``. Defaults to ``"refuse"``.
-        form: ``"linear"`` or ``"learn2reg"``. Defaults to ``"linear"``.
 
     Returns:
         errors in mm, shape (B, 1), float64; NaN where there are no landmarks.
@@ -166,15 +144,16 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
     Cumulative form of :py:func:`compute_target_registration_error`: mean over the landmarks of a pair, then over the
     pairs.
 
-    Call it as ``metric(y_pred=ddf, y=fixed_points, moving_points=moving_points)``, batch-first tensors, or lists of
-    tensors without the batch axis, in which pairs may differ in the number of landmarks.
+    Call it as ``metric(ddf, fixed_points, moving_points)``; in lists, pairs may differ in the number of landmarks. With
+    ``reference``, an image on the field's grid, ``metric(None, fixed_points, moving_points, reference)`` is the error
+    before registration: a missing field is zero displacement.
 
     The robustness of Learn2Reg (TRE30, Hering et al., IEEE TMI 2023: the 30 % most difficult pairs) is
     ``pair_percentile=70``: 30 % of the pairs have a larger mean error.
 
     Args:
         spacing: voxel size in mm, one number or one per axis. Defaults to None: that of ``reference``, or of the field
-            where it is a MetaTensor.
+            where there is none; a MetaTensor.
         percentile: percentile over the landmarks of a pair. Defaults to None: their mean.
         pair_percentile: percentile over the pairs, in place of ``reduction``. Defaults to None.
         outside: fixed points outside the grid: ``"refuse"`` or ``"clamp"``, see :py:func:`compute_landmark_errors`.
@@ -194,10 +173,10 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
         pair_percentile: float | None = None,
         outside: OutsidePoints = "refuse",
         form: TargetRegistrationErrorForm = "linear",
-        reduction: MetricReduction | str = MetricReduction.MEAN,
+        reduction: MetricReduction | str = "mean",
         get_not_nans: bool = False,
     ) -> None:
-        super().__init__(reduction=reduction, get_not_nans=get_not_nans)
+        super().__init__(reduction, get_not_nans)
         _check_percentile("percentile", percentile)
         _check_percentile("pair_percentile", pair_percentile)
         check_outside(outside)
@@ -208,82 +187,42 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
         self.outside = outside
         self.form = form
 
-    def _compute_list(  # type: ignore[override]
-        self, y_pred: Any, y: Any = None, moving_points: Any = None, reference: Any = None
-    ) -> torch.Tensor:
-        # MONAI hands keyword arguments whole to every item; here they go item by item
-        for name, items in (("moving_points", moving_points), ("reference", reference)):
-            if items is not None and len(items) != len(y_pred):
-                raise ValueError(f"{name}: expected {len(y_pred)} items, as in y_pred, got {len(items)}.")
-        scores = []
-        for i, ddf in enumerate(y_pred):
-            fixed, moving = (None if items is None else items[i][None] for items in (y, moving_points))
-            image = None if reference is None else reference[i]
-            spacing = self._spacing_of(ddf if image is None else image, ddf.ndim - 1)
-            scores.append(self._score(ddf[None], fixed, moving, spacing))
-        return torch.cat(scores)
-
-    def _compute_tensor(  # type: ignore[override]
+    def compute_scores(
         self,
-        y_pred: torch.Tensor,
+        y_pred: torch.Tensor | None = None,
         y: torch.Tensor | None = None,
         moving_points: torch.Tensor | None = None,
         reference: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        spacing = self._spacing_of(y_pred if reference is None else reference, y_pred.ndim - 2)
-        return self._score(y_pred, y, moving_points, spacing)
-
-    def _score(
-        self, ddf: torch.Tensor, fixed: torch.Tensor | None, moving: torch.Tensor | None, spacing: Any
-    ) -> torch.Tensor:
-        for name, points in (("y", fixed), ("moving_points", moving)):
-            if points is None:
-                raise ValueError(
-                    f"{name}: expected landmarks, got None. Call metric(y_pred=ddf, y=fixed_points, "
-                    "moving_points=moving_points)."
-                )
-        return compute_target_registration_error(
-            ddf,
-            fixed,  # type: ignore[arg-type]
-            moving,  # type: ignore[arg-type]
-            spacing,
-            self.percentile,
-            self.outside,
-            self.form,
-        )
-
-    def _spacing_of(self, image: torch.Tensor, ndim: int) -> float | Sequence[float] | torch.Tensor:
-        """The metric's own spacing, else that of an image; ``(B, ndim)`` where a batch carries one affine an item."""
-        if self.spacing is not None:
-            return self.spacing
-        if not isinstance(image, MetaTensor):
+        if y is None or moving_points is None:
+            raise ValueError(
+                f"{'y' if y is None else 'moving_points'}: expected landmarks, got None. Call metric(y_pred=ddf, "
+                "y=fixed_points, moving_points=moving_points)."
+            )
+        if y_pred is None:
+            if reference is None:
+                raise ValueError("reference: expected an image where y_pred is None, whose grid the landmarks lie on.")
+            size = reference.shape[2:]
+            y_pred = torch.zeros(len(reference), len(size), *size, device=reference.device)
+        spacing = image_spacing(y_pred if reference is None else reference) if self.spacing is None else self.spacing
+        if spacing is None:
             raise ValueError(
                 "spacing: the field carries no affine that tells the voxel size. Give the metric a spacing in mm (1 "
                 "for errors in voxels), or the call a reference image on the field's grid that is a MetaTensor."
             )
-        if image.affine.ndim == 3:
-            return torch.tensor([affine_spacing(affine, ndim) for affine in image.affine])
-        return affine_spacing(image.affine, ndim)
+        return compute_target_registration_error(
+            y_pred, y, moving_points, spacing, self.percentile, self.outside, self.form
+        )
 
     def aggregate(
         self, reduction: MetricReduction | str | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
-        Reduce the scores kept so far: the percentile over the pairs where there is a ``pair_percentile``, else as
+        Reduce the scores kept so far, by ``pair_percentile`` unless a ``reduction`` is given; else as
         :py:meth:`monai_deq.metrics.ReducedIterationMetric.aggregate`.
-
-        Args:
-            reduction: one of :py:class:`monai.utils.MetricReduction`, before ``pair_percentile``. Defaults to None.
-
-        Returns:
-            the reduced score in mm, or ``(score, not_nans)`` with ``get_not_nans``.
-
-        Raises:
-            ValueError: when there is no score yet.
         """
-        if self.pair_percentile is None or reduction is not None:
+        scores = None if self.pair_percentile is None or reduction is not None else self.get_buffer()
+        if scores is None or self.pair_percentile is None:
             return super().aggregate(reduction)
-        scores = super().aggregate(MetricReduction.NONE)
-        values = (scores[0] if isinstance(scores, tuple) else scores).flatten()
-        reduced = values.nanquantile(self.pair_percentile / 100)
-        return (reduced, (~values.isnan()).sum().to(values)) if self.get_not_nans else reduced
+        reduced = scores.flatten().nanquantile(self.pair_percentile / 100)
+        return (reduced, (~scores.isnan()).sum().to(scores)) if self.get_not_nans else reduced

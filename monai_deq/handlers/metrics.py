@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics over the output of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import CumulativeIterationMetric
+
+from monai_deq.metrics import FoldedVoxelsMetric, NonDiffeomorphicVolumeMetric, StdLogJacobianMetric
+
+__all__ = ["MetricHandler", "regularity_metrics"]
+
+
+class MetricHandler(IgniteMetricHandler):
+    """
+    Score the output of every iteration by a metric, and put the reduced score into ``engine.state.metrics``.
+
+    The metric gets each value whole, a batch-first tensor or a list with one tensor an item: nothing is dealt out by
+    position as in :py:class:`monai.handlers.IgniteMetricHandler`, which takes one tensor with two items for a
+    prediction and its target. Items of a decollated output may differ in size, such as keypoints.
+
+    Args:
+        metric: e.g. one of :py:mod:`monai_deq.metrics`.
+        keys: keys of ``engine.state.output``, a dictionary or a list of them (decollated), in the order of the metric's
+            arguments; None passes None. Defaults to the displacement, ``"ddf"``.
+        save_details: whether to keep the scores of every item in ``engine.state.metric_details``. Defaults to True.
+
+    Raises:
+        TypeError: when ``metric`` is none, or ``keys`` are no texts.
+    """
+
+    def __init__(
+        self, metric: CumulativeIterationMetric, keys: str | Sequence[str | None] = "ddf", save_details: bool = True
+    ) -> None:
+        if not isinstance(metric, CumulativeIterationMetric):
+            raise TypeError(f"metric: expected a CumulativeIterationMetric of MONAI, got {type(metric).__name__}.")
+        self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
+        if all(key is None for key in self.keys) or not all(key is None or isinstance(key, str) for key in self.keys):
+            raise TypeError(f"keys: expected one key or more of the output, or None for no value, got {keys!r}.")
+        super().__init__(metric_fn=metric, save_details=save_details)
+
+    @torch.no_grad()
+    def iteration_completed(self, engine: Engine) -> None:
+        """
+        Score the output of an iteration.
+
+        Raises:
+            TypeError: when the output is neither a dictionary nor a list of them.
+            KeyError: when it lacks a key.
+        """
+        self.update(engine.state.output)
+
+    def update(self, output: Any) -> None:
+        """Score an output, see :py:meth:`iteration_completed`."""
+        items = output if isinstance(output, list) else [output]
+        if not items or not all(isinstance(item, Mapping) for item in items):
+            kind = f"a list of {type(items[0]).__name__}" if isinstance(output, list) and items else repr(type(output))
+            raise TypeError(f"engine.state.output: expected a dictionary or a list of them, got {kind}.")
+        for key in self.keys:
+            if key is not None and not all(key in item for item in items):
+                raise KeyError(f"keys: the output has no {key!r}, it has {sorted(map(str, items[0]))}.")
+        values: list[Any] = [None if key is None else [item[key] for item in items] for key in self.keys]
+        if not isinstance(output, list):
+            values = [None if value is None else value[0] for value in values]
+        self.metric_fn(*values)
+
+
+def regularity_metrics(
+    keys: str | Sequence[str] = "ddf", suffix: str = "", ndv: bool = True
+) -> dict[str, MetricHandler]:
+    """
+    The metrics of a displacement's regularity by the names they have in tables: ``folded_percent``,
+    ``std_log_jacobian`` (the paper's form), ``sdlogj_learn2reg`` and ``ndv_percent``.
+
+    Args:
+        keys: displacement, and mask of the fixed image if any, in the output of the engine. Defaults to ``"ddf"``.
+        suffix: put behind each name. Defaults to none.
+        ndv: whether the non-diffeomorphic volume is among them. Defaults to ``True``.
+    """
+    metrics: dict[str, CumulativeIterationMetric] = {
+        "folded_percent": FoldedVoxelsMetric(),
+        "std_log_jacobian": StdLogJacobianMetric(form="paper"),
+        "sdlogj_learn2reg": StdLogJacobianMetric(form="learn2reg"),
+    }
+    if ndv:
+        metrics["ndv_percent"] = NonDiffeomorphicVolumeMetric()
+    return {name + suffix: MetricHandler(metric, keys) for name, metric in metrics.items()}

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of an engine: refused before any work where they are there already, and written pair by pair."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Engine, Events
+from monai.data import decollate_batch
+
+from monai_deq.utils import gather_items, process_rank, refuse_existing, replace_file, wait_for_all, write_json
+
+__all__ = ["OutputGuard", "PairResultsSaver"]
+
+# what a certificate says of a pair, written where the inferer asked for one
+_CERTIFICATE = ("verdict", "spectral_radius", "start_distance")
+
+
+class _Saver(Protocol):
+    def refuse_existing(self, item: Any) -> None: ...
+
+
+class OutputGuard:
+    """
+    When an engine starts, let the writer of its results refuse every item whose files are there already. Of several
+    processes the first one sees to the items of all, before any of them writes.
+
+    Args:
+        saver: the transform that will write the results, with ``refuse_existing(item)``.
+        data: items with the names that the files are called after.
+    """
+
+    def __init__(self, saver: _Saver, data: Sequence[Mapping[Any, Any]]) -> None:
+        self.saver = saver
+        self.data = data
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the engine that produces the results."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Check every item."""
+        if process_rank() == 0:
+            for item in self.data:
+                self.saver.refuse_existing(item)
+        wait_for_all()
+
+
+def _statistics(values: pd.Series, percentile: float | None = None, solver: bool = False) -> dict[str, Any]:
+    """Mean, sample standard deviation, number of scores; of what the solver says also the middle and the worst."""
+    there = values.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
+    result: dict[str, Any] = {"mean": there.mean(), "std": there.std(), "pairs": len(there)}
+    if percentile is not None:
+        result[f"p{percentile:g}"] = there.quantile(percentile / 100)
+    if solver:
+        result.update(median=there.median(), p95=there.quantile(0.95))
+    return result
+
+
+class PairResultsSaver:
+    """
+    Collect the scores of each pair that the metric handlers of an engine keep (``save_details``) with what the solver
+    said of it, and write ``<prefix>_pairs.csv`` (one row a pair) and ``<prefix>_summary.json`` (mean and sample
+    standard deviation over the pairs) when the run is complete. Attach it after the metrics.
+
+    A metric with one score for each label gives one column a label and its mean over the labels of the pair. A score
+    that is not there is ``nan`` in the CSV and null in the JSON, and is left out of every mean; ``"pairs"`` beside a
+    mean says over how many it was taken. Of several processes the first one writes, in the order of the processes.
+
+    Args:
+        output_dir: folder of the files.
+        labels: number and name of each label scored.
+        label_set: name of the label set, put into every output.
+        metrics: names of the metrics to write, as the engine knows them. Defaults to None: all that it keeps.
+        prefix: start of the file names. Defaults to ``"evaluation"``.
+        columns: further keys of ``engine.state.output`` to write, one scalar or text a pair.
+        info: what else the summary should state (data set, checkpoint, ...).
+        overwrite: replace existing files. Defaults to False.
+        percentiles: percentile over the pairs by name of a metric, put beside its mean as ``"p<percentile>"``, e.g.
+            ``{"tre": 70}`` for the error that 30 % of the pairs exceed. Defaults to none.
+
+    Raises:
+        TypeError: when ``info`` holds what JSON does not know.
+        ValueError: when a percentile is not in 0 to 100 or of no metric, or ``overwrite`` is not a bool.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        labels: Mapping[int, str],
+        label_set: str,
+        metrics: Sequence[str] | None = None,
+        prefix: str = "evaluation",
+        columns: Sequence[str] = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason"),
+        info: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        percentiles: Mapping[str, float] | None = None,
+    ) -> None:
+        self.csv_path = Path(output_dir) / f"{prefix}_pairs.csv"
+        self.json_path = Path(output_dir) / f"{prefix}_summary.json"
+        self.labels = dict(labels)
+        self.label_set = label_set
+        self.metrics = None if metrics is None else tuple(metrics)
+        self.columns = tuple(columns)
+        self.percentiles = dict(percentiles or {})
+        known = self.percentiles if self.metrics is None else self.metrics
+        wrong = {k: v for k, v in self.percentiles.items() if k not in known or not 0 <= v <= 100}
+        if wrong:
+            raise ValueError(f"percentiles must be from 0 to 100, of the metrics {self.metrics}, got {wrong}.")
+        self.info = dict(info or {})
+        try:
+            json.dumps(self.info, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"info must be plain values that JSON knows, got {self.info}.") from e
+        if not isinstance(overwrite, bool):
+            raise ValueError(f"overwrite: expected True or False, got {overwrite!r}.")
+        self.overwrite = overwrite
+        self.rows: list[dict[str, Any]] = []
+        self.logger = logging.getLogger("monai_deq")
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the evaluator."""
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        """Refuse to overwrite before any work is done."""
+        self.rows = []
+        if not self.overwrite and process_rank() == 0:
+            refuse_existing(
+                [self.csv_path, self.json_path], "Replace it with --overwrite true, or name another --output_dir."
+            )
+
+    def iteration_completed(self, engine: Engine) -> None:
+        """Keep the names and the solver's words of this iteration's pairs."""
+        output: Any = engine.state.output
+        for item in output if isinstance(output, list) else decollate_batch(output):
+            keys = (*self.columns, *(key for key in _CERTIFICATE if key in item))
+            said = {key: item[key].item() if hasattr(item[key], "item") else item[key] for key in keys}
+            self.rows.append({"fixed": str(item["fixed_subject"]), "moving": str(item["moving_subject"]), **said})
+
+    def completed(self, engine: Engine) -> None:
+        """Write the files and print the table."""
+        rows = gather_items(self.rows)
+        if process_rank() > 0:
+            return
+        columns = [*self.columns, *(key for key in _CERTIFICATE if rows and all(key in row for row in rows))]
+        # as objects, each number is written as Python writes it
+        frame = pd.DataFrame(rows, columns=["fixed", "moving", *columns], dtype=object)
+        details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined]
+        metrics = tuple(details) if self.metrics is None else self.metrics
+        summary: dict[str, dict[str, Any]] = {}
+        per_label: dict[str, dict[str, Any]] = {}
+        label_columns: list[str] = []
+        for name in (*metrics, *self.percentiles):
+            if name not in details:
+                raise RuntimeError(
+                    f"no scores of a metric {name!r}: the engine keeps those of {sorted(details)}. Name these in "
+                    "metrics, or attach the metric with save_details=True."
+                )
+        for name in metrics:
+            scores = self._scores(name, details[name], len(frame))
+            with np.errstate(invalid="ignore"):  # 0 / 0: no label has a score
+                means = np.nansum(scores, axis=1) / (~np.isnan(scores)).sum(axis=1)
+            frame[name] = means.astype(object)
+            summary[name] = _statistics(frame[name], self.percentiles.get(name))
+            if scores.shape[1] > 1 or (len(self.labels) == 1 and name.startswith(("dice", "hd"))):
+                per_label[name] = {}
+                for (number, label), values in zip(self.labels.items(), scores.T, strict=True):
+                    label_columns.append(f"{name}_{number}")
+                    frame[label_columns[-1]] = values.astype(object)
+                    per_label[name][str(number)] = {"name": label, **_statistics(frame[label_columns[-1]])}
+        frame = frame[["fixed", "moving", *metrics, *columns, *label_columns]]
+        for key in columns:
+            if all(isinstance(value, (bool, int, float)) for value in frame[key]):
+                summary[key] = _statistics(frame[key], solver=True)
+        verdicts = frame["verdict"].value_counts(sort=False).to_dict() if "verdict" in columns else None
+        result = {
+            **self.info,
+            "label_set": self.label_set,
+            "labels": self.labels,
+            "num_pairs": len(frame),
+            "summary": summary,
+            **({} if verdicts is None else {"verdicts": verdicts}),
+            "per_label": per_label,
+            "pairs": frame.to_dict("records"),
+        }
+        with replace_file(self.csv_path) as path:
+            frame.to_csv(path, index=False, na_rep="nan", lineterminator="\n")
+        write_json(self.json_path, result)
+        print(self._table(summary, len(frame)), flush=True)
+        self.logger.info(f"wrote {self.csv_path} and {self.json_path}")
+
+    def _scores(self, name: str, details: torch.Tensor, num_pairs: int) -> np.ndarray:
+        """Scores of a metric, one row a pair, one column or one a label."""
+        scores = np.asarray(details.cpu(), dtype=float)
+        if len(scores) != num_pairs:
+            raise RuntimeError(f"metric {name!r} has {len(scores)} scores for {num_pairs} pairs.")
+        if scores.shape[1] > 1 and scores.shape[1] != len(self.labels):
+            raise RuntimeError(f"metric {name!r} has {scores.shape[1]} scores a pair for {len(self.labels)} labels.")
+        return scores
+
+    def _table(self, summary: Mapping[str, Mapping[str, Any]], num_pairs: int) -> str:
+        """Mean, standard deviation and percentile by name, in words."""
+        lines = [f"{num_pairs} pairs, label set {self.label_set!r} ({len(self.labels)} labels)"]
+        width = max(map(len, summary), default=0)
+        for name, value in summary.items():
+            words = ["std", *([f"p{self.percentiles[name]:g}"] if name in self.percentiles else [])]
+            more = ", ".join(f"{word} {value[word]:.4f}" for word in words if not np.isnan(value[word]))
+            said = f"{value['mean']:10.4f}" + (f"  ({more})" if more else "") if value["pairs"] else "no score"
+            lines.append(f"  {name:<{width}}  {said}")
+        return "\n".join(lines)

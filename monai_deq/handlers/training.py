@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small handlers of a trainer: loss of an epoch, gradients, sampler, pool of states."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+
+from monai_deq.utils import mean_over_processes, process_count
+
+if TYPE_CHECKING:
+    from monai_deq.data import StatePool
+
+__all__ = ["EpochMeanLoss", "GradientClipping", "ListedOutput", "SamplerEpochSetter", "StatePoolUpdater"]
+
+
+class EpochMeanLoss:
+    """
+    Put the mean loss over the iterations of an epoch into ``engine.state.metrics``. Attach it before the loggers.
+
+    Of several processes, whose batches are of one size, it is the mean over all of them, and so is the loss that each
+    iteration leaves in ``engine.state.output``.
+
+    Args:
+        name: name of the metric. Defaults to ``"train_loss"``.
+    """
+
+    def __init__(self, name: str = "train_loss") -> None:
+        self.name = name
+        self.total = 0.0
+        self.count = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def reset(self, engine: Engine) -> None:
+        """Begin an epoch."""
+        self.total, self.count = 0.0, 0
+
+    def iteration_completed(self, engine: Engine) -> None:
+        """Add the loss of an iteration."""
+        # one dictionary, or with MONAI's decollate=True one for each item, all of them with the loss of the batch
+        output: Any = engine.state.output
+        items = output if isinstance(output, list) else [output]
+        loss = items[0][CommonKeys.LOSS]
+        if process_count() > 1:
+            loss = mean_over_processes(loss)
+            for item in items:
+                item[CommonKeys.LOSS] = loss
+        self.total += torch.as_tensor(loss).item()
+        self.count += 1
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """Set the mean."""
+        engine.state.metrics[self.name] = self.total / max(self.count, 1)
+
+
+class GradientClipping:
+    """
+    Scale the gradient that MONAI's trainer takes a step with (the sum, where it accumulates) down to a bound.
+
+    An update that is not yet contractive can blow a state up within one iteration; one such gradient would fill the
+    second moments of Adam, and training would stand still for hundreds of iterations.
+
+    Args:
+        network: the network.
+        max_norm: bound on the L2 norm over all parameters; None is none: a gradient that is not finite is an error
+            still.
+
+    Raises:
+        ValueError: when ``max_norm`` is not above 0.
+    """
+
+    def __init__(self, network: torch.nn.Module, max_norm: float | None) -> None:
+        max_norm = math.inf if max_norm is None else max_norm
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, got {max_norm}.")
+        self.network = network
+        self.max_norm = float(max_norm)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a :py:class:`monai.engines.SupervisedTrainer`."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        """Clip, in unscaled units also under automatic mixed precision."""
+        # as the trainer: a step each `accumulation_steps` iterations, and at an epoch's last
+        length = engine.state.epoch_length
+        number = (engine.state.iteration - 1) % length + 1 if length else engine.state.iteration
+        if number % engine.accumulation_steps and number != length:
+            return
+        # without a GPU there is a scaler too, that does nothing
+        scaling = engine.scaler is not None and engine.scaler.is_enabled()
+        if scaling:
+            engine.scaler.unscale_(engine.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        # under mixed precision the scaler itself skips a step with infinite gradients
+        if not scaling and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient is not finite in iteration {engine.state.iteration} of epoch {engine.state.epoch}: "
+                "lower the learning rate; --resume true goes on from the last epoch."
+            )
+
+
+class ListedOutput:
+    """
+    After each iteration of a trainer that does not decollate, put its output into a list of one.
+
+    MONAI's loggers (``--tracking mlflow``) take the loss from the first item of a decollated output; of a dictionary
+    they would log a tuple. Attach it after handlers that read the output as a dictionary, and before the loggers.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Make it a list."""
+        state: Any = engine.state
+        if not isinstance(state.output, list):
+            state.output = [state.output]
+
+
+class _EpochSampler(Protocol):
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class SamplerEpochSetter:
+    """
+    Call ``sampler.set_epoch(epoch)`` before each epoch; MONAI's engines do so for distributed samplers only.
+
+    Args:
+        sampler: object with ``set_epoch``.
+    """
+
+    def __init__(self, sampler: _EpochSampler) -> None:
+        self.sampler = sampler
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        # Ignite takes a new iterator of the data loader, with workers or without, only after this event
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: self.sampler.set_epoch(e.state.epoch))
+
+
+class StatePoolUpdater:
+    """
+    After each iteration of a trainer that does not decollate keep where its pairs stand.
+
+    Args:
+        pool: the pool that :py:class:`monai_deq.engines.PreparePooledPairBatch` takes the states from.
+    """
+
+    def __init__(self, pool: StatePool) -> None:
+        self.pool = pool
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Keep the displacements of this iteration."""
+        output: Any = engine.state.output
+        batch: Any = engine.state.batch
+        self.pool.put(batch["slot"].tolist(), batch["ticket"].tolist(), output[CommonKeys.PRED][1])

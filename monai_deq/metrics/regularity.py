@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regularity of displacement fields: Jacobian determinant, folded voxels, std(log |J|), non-diffeomorphic volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from math import factorial
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.utils import MetricReduction, convert_to_tensor
+
+from monai_deq.metrics.base import ReducedIterationMetric, check_ddf
+
+__all__ = [
+    "FoldedVoxelsMetric",
+    "NonDiffeomorphicVolumeMetric",
+    "StdLogJacobianForm",
+    "StdLogJacobianMetric",
+    "compute_folded_voxels",
+    "compute_non_diffeomorphic_volume",
+    "compute_std_log_jacobian",
+    "jacobian_determinant",
+]
+
+StdLogJacobianForm = Literal["paper", "learn2reg"]
+
+# form: (voxels cropped from each side, offset added to |J| before the clip)
+_FORMS: dict[str, tuple[int, float]] = {"paper": (0, 0.0), "learn2reg": (2, 3.0)}
+
+
+def _check_mask(mask: torch.Tensor | None, ddf: torch.Tensor) -> torch.Tensor | None:
+    """The mask as booleans on the field's device."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask: expected a torch.Tensor or None, got {type(mask).__name__}.")
+    expected = (ddf.shape[0], 1, *ddf.shape[2:])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"mask: expected shape {expected} to fit the ddf, got {tuple(mask.shape)}.")
+    return convert_to_tensor(mask, track_meta=False, device=ddf.device) > 0
+
+
+def _values_inside(field: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Item by item the values of a scalar field inside the mask, both ``(B, 1, *spatial)``."""
+    if mask is None:
+        return list(field.flatten(1))
+    return [item[inside] for item, inside in zip(field, mask, strict=True)]
+
+
+def _check_form(form: str) -> None:
+    if form not in _FORMS:
+        raise ValueError(f"form: expected one of {list(_FORMS)}, got {form!r}.")
+
+
+def _determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Of a 2x2 or 3x3 matrix of whole fields; ``torch.linalg.det`` would want a second copy of all its elements."""
+    if len(matrix) == 2:
+        (a, b), (c, d) = matrix
+        return a * d - b * c
+    (a, b, c), (d, e, f), (g, h, i) = matrix
+    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+
+
+def _jacobian(ddf: torch.Tensor) -> torch.Tensor:
+    """|J| of a checked field, shape ``(B, 1, *spatial)``."""
+    spatial_dims = ddf.shape[1]
+    matrix = [list(torch.gradient(ddf[:, i], dim=tuple(range(1, spatial_dims + 1)))) for i in range(spatial_dims)]
+    for i in range(spatial_dims):
+        matrix[i][i] = matrix[i][i] + 1
+    return _determinant(matrix).unsqueeze(1)
+
+
+def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
+    r"""
+    Determinant of the Jacobian of the map :math:`x \mapsto x + \mathrm{ddf}(x)`, in voxel units.
+
+    :math:`|J| = \det(I + \partial\,\mathrm{ddf} / \partial x)` by central differences, one-sided at the border as
+    ``numpy.gradient``: 1 where volume is kept, below 1 where the map contracts, zero or less where it folds.
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; channel i displaces array axis i.
+
+    Returns:
+        shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
+
+    Raises:
+        TypeError: when ``ddf`` is not a tensor.
+        ValueError: when ``ddf`` is not a finite field of at least 2 voxels along each axis.
+    """
+    return _jacobian(check_ddf(ddf))
+
+
+def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Percentage of voxels with ``|J| <= 0``; see :py:func:`monai_deq.metrics.jacobian_determinant`.
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
+
+    Returns:
+        percentages, shape (B, 1); NaN where the mask is empty.
+
+    Raises:
+        TypeError: when ``ddf`` or ``mask`` is not a tensor.
+        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it.
+    """
+    ddf = check_ddf(ddf)
+    per_item = [
+        100.0 * torch.count_nonzero(values <= 0).to(values.dtype) / values.numel()
+        for values in _values_inside(_jacobian(ddf), _check_mask(mask, ddf))
+    ]
+    return torch.stack(per_item).unsqueeze(1)
+
+
+def compute_std_log_jacobian(
+    ddf: torch.Tensor, mask: torch.Tensor | None = None, form: StdLogJacobianForm = "paper"
+) -> torch.Tensor:
+    """
+    Population standard deviation of ``log |J|``; see :py:func:`monai_deq.metrics.jacobian_determinant`.
+
+    The two forms are not comparable with each other: say which one a table shows.
+
+    - ``"paper"``: ``log(clip(|J|, 1e-9, 1e9))`` over the whole grid, as the std(log|J|) of the DEQReg paper.
+    - ``"learn2reg"``: ``log(clip(|J| + 3, 1e-9, 1e9))`` without the outer 2 voxels of each side, the SDlogJ of the
+      Learn2Reg evaluation (Hering et al., IEEE TMI 2023).
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; at least 2 voxels along each axis,
+            5 for ``"learn2reg"``.
+        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
+        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
+
+    Returns:
+        shape (B, 1); NaN where the mask is empty (for ``"learn2reg"``, empty after the crop).
+
+    Raises:
+        TypeError: when ``ddf`` or ``mask`` is not a tensor.
+        ValueError: when ``form`` is unknown, ``ddf`` is not a finite field, or ``mask`` does not fit it.
+    """
+    _check_form(form)
+    crop, offset = _FORMS[form]
+    ddf = check_ddf(ddf, min_size=max(2, 2 * crop + 1))
+    mask = _check_mask(mask, ddf)
+    jacobian = _jacobian(ddf)
+    if crop:
+        inner = (slice(None), slice(None), *(slice(crop, -crop) for _ in range(ddf.shape[1])))
+        jacobian = jacobian[inner]
+        mask = None if mask is None else mask[inner]
+    log_jacobian = (jacobian + offset).clamp(1e-9, 1e9).log()
+    per_item = [
+        torch.std(values, correction=0) if values.numel() else values.new_tensor(float("nan"))
+        for values in _values_inside(log_jacobian, mask)
+    ]
+    return torch.stack(per_item).unsqueeze(1)
+
+
+def _simplices(spatial_dims: int) -> list[np.ndarray]:
+    """
+    The simplices that a voxel answers for, each as the steps (rows) from the voxel to the other vertices.
+
+    A step of +1 or -1 along every axis gives the one-sided differences: 4 triangles in 2-D, 8 corner tetrahedra in 3-D.
+    A cube divides into 4 corner tetrahedra and a central one, in two ways; the two central tetrahedra are J1*, J2*.
+    """
+    simplices = [np.diag(signs) for signs in product((1, -1), repeat=spatial_dims)]
+    if spatial_dims == 3:
+        face_diagonals = np.array([(1, 1, 0), (0, 1, 1), (1, 0, 1)])
+        simplices += [-face_diagonals, face_diagonals]
+    return simplices
+
+
+def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    r"""
+    Volume that the field turns inside out, in % of the volume of the mask (2-D: area).
+
+    Liu et al., "On Finite Difference Jacobian Computation in Deformable Image Registration", IJCV 2024. With the field
+    linear inside the ten tetrahedra of a voxel, their determinants of finite differences (:math:`J^{\pm\pm\pm}, J_1^*,
+    J_2^*`) are 6 times their signed volumes after deformation. Each cube is divided in two ways, hence half:
+
+    .. math:: \mathrm{NDV} = \frac{1}{2} \sum_x \sum_{k=1}^{10} \frac{\max(-|J_k(x)|, 0)}{6}
+
+    In 2-D, the four triangles :math:`J^{\pm\pm}` and 2 in place of 6. Unlike the share of folded voxels it says how
+    badly the field folds, and it sees the folds that central differences step over. It may exceed 100 %. Beyond the
+    border the displacement goes on unchanged, as in the authors' program.
+
+    Args:
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
+
+    Returns:
+        percentages, shape (B, 1); NaN where the mask is empty.
+
+    Raises:
+        TypeError: when ``ddf`` or ``mask`` is not a tensor.
+        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it.
+    """
+    ddf = check_ddf(ddf)
+    mask = _check_mask(mask, ddf)
+    spatial_dims = ddf.shape[1]
+    padded = F.pad(ddf, (1, 1) * spatial_dims, mode="replicate")
+
+    volume = torch.zeros_like(ddf[:, :1])
+    for steps in _simplices(spatial_dims):
+        edges = []
+        for step in steps:
+            window = (slice(1 + int(s), 1 + int(s) + size) for s, size in zip(step, ddf.shape[2:], strict=True))
+            stretch = padded[(slice(None), slice(None), *window)] - ddf
+            edges.append([stretch[:, i : i + 1] + float(step[i]) for i in range(spatial_dims)])
+        orientation = float(np.sign(np.linalg.det(steps)))  # of the simplex at rest
+        volume += (-orientation * _determinant(edges)).clamp(min=0)
+    volume *= 0.5 / factorial(spatial_dims)
+
+    return torch.stack([100.0 * values.mean() for values in _values_inside(volume, mask)]).unsqueeze(1)
+
+
+class FoldedVoxelsMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_folded_voxels`, called as ``metric(ddf, mask)`` or ``metric(ddf)``; for
+    arguments see :py:class:`monai_deq.metrics.ReducedIterationMetric`.
+    """
+
+    def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return compute_folded_voxels(y_pred, y)
+
+
+class NonDiffeomorphicVolumeMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_non_diffeomorphic_volume`, called as ``metric(ddf, mask)`` or ``metric(ddf)``;
+    for arguments see :py:class:`monai_deq.metrics.ReducedIterationMetric`.
+    """
+
+    def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return compute_non_diffeomorphic_volume(y_pred, y)
+
+
+class StdLogJacobianMetric(ReducedIterationMetric):
+    """
+    Cumulative form of :py:func:`compute_std_log_jacobian`, called as ``metric(ddf, mask)`` or ``metric(ddf)``.
+
+    Args:
+        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
+        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
+        get_not_nans: whether ``aggregate`` also returns the number of fields counted. Defaults to False.
+
+    Raises:
+        ValueError: when ``form`` is unknown.
+    """
+
+    def __init__(
+        self, form: StdLogJacobianForm = "paper", reduction: MetricReduction | str = "mean", get_not_nans: bool = False
+    ) -> None:
+        super().__init__(reduction, get_not_nans)
+        _check_form(form)
+        self.form = form
+
+    def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return compute_std_log_jacobian(y_pred, y, self.form)
