@@ -57,9 +57,7 @@ class _SubjectsOnDisk(PersistentDataset):
     def __init__(self, data: Sequence[Any], transform: Callable[[Any], Any], cache_dir: str | Path) -> None:
         compose = copy.copy(transform) if isinstance(transform, Compose) else Compose(transform)
         compose.transforms = (*compose.transforms, _PlainMetadata())
-        super().__init__(
-            data, compose, cache_dir, hash_transform=pickle_hashing, reset_ops_id=False, track_meta=True
-        )
+        super().__init__(data, compose, cache_dir, hash_transform=pickle_hashing, reset_ops_id=False, track_meta=True)
 
     def __getitem__(self, index: Any) -> Any:
         try:
