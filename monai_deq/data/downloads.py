@@ -51,31 +51,19 @@ Screening, New England Journal of Medicine 365(5), 395-409, 2011.
 
 @dataclass(frozen=True)
 class PublicDataset:
-    """
-    A data set that can be downloaded.
+    """A data set that can be downloaded."""
 
-    Args:
-        url: address of the archive; ``None`` where it is not known.
-        archive: file name of the archive.
-        checksum: ``"<kind>:<digits>"``; ``None`` where it is not known.
-        page: page of the publisher.
-        terms: terms of use and what to cite.
-        holds: pattern of a file or folder by which the unpacked data are known.
-    """
-
-    url: str | None
-    archive: str
-    checksum: str | None
-    page: str
-    terms: str
-    holds: str
+    url: str | None  # address of the archive; None: not known
+    checksum: str | None  # of the archive, "<kind>:<digits>"; None: not known
+    page: str  # of the publisher
+    terms: str  # terms of use and what to cite
+    holds: str  # pattern of a file or folder by which the unpacked data are known
 
 
 _NEURITE = "https://surfer.nmr.mgh.harvard.edu/ftp/data/neurite/data/"
 PUBLIC_DATASETS: dict[str, PublicDataset] = {
     "neurite-oasis": PublicDataset(  # 6.6 GB
         url=f"{_NEURITE}neurite-oasis.v1.0.tar",
-        archive="neurite-oasis.v1.0.tar",
         checksum="md5:081392a8150ff99ab7a64a9ded377835",
         page=_NEURITE_PAGE,
         terms=_NEURITE_TERMS,
@@ -83,7 +71,6 @@ PUBLIC_DATASETS: dict[str, PublicDataset] = {
     ),
     "neurite-oasis-2d": PublicDataset(  # 24 MB
         url=f"{_NEURITE}neurite-oasis.2d.v1.0.tar",
-        archive="neurite-oasis.2d.v1.0.tar",
         checksum="md5:c9ae5864f250c7e4b8d83a104e51ae8e",
         page=_NEURITE_PAGE,
         terms=_NEURITE_TERMS,
@@ -91,7 +78,6 @@ PUBLIC_DATASETS: dict[str, PublicDataset] = {
     ),
     "learn2reg-nlst": PublicDataset(
         url="https://cloud.imi.uni-luebeck.de/s/pERQBNyEFNLY8gR/download/NLST2023.zip",
-        archive="NLST2023.zip",
         checksum=None,
         page=_LEARN2REG_PAGE,
         terms=_NLST_TERMS,
@@ -99,7 +85,6 @@ PUBLIC_DATASETS: dict[str, PublicDataset] = {
     ),
     "learn2reg-oasis": PublicDataset(
         url=None,
-        archive="learn2reg-oasis.zip",
         checksum=None,
         page=_LEARN2REG_PAGE,
         terms=f"{_NEURITE_TERMS}\n{_LEARN2REG_TERMS}",
@@ -177,7 +162,7 @@ def download_dataset(
             f"{name} is downloaded when you accept its terms, printed above: set accept_terms (--accept-terms)."
         )
 
-    archive = folder.with_name(_archive_name(url) or dataset.archive)
+    archive = folder.with_name(_archive_name(url) or _archive_name(dataset.url) or f"{name}.zip")
     by_hand = f"Or download it with a browser, save it as {archive} and run the same again: it is taken from there."
     try:
         if archive.exists() and not overwrite:
@@ -203,7 +188,7 @@ def download_dataset(
 
 
 def _archive_name(url: str | None) -> str | None:
-    """The file name at the end of a given address, where it is an archive's."""
+    """The file name at the end of an address, where it is an archive's."""
     file = PurePosixPath(unquote(urlparse(url or "").path)).name
     return file if file.endswith((".zip", ".tar", ".tar.gz")) and not file.startswith(".") else None
 

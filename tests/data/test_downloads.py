@@ -118,8 +118,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """The known addresses lead to this machine, where the archives are other ones."""
     monkeypatch.setenv("no_proxy", "*")
     with FileServer() as running:
-        for name, checksum in (("neurite-oasis-2d", f"md5:{SLICES_MD5}"), ("learn2reg-nlst", None)):
-            url = f"{running.url}/{PUBLIC_DATASETS[name].archive}"
+        for name, archive, checksum in (
+            ("neurite-oasis-2d", TAR, f"md5:{SLICES_MD5}"),
+            ("learn2reg-nlst", ZIP, None),
+        ):
+            url = f"{running.url}/{archive}"
             monkeypatch.setitem(
                 PUBLIC_DATASETS, name, dataclasses.replace(PUBLIC_DATASETS[name], url=url, checksum=checksum)
             )
@@ -158,7 +161,7 @@ def below(folder):
 def test_table():
     assert set(PUBLIC_DATASETS) == {"neurite-oasis", "neurite-oasis-2d", "learn2reg-nlst", "learn2reg-oasis"}
     for dataset in PUBLIC_DATASETS.values():
-        assert dataset.url is None or dataset.url.startswith("https://") and dataset.url.endswith(dataset.archive)
+        assert dataset.url is None or dataset.url.startswith("https://") and dataset.url.endswith((".tar", ".zip"))
         assert dataset.checksum is None or re.fullmatch("md5:[0-9a-f]{32}", dataset.checksum)
         assert "https://" in dataset.terms and "Cite" in dataset.terms and dataset.page.startswith("https://")
     for name in ("neurite-oasis", "neurite-oasis-2d", "learn2reg-oasis"):
