@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread a test process: the images are tiny, and several processes run beside each other."""
+"""Tiny cohorts that all tests share, written once a session; one thread a test process, as they run side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from monai.networks.layers import GaussianFilter
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from monai_deq.data import write_sample_cohort, write_sample_lung_cohort
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def brain_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven synthetic brains, volumes of 18 x 16 x 21 and slices of 32 x 37. Not to be written to."""
+    return write_sample_cohort(tmp_path_factory.mktemp("brains") / "cohort", 7, (18, 16, 21), (32, 37))
+
+
+@pytest.fixture(scope="session")
+def lung_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training, one validation and two test pairs of synthetic lungs of 20 x 16 x 24. Not to be written to."""
+    return write_sample_lung_cohort(tmp_path_factory.mktemp("lungs") / "cohort", (2, 1, 2), (20, 16, 24))
 
 
 @pytest.fixture

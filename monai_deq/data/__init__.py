@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .caching import cached_subjects
+from .downloads import PUBLIC_DATASETS, download_dataset
 from .given_pairs import GivenPairDataset, GivenPairSampler, collate_annotated_pairs
 from .grid import Grid, check_same_grid, grid_of, source_of
 from .learn2reg import Learn2RegDataset, find_learn2reg
@@ -27,16 +28,17 @@ from .pooled_pairs import (
     PooledPairDataset,
     PooledPairSampler,
 )
-from .public_datasets import PUBLIC_DATASETS, PublicDataset, download_dataset
-from .resumable_download import check_checksum, parse_checksum, resumable_download
-from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
-from .sample_folder import is_sample
-from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
+from .sample_cohorts import (
+    is_sample,
+    sample_dataset_dir,
+    sample_lung_dataset_dir,
+    write_sample_cohort,
+    write_sample_lung_cohort,
+)
 from .scan_pairs import learn2reg_scan_pairs, listed_pairs, scan_pairs, split_scan_pairs
 from .shard import ShardSampler
 from .split import part_of
 from .state_pool import StatePool
-from .unpack import check_archive, unpack_archive
 
 __all__ = [
     "LEARN2REG_OASIS",
@@ -57,13 +59,10 @@ __all__ = [
     "PooledPair",
     "PooledPairDataset",
     "PooledPairSampler",
-    "PublicDataset",
     "RandomPairSampler",
     "ShardSampler",
     "StatePool",
     "cached_subjects",
-    "check_archive",
-    "check_checksum",
     "check_same_grid",
     "download_dataset",
     "collate_annotated_pairs",
@@ -79,10 +78,6 @@ __all__ = [
     "pair_indices",
     "pairs_as_indices",
     "part_of",
-    "parse_checksum",
-    "resolve_dataset_dir",
-    "resolve_lung_dataset_dir",
-    "resumable_download",
     "sample_dataset_dir",
     "sample_lung_dataset_dir",
     "scan_pairs",
@@ -90,7 +85,6 @@ __all__ = [
     "split_pairs",
     "split_scan_pairs",
     "split_subjects",
-    "unpack_archive",
     "write_sample_cohort",
     "write_sample_lung_cohort",
 ]

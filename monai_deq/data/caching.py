@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -13,20 +14,21 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
 from monai.data.utils import pickle_hashing
+from monai.transforms import Compose, Transform, reset_ops_id
 
 __all__ = ["cached_subjects"]
 
 logger = logging.getLogger("monai_deq")
 
 
-def _safe(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """Meta data in the types that ``torch.load`` reads back without trusting the file."""
     if isinstance(value, Mapping):
-        return {str(k): _safe(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_safe(v) for v in value)
+        return type(value)(_plain(v) for v in value)
     if isinstance(value, Enum):
-        return _safe(value.value)
+        return _plain(value.value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -34,37 +36,43 @@ def _safe(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, torch.Tensor)) else str(value)
 
 
+class _PlainMetadata(Transform):
+    """The last transform before an item goes to the disk: meta data that can be read back."""
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        reset_ops_id(data)  # here, since PersistentDataset would do it afterwards, and writes an enumeration
+        for value in data.values():
+            if isinstance(value, MetaTensor):
+                value.meta, value.applied_operations = _plain(value.meta), _plain(value.applied_operations)
+        return data
+
+
 class _SubjectsOnDisk(PersistentDataset):
     """
-    MONAI's data set for what the loading transforms give. Without it the affines are lost from the second read on
-    (``track_meta=False``), or every read finds a "corrupt" file and loads the scan anew (``track_meta=True``: the NumPy
-    values of a NIfTI header are not read back), and a cache filled under another image size is taken for this one's.
+    MONAI's data set for what the loading transforms give. By default it loses the affines from the second read on
+    (``track_meta=False``), finds each file "corrupt" (``track_meta=True``: NumPy values of a NIfTI header are not read
+    back), takes a cache of another image size for its own, and fails at a file that was cut off.
     """
 
     def __init__(self, data: Sequence[Any], transform: Callable[[Any], Any], cache_dir: str | Path) -> None:
-        super().__init__(data, transform, cache_dir, hash_transform=pickle_hashing, track_meta=True)
+        compose = copy.copy(transform) if isinstance(transform, Compose) else Compose(transform)
+        compose.transforms = (*compose.transforms, _PlainMetadata())
+        super().__init__(data, compose, cache_dir, hash_transform=pickle_hashing, reset_ops_id=False, track_meta=True)
 
-    def _cachecheck(self, item_transformed: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         try:
-            return super()._cachecheck(item_transformed)
+            return super().__getitem__(index)
         except PermissionError:
             raise
         except Exception as e:
-            file = Path(str(self.cache_dir)) / f"{self.hash_func(item_transformed).decode()}{self.transform_hash}.pt"
+            item = self.data[index]
+            file = Path(str(self.cache_dir)) / f"{self.hash_func(item).decode()}{self.transform_hash}.pt"
             if not file.is_file():
                 raise
-            # it was there and could not be read; MONAI sees to some kinds of damage, not to a file that was cut off
+            # a file is written when the transforms are through: it is the file that cannot be read
             logger.warning("%s is damaged (%s) and is made anew", file, type(e).__name__)
             file.unlink(missing_ok=True)
-            return super()._cachecheck(item_transformed)
-
-    def _pre_transform(self, item_transformed: Any) -> Any:
-        item = super()._pre_transform(item_transformed)
-        for value in item.values():
-            if isinstance(value, MetaTensor):
-                value.meta = _safe(value.meta)
-                value.applied_operations = _safe(value.applied_operations)
-        return item
+            return super().__getitem__(index)
 
 
 def cached_subjects(

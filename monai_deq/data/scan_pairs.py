@@ -12,8 +12,12 @@ from monai_deq.data.learn2reg import find_learn2reg
 from monai_deq.data.learn2reg_split import split_pairs
 from monai_deq.data.oasis import find_oasis, split_subjects
 from monai_deq.data.pairs import fixed_pairs
-from monai_deq.data.sample import resolve_dataset_dir
-from monai_deq.data.sample_lung import resolve_lung_dataset_dir
+from monai_deq.data.sample_cohorts import (
+    sample_dataset_dir,
+    sample_lung_dataset_dir,
+    write_sample_cohort,
+    write_sample_lung_cohort,
+)
 
 __all__ = ["learn2reg_scan_pairs", "listed_pairs", "scan_pairs", "split_scan_pairs"]
 
@@ -144,7 +148,10 @@ def split_scan_pairs(
         part: ``"training"``, ``"validation"`` or ``"test"``. Defaults to ``"test"``.
     """
     subjects = split_subjects(
-        find_oasis(resolve_dataset_dir(dataset_dir), spatial_dims), sizes, lists, require_labels=False
+        find_oasis(dataset_dir or write_sample_cohort(sample_dataset_dir()), spatial_dims),
+        sizes,
+        lists,
+        require_labels=False,
     )[part]
     items = []
     for pair in fixed_pairs(subjects):
@@ -182,7 +189,7 @@ def learn2reg_scan_pairs(
     Raises:
         ValueError: When the part has no pair.
     """
-    dataset = find_learn2reg(resolve_lung_dataset_dir(dataset_dir), task)
+    dataset = find_learn2reg(dataset_dir or write_sample_lung_cohort(sample_lung_dataset_dir()), task)
     pairs = split_pairs(dataset, sizes, lists, require_keypoints=False)[part]
     if not pairs:
         raise ValueError(f"The {part} part has no pairs. Give it some by `sizes` or `lists`.")
