@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .zoo_package import write_zoo_package
+from .zoo import write_zoo_package
 
 __all__ = ["write_zoo_package"]

@@ -133,6 +133,8 @@ class KeypointSupervisedLoss(nn.Module):
         self.weight = float(weight)
         self.keypoint_loss = KeypointLoss(spacing, outside)
         self.keys = (fixed_key, moving_key)
+        #: keys of what the target must have beside the images
+        self.target_keys = (*getattr(loss, "target_keys", ()), *(self.keys if weight else ()))
 
     def forward(self, prediction: Any, target: dict[str, Any]) -> torch.Tensor:
         """

@@ -15,6 +15,10 @@ from monai_deq.networks.blocks import warp_by_ddf
 __all__ = ["MaskedSimilarityLoss", "RegistrationLoss", "StatesLoss"]
 
 
+def _cross_correlation(spatial_dims: int, reduction: str = "mean") -> nn.Module:
+    return LocalNormalizedCrossCorrelationLoss(spatial_dims=spatial_dims, kernel_size=5, reduction=reduction)
+
+
 class RegistrationLoss(nn.Module):
     """
     ``similarity(warped, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1), in float32 with autocast off: local
@@ -23,11 +27,11 @@ class RegistrationLoss(nn.Module):
     Args:
         spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
         weight: ``lambda``. Defaults to 0.1 (paper, OASIS).
-        similarity: loss of ``(warped, fixed)``, or of ``(warped, fixed, mask)`` where a mask is given, e.g.
-            :py:class:`monai_deq.losses.MaskedSimilarityLoss`. Defaults to MONAI's local normalised cross-correlation
-            with window 5.
+        similarity: loss of ``(warped, fixed)``, or of ``(warped, fixed, mask)`` where a mask is given. Defaults to
+            MONAI's local normalised cross-correlation with window 5.
         smoothness: loss of ``ddf``. Defaults to MONAI's diffusion loss, which is not divided by the number of axes
             or the image size.
+        masked: whether the default similarity is a :py:class:`MaskedSimilarityLoss`. Defaults to ``False``.
 
     Raises:
         ValueError: When ``weight`` is negative.
@@ -39,16 +43,15 @@ class RegistrationLoss(nn.Module):
         weight: float = 0.1,
         similarity: nn.Module | None = None,
         smoothness: nn.Module | None = None,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         if weight < 0:
             raise ValueError(f"weight must not be negative, got {weight}.")
         self.weight = float(weight)
-        self.similarity = (
-            LocalNormalizedCrossCorrelationLoss(spatial_dims=spatial_dims, kernel_size=5)
-            if similarity is None
-            else similarity
-        )
+        if similarity is None:
+            similarity = MaskedSimilarityLoss(spatial_dims) if masked else _cross_correlation(spatial_dims)
+        self.similarity = similarity
         self.smoothness = DiffusionLoss() if smoothness is None else smoothness
 
     def forward(
@@ -89,11 +92,7 @@ class MaskedSimilarityLoss(nn.Module):
 
     def __init__(self, spatial_dims: int = 3, similarity: nn.Module | None = None) -> None:
         super().__init__()
-        self.similarity = (
-            LocalNormalizedCrossCorrelationLoss(spatial_dims=spatial_dims, kernel_size=5, reduction="none")
-            if similarity is None
-            else similarity
-        )
+        self.similarity = _cross_correlation(spatial_dims, reduction="none") if similarity is None else similarity
 
     def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
@@ -156,6 +155,8 @@ class StatesLoss(nn.Module):
         super().__init__()
         self.loss = loss
         self.mask_key = mask_key
+        #: keys of what the target must have beside the images
+        self.target_keys = () if mask_key is None else (mask_key,)
         if isinstance(gamma, str) and gamma != "exponential":
             raise ValueError(f'gamma must be numbers or "exponential", got {gamma!r}.')
         self.gamma = gamma

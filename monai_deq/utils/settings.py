@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from ast import literal_eval
@@ -39,10 +40,10 @@ def as_flag(value: Any, name: str) -> bool:
 
 def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     """
-    Refuse settings on the command line of ``python -m monai.bundle run`` that the configuration does not have: MONAI
-    adds them as new entries, which nothing reads, and a mistyped one does nothing. An entry that another setting of the
-    command line refers to (``--my_update "{...}" --update @my_update``) is none of these. Nothing happens in any other
-    program.
+    Refuse settings on the command line of ``python -m monai.bundle run`` that would do nothing: those that the
+    configuration does not have, which MONAI adds as new entries, and those that nothing refers to that is run, such as
+    a setting of another method. An entry that another setting of the command line refers to (``--my_update "{...}"
+    --update @my_update``) is none of these. Nothing happens in any other program.
 
     Args:
         argv: the words of the command, the program first. Defaults to those of this process.
@@ -59,20 +60,37 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     if "config_file" not in given:
         return
     files = _value(given["config_file"])
-    known = set(ConfigParser.load_config_files(files)) | set(inspect.signature(run).parameters)
+    config = ConfigParser.load_config_files(files)
+    known = set(config) | set(inspect.signature(run).parameters)
     if "tracking" in given:
         tracking = _value(given["tracking"])
         settings: Any = DEFAULT_EXP_MGMT_SETTINGS.get(tracking) if isinstance(tracking, str) else None
         known |= set((settings or ConfigParser.load_config_files(tracking)).get("configs", {}))
-    unknown = []
-    for key in given:
-        name = key.split("#")[0].split("::")[0].removeprefix("+")
-        used = any(re.search(rf"@{re.escape(name)}\b", str(value)) for other, value in given.items() if other != key)
-        # what begins with an underscore is MONAI's own: metadata
-        if name not in known and not used and not name.startswith("_"):
-            unknown.append(name + "".join(f" (is it {n}?)" for n in get_close_matches(name, sorted(known), 1)))
+    names = {key: key.split("#")[0].split("::")[0].removeprefix("+") for key in given}
+    refers = {name: _references(content) for name, content in config.items()}
+    for key, name in names.items():
+        refers[name] = refers.get(name, set()) | _references(given[key])
+    run_id = given.get("run_id", words[2] if len(words) > 2 and not words[2].startswith("--") else "run")
+    used, new = set(), {run_id, given.get("init_id", "initialize"), given.get("final_id", "finalize")}
+    while new:
+        used |= new
+        new = {name for user in new for name in refers.get(user, ())} - used
+    # what begins with an underscore is MONAI's own: metadata
+    unused = {n for n in names.values() if n not in used and n in config}
+    unknown = {n for n in names.values() if n not in used | known and not n.startswith("_")}
     if unknown:
-        raise ValueError(f"{files} has no setting {', '.join(unknown)}.")
+        said = (n + "".join(f" (is it {m}?)" for m in get_close_matches(n, sorted(known), 1)) for n in sorted(unknown))
+        raise ValueError(f"{files} has no setting {', '.join(said)}.")
+    if unused:
+        raise ValueError(
+            f"{config.get('method', files)} has no use for {', '.join(sorted(unused))}: leave it out, or take another "
+            "method."
+        )
+
+
+def _references(content: Any) -> set[str]:
+    """Entries of the configuration that a part of it refers to."""
+    return set(re.findall(r"[@%](\w+)", json.dumps(content, default=str)))
 
 
 def _settings(words: Sequence[str]) -> dict[str, str]:

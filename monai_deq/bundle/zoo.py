@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 
-from monai_deq.networks import load_checkpoint, trained_with
-from monai_deq.utils import as_flag, refuse_existing, replace_file
+from monai_deq.networks import describe, load_network, read_record
+from monai_deq.utils import refuse_existing, replace_file
 
 __all__ = ["write_zoo_package"]
 
@@ -39,8 +40,6 @@ REQUIRED_METADATA = (
 _WORKFLOWS = ("train", "evaluate", "inference")
 #: overlays for several processes, one for each workflow, which the Zoo knows by these names
 _MULTI_GPU = tuple(f"multi_gpu_{workflow}.json" for workflow in _WORKFLOWS)
-#: settings of the training that say what the network is
-_NETWORK_SETTINGS = ("relaxation", "proximal_weight", "unwarped_moving", "coarser_levels", "coarse_steps", "max_steps")
 #: files above this are not taken into the Zoo's repository, but fetched from where ``large_files.yml`` says
 _LARGEST_FILE = 25 * 2**20
 
@@ -61,7 +60,7 @@ def write_zoo_package(
 
     Args:
         bundle_dir: folder of the bundle.
-        weights: the trained weights, with the settings of the training beside them (``model.json``).
+        weights: the trained weights, with their record beside them (``model.json``).
         output_dir: folder that the package goes to.
         name: its name. Defaults to the folder's with ``_deq_registration``.
         overlays: configuration files that become a part of the package's own, such as ``slices.json``; a relative one
@@ -75,9 +74,10 @@ def write_zoo_package(
         The package's folder.
 
     Raises:
-        FileNotFoundError: When a part of the bundle, the weights or their settings are not there.
+        FileNotFoundError: When a part of the bundle, the weights or their record are not there.
         FileExistsError: When the package is there already and ``overwrite`` is not set.
-        ValueError: When the metadata lack an entry, the weights are no checkpoint, or too large without an address.
+        ValueError: When the metadata lack an entry, the weights are no checkpoint or do not fit the configuration,
+            or too large without an address.
     """
     bundle_dir, weights, output_dir = Path(bundle_dir), Path(weights), Path(output_dir)
     parts = [*(f"{w}.json" for w in _WORKFLOWS), *_MULTI_GPU, "metadata.json"]
@@ -89,12 +89,12 @@ def write_zoo_package(
     for file in [*files, *overlay_files]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there, the package needs it.")
-    load_checkpoint(weights)  # refuses what is none
-    trained = trained_with(weights)
+    network = load_network(weights)  # refuses what is none, or does not fit its record
     metadata = _metadata(bundle_dir, overlay_files)
+    _check_dimensions(weights, network, metadata)
     name = f"{bundle_dir.resolve().name}_deq_registration" if name is None else name
     package, archive = output_dir / name, output_dir / f"{name}_v{metadata['version']}.zip"
-    if not as_flag(overwrite, "overwrite"):
+    if not overwrite:
         refuse_existing([package, archive], "Replace it with --overwrite true, or name another --output_dir.")
     large = weights.stat().st_size > _LARGEST_FILE
     if large and not weights_url:
@@ -110,12 +110,8 @@ def write_zoo_package(
             (root / sub).mkdir(parents=True)
         for workflow in _WORKFLOWS:
             config = ConfigParser.load_config_files([bundle_dir / f"{workflow}.json", *overlay_files])
-            if workflow == "train":
-                # a network as these weights are of, also for who loads it from a training workflow
-                config.update({k: trained[k] for k in _NETWORK_SETTINGS if k in trained and k in config})
-            else:
-                # what model.json says, also where the weights' folder is not found: monai.bundle.load does not tell it
-                config["default_settings"] = trained
+            # found also where the weights' folder is not: monai.bundle.load does not tell it
+            config["network_def"] = describe(network)
             _write_json(root / "configs" / f"{workflow}.json", config)
         for overlay in _MULTI_GPU:
             shutil.copyfile(bundle_dir / overlay, root / "configs" / overlay)
@@ -130,7 +126,7 @@ def write_zoo_package(
         (root / "docs" / "README.md").write_text(page, encoding="utf-8")
         shutil.copyfile(bundle_dir / "docs" / "data_license.txt", root / "docs" / "data_license.txt")
         shutil.copyfile(bundle_dir / "LICENSE", root / "LICENSE")
-        shutil.copyfile(settings, root / "models" / "model.json")
+        read_record(weights).write(root / "models" / "model.json")
         if large:
             digest = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()
             entry = {"path": "models/model.pt", "url": weights_url, "hash_val": digest, "hash_type": "md5"}
@@ -149,6 +145,17 @@ def write_zoo_package(
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def _check_dimensions(weights: Path, network: torch.nn.Module, metadata: dict[str, Any]) -> None:
+    """The metadata are of images of two or three dimensions, and so are the weights."""
+    own = max(p.ndim for p in network.parameters()) - 2
+    expected = len(metadata["network_data_format"]["outputs"]["pred"]["spatial_shape"])
+    if own != expected:
+        raise ValueError(
+            f"{weights} are of a {own}-D network, the metadata of a {expected}-D one: name the configuration that they "
+            "were trained with in overlays, such as slices.json."
+        )
 
 
 def _metadata(bundle_dir: Path, overlays: Sequence[Path]) -> dict[str, Any]:
