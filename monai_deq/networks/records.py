@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -30,12 +31,14 @@ from monai_deq.networks.nets import (
     voxelmorph,
 )
 from monai_deq.solvers import SolverSettings
-from monai_deq.utils import json_ready, write_json
+from monai_deq.utils import json_ready, replace_file
 
 __all__ = ["NetworkRecord", "build_component", "describe", "load_network", "read_record"]
 
 #: packages whose classes a record may name
 _ROOTS = ("monai_deq", "monai", "torch")
+#: what is kept of the settings of version 0.1.0 beside the network's
+_TRAINING = ("smoothness_weight", "learning_rate", "batch_size", "training_pairs", "epoch")
 
 
 def describe(component: Any) -> Any:
@@ -184,7 +187,11 @@ class NetworkRecord:
         Args:
             path: the file, which appears whole or not at all.
         """
-        write_json(path, asdict(self))
+        text = json.dumps(json_ready(asdict(self)), indent=2, allow_nan=False)
+        # sizes and channels on one line
+        text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
+        with replace_file(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_record(path: str | Path | None) -> NetworkRecord:
@@ -279,5 +286,5 @@ def _from_settings(settings: Mapping[str, Any]) -> NetworkRecord:
         spatial_size=settings.get("spatial_size"),
         steps=settings.get("val_steps", max_steps),
         preprocessing={k: settings[k] for k in ("window",) if k in settings},
-        training={k: v for k, v in settings.items() if k not in ("method", "spatial_size", "method_settings")},
+        training={k: settings[k] for k in _TRAINING if k in settings},
     )

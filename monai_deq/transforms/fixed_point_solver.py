@@ -14,6 +14,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.networks.nets import RegistrationNet
 from monai_deq.transforms.warping import on_grid_of
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
@@ -50,14 +51,14 @@ class FixedPointSolver(Transform):
             Results come back to the device of the fixed image.
 
     Raises:
-        TypeError: When the network has no ``solve``.
+        TypeError: When the network is none.
     """
 
     backend = [TransformBackends.TORCH]
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: RegistrationNet,
         solver: str | None = None,
         max_steps: int | None = None,
         tolerance: float | None = None,
@@ -66,10 +67,8 @@ class FixedPointSolver(Transform):
         certificate: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not callable(getattr(network, "solve", None)):
-            raise TypeError(
-                f"network must have a method solve(moving, fixed, initial_ddf), {type(network).__name__} has none."
-            )
+        if not isinstance(network, RegistrationNet):
+            raise TypeError(f"network must be a RegistrationNet, which can be solved, got {type(network).__name__}.")
         self.network = network
         self.changes = {
             "name": solver,
@@ -93,9 +92,8 @@ class FixedPointSolver(Transform):
         Returns:
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
             ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
-            ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a
-            certificate the fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution
-            itself.
+            ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a certificate the
+            fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution itself.
 
         Raises:
             ValueError: When the shapes do not fit.
@@ -148,7 +146,7 @@ class FixedPointSolverd(MapTransform):
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: RegistrationNet,
         moving_key: str = "moving",
         fixed_key: str = "fixed",
         initial_ddf_key: str | None = None,

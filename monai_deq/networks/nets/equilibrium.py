@@ -104,8 +104,8 @@ class RestSettings:
             0.2.
         random_start_share: share of the fresh pairs that start from a random smooth displacement. Defaults to 0.4.
         random_start_rms: its largest RMS length in voxels. Defaults to 3.
-        enabled: ``False`` for the paper's own recipe: nothing of all this, whatever the other arguments are. Defaults to
-            ``True``.
+        enabled: ``False`` for the paper's own recipe: nothing of all this, whatever the other arguments are. Defaults
+            to ``True``.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -211,7 +211,7 @@ class DEQRegistrationNet(IteratedNet):
             b_stop_mode="rel",
         )
 
-    def fixed_point_map(
+    def fixed_point_map(  # type: ignore[override]
         self,
         moving: torch.Tensor,
         fixed: torch.Tensor,
