@@ -4,43 +4,22 @@
 from __future__ import annotations
 
 from .caching import cached_subjects
-from .given_pairs import GivenPairDataset, GivenPairSampler, collate_annotated_pairs
 from .grid import Grid, check_same_grid, grid_of, source_of
-from .learn2reg import Learn2RegDataset, find_learn2reg
-from .learn2reg_split import keep_annotations, split_pairs
-from .oasis import (
-    LEARN2REG_OASIS,
-    NEURITE_OASIS,
-    SEG24_LABELS,
-    SEG35_LABELS,
-    OasisDataset,
-    find_oasis,
-    label_set,
-    split_subjects,
-)
-from .pairs import PairDataset, PairSampler, RandomPairSampler, fixed_pairs, pair_indices, pairs_as_indices
-from .pooled_pairs import (
-    PooledGivenPair,
-    PooledGivenPairDataset,
-    PooledGivenPairSampler,
-    PooledPair,
-    PooledPairDataset,
-    PooledPairSampler,
-)
+from .labels import SEG24_LABELS, SEG35_LABELS, label_set
+from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
+from .oasis import OasisDataset, find_oasis
+from .pairs import GivenPairDataset, PairDataset, collate_annotated_pairs, pair_indices, pairs_to_register
+from .pool import PooledDataset, PooledIndex, PooledSampler, StatePool
 from .public_datasets import PUBLIC_DATASETS, PublicDataset, download_dataset
 from .resumable_download import check_checksum, parse_checksum, resumable_download
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
-from .scan_pairs import learn2reg_scan_pairs, listed_pairs, scan_pairs, split_scan_pairs
-from .shard import ShardSampler
+from .samplers import GivenPairSampler, PairSampler, RandomPairSampler, ShardSampler
 from .split import part_of
-from .state_pool import StatePool
 from .unpack import check_archive, unpack_archive
 
 __all__ = [
-    "LEARN2REG_OASIS",
-    "NEURITE_OASIS",
     "PUBLIC_DATASETS",
     "SEG24_LABELS",
     "SEG35_LABELS",
@@ -51,12 +30,9 @@ __all__ = [
     "OasisDataset",
     "PairDataset",
     "PairSampler",
-    "PooledGivenPair",
-    "PooledGivenPairDataset",
-    "PooledGivenPairSampler",
-    "PooledPair",
-    "PooledPairDataset",
-    "PooledPairSampler",
+    "PooledDataset",
+    "PooledIndex",
+    "PooledSampler",
     "PublicDataset",
     "RandomPairSampler",
     "ShardSampler",
@@ -69,15 +45,12 @@ __all__ = [
     "collate_annotated_pairs",
     "find_learn2reg",
     "find_oasis",
-    "fixed_pairs",
     "grid_of",
     "is_sample",
     "keep_annotations",
     "label_set",
-    "learn2reg_scan_pairs",
-    "listed_pairs",
     "pair_indices",
-    "pairs_as_indices",
+    "pairs_to_register",
     "part_of",
     "parse_checksum",
     "resolve_dataset_dir",
@@ -85,11 +58,7 @@ __all__ = [
     "resumable_download",
     "sample_dataset_dir",
     "sample_lung_dataset_dir",
-    "scan_pairs",
     "source_of",
-    "split_pairs",
-    "split_scan_pairs",
-    "split_subjects",
     "unpack_archive",
     "write_sample_cohort",
     "write_sample_lung_cohort",

@@ -21,7 +21,7 @@ import torch
 from monai.networks.blocks import DVF2DDF
 from scipy.ndimage import gaussian_filter
 
-from monai_deq.data.oasis import SEG24_LABELS, SEG35_LABELS
+from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS
 from monai_deq.data.sample_folder import write_sample_folder
 from monai_deq.data.sample_shapes import SmoothWaves, ellipsoid_depth
 
