@@ -1,24 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of subjects: fixed lists of pairs, fresh random pairs for each epoch, and the data set that gives them."""
+"""Pairs: those of scan files to register, and the data sets of loaded pairs."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+import json
+from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from monai.data import list_data_collate
+from torch.utils.data import Dataset
 
 from monai_deq.data.grid import check_same_grid
 
-__all__ = ["PairDataset", "PairSampler", "RandomPairSampler", "fixed_pairs", "pair_indices", "pairs_as_indices"]
+__all__ = ["GivenPairDataset", "PairDataset", "collate_annotated_pairs", "pair_indices", "pairs_to_register"]
+
+_FILES = ("fixed", "moving", "moving_label", "initial_ddf")
+_POINTS = ("fixed_keypoints", "moving_keypoints")
 
 
-class SubjectDataset(Sized, Protocol):
-    """A map-style data set of loaded subjects, such as MONAI's ``CacheDataset`` or ``PersistentDataset``."""
+class MapDataset(Sized, Protocol):
+    """A map-style data set of loaded subjects or pairs, such as MONAI's ``CacheDataset`` or ``PersistentDataset``."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class FoundDataset(Protocol):
+    """What :py:func:`monai_deq.data.find_oasis` or :py:func:`monai_deq.data.find_learn2reg` returns."""
+
+    def test_pairs(self, sizes: Any = None, lists: Any = None) -> list[dict[str, Any]]: ...
 
 
 def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, int]]:
@@ -39,35 +50,6 @@ def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, i
     if scheme == "all":
         return [(i, j) for i in range(num_subjects) for j in range(num_subjects) if i != j]
     raise ValueError(f"Unknown pairing scheme {scheme!r}; expected 'cyclic' or 'all'.")
-
-
-def fixed_pairs(subjects: Sequence[Mapping[str, Any]], scheme: str = "cyclic") -> list[dict[str, Mapping[str, Any]]]:
-    """Pairs of subjects, the same at every call.
-
-    Args:
-        subjects: subjects as of :py:func:`monai_deq.data.find_oasis`.
-        scheme: as in :py:func:`pair_indices`. Defaults to ``"cyclic"``: ``{"fixed": subjects[i], "moving": subjects[i
-            + 1]}``.
-
-    Raises:
-        ValueError: When there are fewer than two subjects or the scheme is unknown.
-    """
-    return [{"fixed": subjects[i], "moving": subjects[j]} for i, j in pair_indices(len(subjects), scheme)]
-
-
-def pairs_as_indices(
-    pairs: Sequence[Mapping[str, Mapping[str, Any]]], subjects: Sequence[Mapping[str, Any]]
-) -> list[tuple[int, int]]:
-    """Turn pairs of subjects (e.g. ``OasisDataset.registration_val``) into pairs of positions in ``subjects``.
-
-    Raises:
-        ValueError: When a pair names a subject that is not in ``subjects``.
-    """
-    position = {s["subject"]: i for i, s in enumerate(subjects)}
-    absent = sorted({s["subject"] for pair in pairs for s in (pair["fixed"], pair["moving"])} - set(position))
-    if absent:
-        raise ValueError(f"pairs name subjects that are not among the {len(subjects)} given: {absent[:5]}.")
-    return [(position[p["fixed"]["subject"]], position[p["moving"]["subject"]]) for p in pairs]
 
 
 class PairDataset(Dataset):
@@ -93,7 +75,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        dataset: SubjectDataset,
+        dataset: MapDataset,
         pairs: Sequence[tuple[int, int]] | str | None = None,
         transform: Callable[[dict[str, Any]], Any] | None = None,
         image_key: str = "image",
@@ -140,82 +122,131 @@ class PairDataset(Dataset):
         return item if self.transform is None else self.transform(item)
 
 
-class PairSampler(Sampler, ABC):
-    """Base of the samplers that draw a number of pairs for each epoch, the same for the same seed and epoch.
-
-    The pairs come from a generator of the sampler's own: neither the global random state nor the number of workers
-    matters. Call :py:meth:`set_epoch` before each epoch, as with ``torch.utils.data.DistributedSampler``; every replica
-    draws the same list and keeps every ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
+class GivenPairDataset(Dataset):
+    """
+    Pairs that a data set gives, such as inhale and exhale scan of one person. Tensors are copies, as in
+    :py:class:`PairDataset`.
 
     Args:
-        pairs_per_epoch: pairs that one epoch draws over all replicas, a multiple of ``num_replicas``.
-        seed: seed of the draws. Defaults to 0.
-        num_replicas: number of processes that share the epoch. Defaults to 1.
-        rank: number of this process. Defaults to 0.
-
-    Raises:
-        ValueError: When a number is out of range.
+        dataset: pairs after loading, dictionaries such as
+            :py:func:`monai_deq.transforms.load_annotated_pair_transforms` gives them.
     """
 
-    def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
-        # unequal shares would leave one process waiting for the others at the end of the epoch
-        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
-            raise ValueError(
-                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
-            )
-        self.pairs_per_epoch = pairs_per_epoch
-        self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose pairs the next iteration draws; counts from 0."""
-        self.epoch = int(epoch)
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        """Number of pairs that this replica gives in an epoch."""
-        return self.pairs_per_epoch // self.num_replicas
+        """Number of pairs."""
+        return len(self.dataset)
 
-    @abstractmethod
-    def _draw_all(self, generator: torch.Generator) -> list[Any]:
-        """The pairs of an epoch over all replicas."""
-
-    def _draw(self, epoch: int) -> list[Any]:
-        # the generator takes one number; a large odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-        return self._draw_all(generator)[self.rank :: self.num_replicas]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._draw(self.epoch))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at an index."""
+        pair = self.dataset[index]
+        return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in pair.items()}
 
 
-class RandomPairSampler(PairSampler):
-    """Ordered pairs of two different subject indices, fresh for each epoch, see :py:class:`PairSampler`.
+def collate_annotated_pairs(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    A batch of pairs whose keypoints differ in number: they become lists of tensors, all else what MONAI's
+    ``list_data_collate`` makes of it.
 
     Args:
-        num_subjects: number of subjects, at least 2.
-        pairs_per_epoch: pairs that one epoch draws over all replicas, a multiple of ``num_replicas``.
-        seed: seed of the draws. Defaults to 0.
-        num_replicas: number of processes that share the epoch. Defaults to 1.
-        rank: number of this process. Defaults to 0.
+        batch: pairs, perhaps with ``"fixed_keypoints"`` and ``"moving_keypoints"``.
+    """
+    points = {key: [pair[key] for pair in batch] for key in _POINTS if all(key in pair for pair in batch)}
+    rest = [{key: value for key, value in pair.items() if key not in points} for pair in batch]
+    return {**list_data_collate(rest), **points}
+
+
+def pairs_to_register(
+    find_dataset: Callable[[], FoundDataset],
+    fixed: str | Path | None = None,
+    moving: str | Path | None = None,
+    moving_label: str | Path | None = None,
+    initial_ddf: str | Path | None = None,
+    pairs: str | Path | None = None,
+    split_sizes: Sequence[int | None] | str | None = None,
+    split_lists: Mapping[str, Sequence[str | int]] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
+
+    Args:
+        find_dataset: gives the data set; called only where neither scans nor a list are given.
+        fixed: file of the fixed scan. Defaults to none.
+        moving: file of the moving scan. Defaults to none.
+        moving_label: label map of the moving scan, to be warped with it. Defaults to none.
+        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it. Defaults
+            to none.
+        pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
+            ``"initial_ddf"``. Relative files are relative to the list. Defaults to none.
+        split_sizes: see ``split`` of the data set.
+        split_lists: see ``split`` of the data set.
+
+    Returns:
+        Items of files, ``"fixed"``, ``"moving"`` and perhaps ``"moving_label"`` and ``"initial_ddf"``, with names for
+        the results, ``"fixed_subject"`` and ``"moving_subject"``.
 
     Raises:
-        ValueError: When a number is out of range.
+        ValueError: When one of two scans is not given, or a list besides; when the list is malformed, or two of its
+            pairs would write the same files.
+        FileNotFoundError: When a file does not exist.
     """
+    given = dict(zip(_FILES, (fixed, moving, moving_label, initial_ddf), strict=True))
+    if not any(given.values()):
+        return _listed(Path(pairs)) if pairs else find_dataset().test_pairs(split_sizes, split_lists)
+    if pairs:
+        raise ValueError(
+            f"--pairs {pairs} cannot go with --fixed, --moving, --moving_label or --initial_ddf: the list itself names "
+            "what belongs to each pair."
+        )
+    if not fixed or not moving:
+        raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
+    return [_item({key: Path(file) for key, file in given.items() if file is not None}, "pair")]
 
-    def __init__(
-        self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
-    ) -> None:
-        if num_subjects < 2:
-            raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
-        super().__init__(pairs_per_epoch, seed, num_replicas, rank)
-        self.num_subjects = num_subjects
 
-    def _draw_all(self, generator: torch.Generator) -> list[tuple[int, int]]:
-        fixed = torch.randint(self.num_subjects, (self.pairs_per_epoch,), generator=generator)
-        step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
-        moving = (fixed + step) % self.num_subjects
-        return [(f, m) for f, m in torch.stack([fixed, moving], dim=1).tolist()]
+def _item(files: Mapping[str, Path], where: str) -> dict[str, Any]:
+    """The item of the files of one pair."""
+    files = {key: file.expanduser() for key, file in files.items()}
+    for key, file in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f"{where}: the file {key} {str(file)!r} does not exist.")
+    scans = files["fixed"], files["moving"]
+    names = [file.name.removesuffix(".gz").removesuffix(".nii") for file in scans]
+    if names[0] == names[1]:
+        # neurite-OASIS: one folder a subject, the same file name in each
+        names = [f"{file.resolve().parent.name}_{name}" for file, name in zip(scans, names, strict=True)]
+    return {**{key: str(file) for key, file in files.items()}, "fixed_subject": names[0], "moving_subject": names[1]}
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The items of a list of pairs."""
+    if not path.is_file():
+        raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(entries, list) or not entries:
+        came = "an empty one" if isinstance(entries, list) else type(entries).__name__
+        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {came}.')
+    items: dict[tuple[str, str], dict[str, Any]] = {}
+    for i, entry in enumerate(entries):
+        where = f"{path}, pair {i}"
+        if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_FILES):
+            raise ValueError(
+                f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf', "
+                f"got {entry!r}."
+            )
+        named = {key: name for key, name in entry.items() if name is not None or key in _FILES[:2]}
+        if not all(isinstance(name, str) for name in named.values()):
+            raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
+        item = _item({key: path.parent / Path(name).expanduser() for key, name in named.items()}, where)
+        names = item["fixed_subject"], item["moving_subject"]
+        if names in items:
+            raise ValueError(
+                f"{path}: two pairs are called {names[1]}_to_{names[0]} and would write the same files; "
+                "give the scans different file names."
+            )
+        items[names] = item
+    return list(items.values())
