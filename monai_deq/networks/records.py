@@ -24,11 +24,11 @@ from monai_deq.networks.nets import (
     RegistrationNet,
     RestSettings,
     coarse_to_fine,
-    gradirn,
-    riir,
+    gradirn_net,
+    riir_net,
     set_coarse_solver,
-    unrolling,
-    voxelmorph,
+    unrolling_net,
+    voxelmorph_net,
 )
 from monai_deq.solvers import SolverSettings
 from monai_deq.utils import json_ready, replace_file
@@ -257,10 +257,10 @@ def _from_settings(settings: Mapping[str, Any]) -> NetworkRecord:
         raise ValueError("weights trained with unwarped_moving need version 0.1.0: the option is no more.")
     dims, own = settings.get("spatial_dims", 3), settings.get("method_settings", {})
     systems = {
-        "VoxelMorph": lambda: voxelmorph(dims, own.get("integration_steps", 0)),
-        "Unrolling": lambda: unrolling(dims, max_steps, own.get("num_levels", 3)),
-        "GraDIRN": lambda: gradirn(dims, max_steps, own.get("num_levels", 3)),
-        "RIIR": lambda: riir(dims, max_steps),
+        "VoxelMorph": lambda: voxelmorph_net(dims, own.get("integration_steps", 0)),
+        "Unrolling": lambda: unrolling_net(dims, max_steps, own.get("num_levels", 3)),
+        "GraDIRN": lambda: gradirn_net(dims, max_steps, own.get("num_levels", 3)),
+        "RIIR": lambda: riir_net(dims, max_steps),
     }
 
     def equilibrium() -> DEQRegistrationNet:
