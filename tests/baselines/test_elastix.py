@@ -128,7 +128,7 @@ def test_translation_has_the_right_sign_and_axes(ndim: int) -> None:
 def test_batch_is_registered_item_by_item_and_again_the_same() -> None:
     pairs = [make_pair(2, seed) for seed in (1, 2)]
     moving, fixed = (torch.cat([p[i] for p in pairs]) for i in range(2))
-    network = make_network(2)
+    network = make_network(2, iterations=20, parameters=FAST)
     ddf, record = network.solve(moving, fixed)
     assert ddf[0].sub(ddf[1]).abs().max() > 1
     for i in (1, 0):
@@ -150,9 +150,9 @@ def test_number_of_threads_stays_its_own_affair(itk: Any) -> None:
     threader = itk.MultiThreaderBase
     threader.SetGlobalMaximumNumberOfThreads(8)
     threader.SetGlobalDefaultNumberOfThreads(5)
-    one, _ = make_network(2, threads=1).solve(moving, fixed)
+    one, _ = make_network(2, threads=1, iterations=5).solve(moving, fixed)
     for kwargs in ({"threads": 3}, {"threads": None}):
-        many, _ = make_network(2, **kwargs).solve(moving, fixed)
+        many, _ = make_network(2, iterations=5, **kwargs).solve(moving, fixed)
         # rounding differs with the threads, and the optimiser carries it on
         assert many.shape == one.shape and torch.isfinite(many).all()
         assert (threader.GetGlobalMaximumNumberOfThreads(), threader.GetGlobalDefaultNumberOfThreads()) == (8, 5)

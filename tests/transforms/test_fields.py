@@ -15,7 +15,6 @@ from monai.transforms import Resize
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
-from monai_deq.data import write_sample_lung_cohort
 from monai_deq.transforms import (
     LoadDDFd,
     ResampleDDF,
@@ -113,16 +112,16 @@ def test_absent_and_broken_files(tmp_path: Path) -> None:
         load_learn2reg_ddf(tmp_path, *NLST)
 
 
-def test_reads_the_truth_of_the_sample(tmp_path: Path) -> None:
-    root = write_sample_lung_cohort(tmp_path / "s", num_pairs=(0, 0, 1), spatial_size=(16, 20, 24))
+def test_reads_the_truth_of_the_sample(tmp_path: Path, lung_cohort: Path) -> None:
+    root = lung_cohort
     names = [f"NLST_0001_000{i}" for i in range(2)]
     field = load_learn2reg_ddf(root / "true_ddf", *names)
-    fixed, moving = (np.loadtxt(root / "keypointsTs" / f"{n}.csv", delimiter=",") for n in names)
+    fixed, moving = (np.loadtxt(root / "keypointsTr" / f"{n}.csv", delimiter=",") for n in names)
     found = fixed + np.stack(
         [ndimage.map_coordinates(u.astype(float), fixed.T, order=1) for u in field.numpy()], axis=1
     )
     np.testing.assert_allclose(found, moving, atol=1e-5)
-    np.testing.assert_allclose(field.affine, nib.load(root / "imagesTs" / f"{names[0]}.nii.gz").affine)
+    np.testing.assert_allclose(field.affine, nib.load(root / "imagesTr" / f"{names[0]}.nii.gz").affine)
     # written again it is the same field
     save_learn2reg_ddf(field, tmp_path / "again", *names)
     np.testing.assert_array_equal(load_learn2reg_ddf(tmp_path / "again", *names), field)
