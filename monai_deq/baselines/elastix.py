@@ -23,9 +23,10 @@ _MIN_SIZE = 4
 
 
 def _load_itk() -> Any:
-    """The module ``itk`` with elastix in it, which takes seconds to import."""
+    """The module ``itk`` with elastix in it."""
     itk, found = optional_import("itk")
-    if not found or not hasattr(itk, "ElastixRegistrationMethod"):  # the package itk alone has no elastix
+    # the package itk alone has no elastix; to ask for the attribute would load all of it, which takes ten seconds
+    if not found or "ElastixRegistrationMethod" not in dir(itk):
         raise OptionalImportError(
             'ElastixRegistration needs the package itk-elastix: pip install "monai_deq[elastix]".'
         )
