@@ -13,6 +13,7 @@ import torch
 from monai.utils import OptionalImportError, optional_import
 
 from monai_deq.baselines.classical import ClassicalRegistration
+from monai_deq.networks.nets import check_pair
 from monai_deq.networks.nets.iteration import initial_state
 from monai_deq.solvers import SolverRecord
 
