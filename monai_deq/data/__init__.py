@@ -8,14 +8,23 @@ from .grid import Grid, check_same_grid, grid_of, source_of
 from .labels import SEG24_LABELS, SEG35_LABELS, label_set
 from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
 from .oasis import OasisDataset, find_oasis
-from .pairs import GivenPairDataset, PairDataset, collate_annotated_pairs, pair_indices, pairs_to_register
+from .pairs import (
+    GivenPairDataset,
+    GivenPairSampler,
+    PairDataset,
+    PairSampler,
+    RandomPairSampler,
+    ShardSampler,
+    collate_annotated_pairs,
+    pair_indices,
+    pairs_to_register,
+)
 from .pool import PooledDataset, PooledIndex, PooledSampler, StatePool
 from .public_datasets import PUBLIC_DATASETS, PublicDataset, download_dataset
 from .resumable_download import check_checksum, parse_checksum, resumable_download
 from .sample import resolve_dataset_dir, sample_dataset_dir, write_sample_cohort
 from .sample_folder import is_sample
 from .sample_lung import resolve_lung_dataset_dir, sample_lung_dataset_dir, write_sample_lung_cohort
-from .samplers import GivenPairSampler, PairSampler, RandomPairSampler, ShardSampler
 from .split import part_of
 from .unpack import check_archive, unpack_archive
 
