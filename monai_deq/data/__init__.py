@@ -9,7 +9,18 @@ from .grid import Grid, check_same_grid, grid_of, source_of
 from .labels import SEG24_LABELS, SEG35_LABELS, label_set
 from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
 from .oasis import OasisDataset, find_oasis
-from .pairs import GivenPairDataset, PairDataset, collate_annotated_pairs, pair_indices, pairs_to_register
+from .pairs import (
+    GivenPairDataset,
+    GivenPairSampler,
+    PairDataset,
+    PairSampler,
+    RandomPairSampler,
+    ShardSampler,
+    collate_annotated_pairs,
+    pair_indices,
+    pairs_to_register,
+    shard_loader,
+)
 from .pool import PooledDataset, PooledIndex, PooledSampler, StatePool
 from .sample_cohorts import (
     is_sample,
@@ -18,7 +29,6 @@ from .sample_cohorts import (
     write_sample_cohort,
     write_sample_lung_cohort,
 )
-from .samplers import GivenPairSampler, PairSampler, RandomPairSampler, ShardSampler, shard_loader
 from .split import part_of
 
 __all__ = [

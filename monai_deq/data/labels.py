@@ -8,16 +8,8 @@ from collections.abc import Sequence
 __all__ = ["SEG24_LABELS", "SEG35_LABELS", "check_spatial_dims", "label_set"]
 
 _SIDE_35 = (
-    "Cerebral-White-Matter",
-    "Cerebral-Cortex",
-    "Lateral-Ventricle",
-    "Inf-Lat-Ventricle",
-    "Cerebellum-White-Matter",
-    "Cerebellum-Cortex",
-    "Thalamus",
-    "Caudate",
-    "Putamen",
-    "Pallidum",
+    *("Cerebral-White-Matter", "Cerebral-Cortex", "Lateral-Ventricle", "Inf-Lat-Ventricle"),
+    *("Cerebellum-White-Matter", "Cerebellum-Cortex", "Thalamus", "Caudate", "Putamen", "Pallidum"),
 )
 _SIDE_35_REST = ("Hippocampus", "Amygdala", "Accumbens", "Ventral-DC", "Vessel", "Choroid-Plexus")
 _SIDE_24 = (*_SIDE_35[:4], *_SIDE_35[6:])

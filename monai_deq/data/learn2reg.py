@@ -2,8 +2,7 @@
 """Data sets of the Learn2Reg challenge (https://learn2reg.grand-challenge.org; Hering et al., IEEE TMI 2023).
 
 The layout: ``imagesTr|Ts``, ``masksTr|Ts``, ``keypointsTr|Ts``, ``labelsTr|Ts`` with one file name for all that belongs
-to a scan, and ``<NAME>_dataset.json`` with the scans (``training``, ``test``) and the pairs
-(``training_paired_images``, ``registration_val``, ``registration_test``). Keypoints are ``.csv`` files, also where the
+to a scan, and ``<NAME>_dataset.json`` with lists of scans and of pairs. Keypoints are ``.csv`` files, also where the
 JSON file calls them ``.nii.gz``.
 """
 
@@ -12,15 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from monai_deq.data.sample_cohorts import is_sample, sample_lung_dataset_dir, write_sample_lung_cohort
-from monai_deq.data.split import Parts, checked_split, dataset_folder, refuse_lacking, shorten, split_items
+from monai_deq.data.split import Items, Lists, Parts, dataset_folder, refuse_lacking, shorten, split_items
 
-__all__ = ["Learn2RegDataset", "Learn2RegLists", "find_learn2reg", "keep_annotations", "scan_name"]
+__all__ = ["Learn2RegDataset", "Learn2RegLists", "find_json", "find_learn2reg", "keep_annotations", "scan_name"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -46,20 +45,19 @@ class Learn2RegDataset:
     Args:
         name: name of the task, e.g. ``"NLST"``.
         root: the folder.
-        training: the official training pairs without those that share a scan with the two lists below (the official
-            list names the validation pairs too).
+        training: the official training pairs that share no scan with the two lists below, which the list names too.
         registration_val: the official validation pairs.
         registration_test: the official test pairs; their keypoints need not be public.
     """
 
     name: str
     root: Path
-    training: list[dict[str, Any]] = field(default_factory=list)
-    registration_val: list[dict[str, Any]] = field(default_factory=list)
-    registration_test: list[dict[str, Any]] = field(default_factory=list)
+    training: Items = field(default_factory=list)
+    registration_val: Items = field(default_factory=list)
+    registration_test: Items = field(default_factory=list)
 
     @property
-    def pairs(self) -> list[dict[str, Any]]:
+    def pairs(self) -> Items:
         """Every pair once: those for training, then for validation, then for test, each in the order of its list."""
         known: dict[tuple[str, str], dict[str, Any]] = {}
         for pair in (*self.training, *self.registration_val, *self.registration_test):
@@ -79,23 +77,18 @@ class Learn2RegDataset:
     def split(
         self,
         sizes: Sequence[int | None] | Literal["official"] | None = None,
-        lists: Mapping[str, Sequence[str | int]] | None = None,
+        lists: Lists | None = None,
         require_keypoints: bool = True,
     ) -> Parts:
-        """Split the pairs into training, validation and test.
+        """Split the pairs into training, validation and test. That a case is in several parts is logged.
 
         Args:
-            sizes: number of pairs for training, validation and test, taken in the order of ``pairs``: the official
-                validation and test pairs come last and are never trained on before all others are. One number may be
-                None: all that remain. ``"official"``: the official lists. Defaults to None: the paper's
-                (170, 10, 30) for NLST with so many pairs, the official lists for all else.
-            lists: explicit cases instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names of
-                cases, or the four digits in them (``"0001"`` or 1); each stands for all pairs of the case. A part left
-                out is empty.
+            sizes: number of pairs for each part, taken in the order of ``pairs``, in which the official validation and
+                test pairs come last. One may be None: all that remain. ``"official"``: the official lists. Defaults to
+                None: the paper's (170, 10, 30) for NLST with so many pairs, the official lists for all else.
+            lists: cases instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names, or the four
+                digits in them (``"0001"`` or 1), for all pairs of the case. A part left out is empty.
             require_keypoints: refuse validation and test pairs without keypoints. Defaults to True.
-
-        Returns:
-            The pairs under ``"training"``, ``"validation"`` and ``"test"``. That a case is in several parts is logged.
 
         Raises:
             ValueError: When there are too few pairs, a listed case does not exist, or keypoints are missing.
@@ -106,26 +99,17 @@ class Learn2RegDataset:
             if lists is None:
                 words = "the official lists" if sizes == "official" else sizes
                 logger.info("pairs of %s are split by %s", self.name, words)
-        if sizes == "official" and lists is None:
-            split = {"training": self.training, "validation": self.registration_val, "test": self.registration_test}
-        else:
-            where = f"of {self.name} in {str(self.root)!r}"
-            split = split_items(pairs, "case", where, sizes, lists)  # type: ignore[arg-type]
+        official = {"training": self.training, "validation": self.registration_val, "test": self.registration_test}
         required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else None
-        return checked_split(split, "case", required)
+        where = f"of {self.name} in {str(self.root)!r}"
+        return split_items(pairs, "case", where, official if sizes == "official" else sizes, lists, required)
 
     def test_pairs(
-        self,
-        sizes: Sequence[int | None] | Literal["official"] | None = None,
-        lists: Mapping[str, Sequence[str | int]] | None = None,
-    ) -> list[dict[str, Any]]:
+        self, sizes: Sequence[int | None] | Literal["official"] | None = None, lists: Lists | None = None
+    ) -> Items:
         """
-        The pairs of the test part as files to register, see :py:func:`monai_deq.data.pairs_to_register`. Keypoints are
-        not needed; ``"moving_label"`` is the label map, or the mask where there is none.
-
-        Args:
-            sizes: see :py:meth:`split`.
-            lists: see :py:meth:`split`.
+        The pairs of the test part as files to register, see :py:func:`monai_deq.data.pairs_to_register`, with the label
+        map of the moving scan, or its mask where there is none. Keypoints are not needed. Arguments as in ``split``.
 
         Raises:
             ValueError: When the part has no pair.
@@ -141,20 +125,17 @@ class Learn2RegDataset:
 def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = None) -> Learn2RegDataset:
     """Find the pairs of a paired Learn2Reg task in a folder.
 
-    A mask, keypoint or label file that the JSON file names must exist; one that it does not name is taken where it lies
-    in the folder of its kind under the name of the image. Test pairs alone may lack what is named, both scans alike:
-    the challenge does not publish all of it, and the log says what is not there.
+    Masks, keypoints and labels that the JSON file names must exist; others are taken where they lie in the folder of
+    their kind under the name of the image. Test pairs may lack what is named, both scans alike, which is logged: the
+    challenge does not publish all of it.
 
     Args:
         dataset_dir: folder that holds ``<NAME>_dataset.json``. Defaults to None: the synthetic sample lung cohort.
         task: the ``<NAME>``, where the folder holds several such files. Defaults to None: the only one.
 
-    Returns:
-        The pairs of the official lists.
-
     Raises:
-        FileNotFoundError: When the folder or the JSON file is missing, a file that it names is, or one scan of a pair
-            has a file of which the other one has none.
+        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, or one scan of a pair lacks
+            what the other one has.
         ValueError: When the JSON file is malformed, lacks a list, has an unknown one, or names no pair.
     """
     root = dataset_folder(
@@ -162,7 +143,7 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
         "a Learn2Reg task with <NAME>_dataset.json, such as Learn2Reg NLST",
         lambda: write_sample_lung_cohort(sample_lung_dataset_dir()),
     )
-    found = Learn2RegLists(_find_json(root, task), ("training", "test"))
+    found = Learn2RegLists(find_json(root, task), ("training", "test"))
     found.refuse_unknown_lists()
     training, val, test = ([_pair(found, images, key) for images in found.pairs(key)] for key in _PAIR_LISTS)
     found.raise_for_missing()
@@ -185,7 +166,8 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
     return dataset
 
 
-def _find_json(root: Path, task: str | None) -> Path:
+def find_json(root: Path, task: str | None) -> Path:
+    """The ``<NAME>_dataset.json`` of a task, or the only one."""
     names = sorted(path.name for path in root.glob("*_dataset.json"))
     if task is not None:
         if f"{task}_dataset.json" not in names:
@@ -233,8 +215,7 @@ def _annotations(found: Learn2RegLists, images: Mapping[str, str], word: str, ma
         if named:
             logger.warning("%s of %s are named but not there", word, " and ".join(map(scan_name, images.values())))
         return {}
-    absent = [images[role] for role in _ROLES if role not in entries]
-    if absent:
+    if absent := [images[role] for role in _ROLES if role not in entries]:
         raise ValueError(
             f"{found.file}: {absent[0]!r} has no {word!r} although the other scan of its pair has one; name it in the "
             "list of scans."
@@ -243,15 +224,7 @@ def _annotations(found: Learn2RegLists, images: Mapping[str, str], word: str, ma
 
 
 class Learn2RegLists:
-    """The lists of one JSON file. File names are normalised: ``"imagesTr/NLST_0001_0000.nii.gz"``.
-
-    Args:
-        file: the ``<NAME>_dataset.json``.
-        scan_lists: the lists of scans to read; ``scans`` then has, by image, the files named beside each.
-
-    Raises:
-        ValueError: When the file is no JSON object, or one of its lists is malformed.
-    """
+    """The lists of one JSON file, checked. ``scans`` has, by image, the files named beside each in ``scan_lists``."""
 
     def __init__(self, file: Path, scan_lists: Sequence[str]) -> None:
         self.file = file
@@ -262,9 +235,8 @@ class Learn2RegLists:
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{file} is not valid JSON ({e}); download it again.") from e
         if not isinstance(self.content, dict):
-            raise ValueError(
-                f"{file} must hold an object with the lists {_PAIR_LISTS}, got {type(self.content).__name__}."
-            )
+            came = type(self.content).__name__
+            raise ValueError(f"{file} must hold an object with the lists {_PAIR_LISTS}, got {came}.")
         for key in _KNOWN_LISTS:
             if not isinstance(self.content.get(key, []), list):
                 raise ValueError(f"{file}: {key!r} must be a list, got {type(self.content[key]).__name__}.")
@@ -272,8 +244,7 @@ class Learn2RegLists:
         for where, entry in (item for key in scan_lists for item in self._entries(key)):
             if "image" not in entry:
                 raise ValueError(f"{where} must have the key 'image', it has {sorted(entry)}.")
-            unknown = sorted(set(entry) - {"image", *_ANNOTATIONS})
-            if unknown:
+            if unknown := sorted(set(entry) - {"image", *_ANNOTATIONS}):
                 raise ValueError(
                     f"{where} has the unknown key(s) {unknown}; expected 'image' and perhaps {list(_ANNOTATIONS)}. "
                     "Correct the name or remove the key."
@@ -301,15 +272,13 @@ class Learn2RegLists:
                 "lists and cannot be read here."
             )
 
-    def _entries(self, key: str) -> list[tuple[str, dict[str, str]]]:
+    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, str]]]:
         """The entries of a list with their places, for messages."""
-        entries = []
         for i, entry in enumerate(self.content.get(key, [])):
             where = f"{self.file}: {key}[{i}]"
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 raise ValueError(f"{where} must be an object of file names, got {entry!r}.")
-            entries.append((where, entry))
-        return entries
+            yield where, entry
 
     def pairs(self, key: str) -> list[dict[str, str]]:
         """The fixed and the moving image of each pair of a list."""
@@ -358,10 +327,10 @@ def _not_empty(pairs: Sequence[Any], part: str) -> Sequence[Any]:
 def keep_annotations(
     pairs: Sequence[Mapping[str, Any]], keys: Sequence[str] | None = None, part: str = "training"
 ) -> list[dict[str, Any]]:
-    """The pairs with those of their masks, keypoints and labels that are needed, so that no others are read and kept.
+    """The pairs with only those masks, keypoints and labels that are needed, so that no others are read.
 
     Args:
-        pairs: pairs as of :py:meth:`Learn2RegDataset.split`.
+        pairs: a part of :py:meth:`Learn2RegDataset.split`.
         keys: the files needed, such as ``"fixed_mask"``. Defaults to None: masks and keypoints, which are scored.
         part: what the pairs are for, for the error. Defaults to ``"training"``.
 
@@ -369,11 +338,9 @@ def keep_annotations(
         ValueError: When a key is no such file, there is no pair, or one has not all of them.
     """
     keys = [k for k in _ANNOTATION_KEYS if not k.endswith("_label")] if keys is None else keys
-    unknown = sorted(set(keys) - set(_ANNOTATION_KEYS))
-    if unknown:
+    if unknown := sorted(set(keys) - set(_ANNOTATION_KEYS)):
         raise ValueError(f"keys has {unknown}; expected some of {list(_ANNOTATION_KEYS)}.")
+    _not_empty(pairs, part)
     for key in keys:
-        refuse_lacking(_not_empty(pairs, part), part, key)
-    return [
-        {k: v for k, v in pair.items() if k in keys or k not in _ANNOTATION_KEYS} for pair in _not_empty(pairs, part)
-    ]
+        refuse_lacking(pairs, part, key)
+    return [{k: v for k, v in pair.items() if k in keys or k not in _ANNOTATION_KEYS} for pair in pairs]

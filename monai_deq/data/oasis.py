@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS, check_spatial_dims, label_set
-from monai_deq.data.learn2reg import Learn2RegLists, scan_name
+from monai_deq.data.learn2reg import Learn2RegLists, find_json, scan_name
 from monai_deq.data.pairs import pair_indices
 from monai_deq.data.sample_cohorts import is_sample, sample_dataset_dir, write_sample_cohort
-from monai_deq.data.split import Parts, checked_split, dataset_folder, shorten, split_items
+from monai_deq.data.split import Items, Lists, Parts, dataset_folder, shorten, split_items
 
 __all__ = ["OasisDataset", "find_oasis"]
 
@@ -45,20 +44,13 @@ class OasisDataset:
         root: the folder.
         subjects: every subject, in the order of the data set's own list.
         label_names: names of the label numbers.
-        training: Learn2Reg: the official training subjects, without those of the two pair lists below (the official
-            list names the validation subjects too).
-        registration_val: Learn2Reg: the official validation pairs, ``{"fixed": subject, "moving": subject}``.
-        registration_test: Learn2Reg: the official test pairs; their segmentations are not public.
     """
 
     layout: str
     spatial_dims: int
     root: Path
-    subjects: list[dict[str, Any]]
+    subjects: Items
     label_names: dict[int, str]
-    training: list[dict[str, Any]] = field(default_factory=list)
-    registration_val: list[dict[str, dict[str, Any]]] = field(default_factory=list)
-    registration_test: list[dict[str, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def is_sample(self) -> bool:
@@ -75,24 +67,17 @@ class OasisDataset:
         return label_set(name, self.spatial_dims)
 
     def split(
-        self,
-        sizes: Sequence[int | None] | None = None,
-        lists: Mapping[str, Sequence[str | int]] | None = None,
-        require_labels: bool = True,
+        self, sizes: Sequence[int | None] | None = None, lists: Lists | None = None, require_labels: bool = True
     ) -> Parts:
-        """Split the subjects into training, validation and test.
+        """Split the subjects into training, validation and test. That one is in several parts is logged.
 
         Args:
-            sizes: number of subjects for training, validation and test, taken in the data set's order. One of them may
-                be None: all that remain. Defaults to None: the paper's (300, 30, 84), of slices (300, 30, None), of
-                the synthetic sample cohort (10, 2, None).
-            lists: explicit subjects instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: full
-                names, or the four digits in them (``"0001"`` or 1). A part left out is empty. A subject may be in
-                several parts if it is listed in each; that is logged.
+            sizes: number of subjects for each part, taken in the data set's order. One may be None: all that remain.
+                Defaults to None: the paper's (300, 30, 84), of slices (300, 30, None), of the synthetic sample cohort
+                (10, 2, None).
+            lists: subjects instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names, or the four
+                digits in them (``"0001"`` or 1). A part left out is empty.
             require_labels: refuse validation and test subjects without a segmentation. Defaults to True.
-
-        Returns:
-            The subjects under ``"training"``, ``"validation"`` and ``"test"``.
 
         Raises:
             ValueError: When there are too few subjects, a listed one does not exist, or a segmentation is missing.
@@ -100,19 +85,13 @@ class OasisDataset:
         if sizes is None:
             sizes = _SAMPLE if self.is_sample else _PAPER[self.spatial_dims]
         where = f"with {self.spatial_dims}-D images in {str(self.root)!r}"
-        split = split_items(self.subjects, "subject", where, sizes, lists)
-        return checked_split(split, "subject", ("label", "segmentations", "require_labels") if require_labels else None)
+        required = ("label", "segmentations", "require_labels") if require_labels else None
+        return split_items(self.subjects, "subject", where, sizes, lists, required)
 
-    def test_pairs(
-        self, sizes: Sequence[int | None] | None = None, lists: Mapping[str, Sequence[str | int]] | None = None
-    ) -> list[dict[str, Any]]:
+    def test_pairs(self, sizes: Sequence[int | None] | None = None, lists: Lists | None = None) -> Items:
         """
         The cyclic pairs of the test part as files to register, see :py:func:`monai_deq.data.pairs_to_register`.
-        Segmentations are not needed.
-
-        Args:
-            sizes: see :py:meth:`split`.
-            lists: see :py:meth:`split`.
+        Segmentations are not needed. Arguments as in ``split``.
         """
         subjects = self.split(sizes, lists, require_labels=False)["test"]
         items = []
@@ -130,9 +109,6 @@ def find_oasis(dataset_dir: str | Path | None = None, spatial_dims: int = 3) -> 
         dataset_dir: folder in the neurite-OASIS or the Learn2Reg OASIS layout. Defaults to None: the synthetic sample
             cohort.
         spatial_dims: 3 for the volumes, 2 for the coronal slices (neurite-OASIS only). Defaults to 3.
-
-    Returns:
-        The subjects and, for Learn2Reg, the official lists.
 
     Raises:
         FileNotFoundError: When the folder is missing, holds neither layout, or misses files that its lists name.
@@ -202,59 +178,31 @@ def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
 def _find_learn2reg(root: Path, spatial_dims: int) -> OasisDataset:
     if spatial_dims != 3:
         raise ValueError(f"{str(root)!r} is in the Learn2Reg layout, which holds 3-D images only; set spatial_dims=3.")
-    names = sorted(path.name for path in root.glob("*_dataset.json"))
-    if "OASIS_dataset.json" in names:
-        names = ["OASIS_dataset.json"]
-    if len(names) != 1:
-        raise FileNotFoundError(
-            f"{str(root)!r} must hold one OASIS_dataset.json (Learn2Reg layout); found {shorten(names) or 'none'}."
-        )
-    found = Learn2RegLists(root / names[0], ("training",))
+    only_one = len(list(root.glob("*_dataset.json"))) == 1
+    found = Learn2RegLists(find_json(root, None if only_one else "OASIS"), ("training",))
     required = ("training", "registration_val")
     missing = [key for key in required if key not in found.content]
     if missing:
         raise ValueError(
             f"{found.file} must hold the lists {required}; missing {missing}, it holds {sorted(found.content)}."
         )
-    subjects: dict[str, dict[str, Any]] = {}
-
-    def subject(image: str) -> dict[str, Any]:
-        if image not in subjects:
-            label = found.beside(image, "label")
-            for file in filter(None, (image, label)):
-                if not re.match(r"OASIS_\d", PurePosixPath(file).name):
-                    raise ValueError(f"{found.file} names {file!r}; expected an OASIS image (OASIS_NNNN_0000.nii.gz).")
-            # a pair names images only, and the segmentations of the test images are not public
-            if label and "label" not in found.scans.get(image, {}) and not (root / label).is_file():
-                label = None
-            subjects[image] = {
-                "subject": re.sub(r"_0000$", "", scan_name(image)),
-                "image": found.existing(image),
-                "label": label and found.existing(label),
-            }
-        return subjects[image]
-
-    training = [subject(image) for image in found.scans]
-    val_pairs, test_pairs = (
-        [{role: subject(image) for role, image in pair.items()} for pair in found.pairs(key)]
-        for key in ("registration_val", "registration_test")
-    )
+    pairs = [pair for key in ("registration_val", "registration_test") for pair in found.pairs(key)]
+    subjects: Items = []
+    for image in dict.fromkeys([*found.scans, *(image for pair in pairs for image in pair.values())]):
+        label = found.beside(image, "label")
+        for file in filter(None, (image, label)):
+            if not re.match(r"OASIS_\d", PurePosixPath(file).name):
+                raise ValueError(f"{found.file} names {file!r}; expected an OASIS image (OASIS_NNNN_0000.nii.gz).")
+        # a pair names images only, and the segmentations of the test images are not public
+        if label and "label" not in found.scans.get(image, {}) and not (root / label).is_file():
+            label = None
+        name = re.sub(r"_0000$", "", scan_name(image))
+        subjects.append({"subject": name, "image": found.existing(image), "label": label and found.existing(label)})
     found.raise_for_missing()
-    names = [s["subject"] for s in subjects.values()]
+    names = [s["subject"] for s in subjects]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"{found.file} names two images of one subject: {shorten([n for n in names if names.count(n) > 1])}."
-        )
-    held_out = {s["subject"] for pair in (*val_pairs, *test_pairs) for s in pair.values()}
-    kept = [s for s in training if s["subject"] not in held_out]
-    logger.info(
-        "Learn2Reg OASIS in %s: %d subjects, %d with a segmentation; %d for training (the list names %d, less those of "
-        "the pairs), %d validation pairs, %d test pairs",
-        root,
-        len(subjects),
-        sum(s["label"] is not None for s in subjects.values()),
-        *map(len, (kept, training, val_pairs, test_pairs)),
-    )
-    return OasisDataset(
-        "Learn2Reg OASIS", 3, root, list(subjects.values()), dict(SEG35_LABELS), kept, val_pairs, test_pairs
-    )
+        twice = shorten([n for n in names if names.count(n) > 1])
+        raise ValueError(f"{found.file} names two images of one subject: {twice}.")
+    labelled = sum(s["label"] is not None for s in subjects)
+    logger.info("Learn2Reg OASIS in %s: %d subjects, %d with a segmentation", root, len(subjects), labelled)
+    return OasisDataset("Learn2Reg OASIS", 3, root, subjects, dict(SEG35_LABELS))

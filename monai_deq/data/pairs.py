@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs: those of scan files to register, and the data sets of loaded pairs."""
+"""Pairs of images: data sets of loaded ones, samplers, and what there is to register."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from monai.data import list_data_collate
-from torch.utils.data import Dataset
+from monai.data import DataLoader, list_data_collate
+from torch.utils.data import Dataset, Sampler
 
 from monai_deq.data.grid import check_same_grid
+from monai_deq.utils import process_count, process_rank
 
-__all__ = ["GivenPairDataset", "PairDataset", "collate_annotated_pairs", "pair_indices", "pairs_to_register"]
+__all__ = [
+    "SEED_FACTOR",
+    "GivenPairDataset",
+    "GivenPairSampler",
+    "PairDataset",
+    "PairSampler",
+    "RandomPairSampler",
+    "ShardSampler",
+    "collate_annotated_pairs",
+    "pair_indices",
+    "pairs_to_register",
+    "shard_loader",
+]
 
 _FILES = ("fixed", "moving", "moving_label", "initial_ddf")
 _POINTS = ("fixed_keypoints", "moving_keypoints")
 
 
 class MapDataset(Sized, Protocol):
-    """A map-style data set of loaded subjects or pairs, such as MONAI's ``CacheDataset`` or ``PersistentDataset``."""
+    """A map-style data set of loaded subjects or pairs, such as MONAI's ``CacheDataset``."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
@@ -60,12 +74,11 @@ class PairDataset(Dataset):
     is done to a pair in place does not reach a cache behind the subject data set.
 
     Args:
-        dataset: subjects after loading, dictionaries with ``"subject"``, ``image_key`` and perhaps ``label_key``;
+        dataset: subjects after loading, dictionaries with ``"subject"``, ``"image"`` and perhaps ``label_key``;
             images are ``(C, *spatial)``.
         pairs: what an integer index means: a list of ``(fixed, moving)`` subject indices, or a scheme of
             :py:func:`pair_indices`. Defaults to ``"all"`` ordered pairs.
         transform: applied to each pair. Defaults to None.
-        image_key: key of the image in a subject. Defaults to ``"image"``.
         label_key: key of the segmentation in a subject; None leaves segmentations out, which a batch of several pairs
             needs where only some subjects have one. Defaults to ``"label"``.
 
@@ -78,12 +91,10 @@ class PairDataset(Dataset):
         dataset: MapDataset,
         pairs: Sequence[tuple[int, int]] | str | None = None,
         transform: Callable[[dict[str, Any]], Any] | None = None,
-        image_key: str = "image",
         label_key: str | None = "label",
     ) -> None:
         self.dataset = dataset
         self.transform = transform
-        self.image_key = image_key
         self.label_key = label_key
         if pairs is None or isinstance(pairs, str):
             self.pairs = pair_indices(len(dataset), pairs or "all")
@@ -113,8 +124,8 @@ class PairDataset(Dataset):
         pair = self._check(index) if isinstance(index, Sequence) else self.pairs[index]
         fixed, moving = self.dataset[pair[0]], self.dataset[pair[1]]
         names = [str(s.get("subject", i)) for s, i in zip((fixed, moving), pair, strict=True)]
-        check_same_grid(fixed[self.image_key], moving[self.image_key], *(f"subject {n}" for n in names))
-        item = {"fixed": fixed[self.image_key].clone(), "moving": moving[self.image_key].clone()}
+        check_same_grid(fixed["image"], moving["image"], *(f"subject {n}" for n in names))
+        item = {"fixed": fixed["image"].clone(), "moving": moving["image"].clone()}
         if self.label_key is not None and all(s.get(self.label_key) is not None for s in (fixed, moving)):
             item["fixed_label"] = fixed[self.label_key].clone()
             item["moving_label"] = moving[self.label_key].clone()
@@ -123,13 +134,10 @@ class PairDataset(Dataset):
 
 
 class GivenPairDataset(Dataset):
-    """
-    Pairs that a data set gives, such as inhale and exhale scan of one person. Tensors are copies, as in
-    :py:class:`PairDataset`.
+    """Pairs that a data set gives, such as inhale and exhale scan of one person. Tensors are copies.
 
     Args:
-        dataset: pairs after loading, dictionaries such as
-            :py:func:`monai_deq.transforms.load_annotated_pair_transforms` gives them.
+        dataset: pairs as :py:func:`monai_deq.transforms.load_annotated_pair_transforms` loads them.
     """
 
     def __init__(self, dataset: MapDataset) -> None:
@@ -146,16 +154,160 @@ class GivenPairDataset(Dataset):
 
 
 def collate_annotated_pairs(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """
-    A batch of pairs whose keypoints differ in number: they become lists of tensors, all else what MONAI's
-    ``list_data_collate`` makes of it.
-
-    Args:
-        batch: pairs, perhaps with ``"fixed_keypoints"`` and ``"moving_keypoints"``.
-    """
+    """A batch of pairs by MONAI's ``list_data_collate``, but keypoints, whose number differs, as lists of tensors."""
     points = {key: [pair[key] for pair in batch] for key in _POINTS if all(key in pair for pair in batch)}
     rest = [{key: value for key, value in pair.items() if key not in points} for pair in batch]
     return {**list_data_collate(rest), **points}
+
+
+# keeps (seed, epoch) and (seed + 1, epoch - 1) apart in the one number that a generator takes: large and odd
+SEED_FACTOR = 0x9E3779B97F4A7C15
+
+
+Count = int | None
+
+
+def _replicas(num_replicas: Count, rank: Count) -> tuple[int, int]:
+    """Number of processes and of this one, by default those of the process group."""
+    num_replicas = process_count() if num_replicas is None else num_replicas
+    rank = process_rank() if rank is None else rank
+    if num_replicas < 1 or not 0 <= rank < num_replicas:
+        raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
+    return num_replicas, rank
+
+
+class PairSampler(Sampler, ABC):
+    """Base of the samplers that draw a number of pairs for each epoch, the same for the same seed and epoch.
+
+    Neither the global random state nor the number of workers matters. Call :py:meth:`set_epoch` before each epoch, as
+    with ``torch.utils.data.DistributedSampler``; every replica draws the same list and keeps every
+    ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
+
+    Args:
+        pairs_per_epoch: pairs that one epoch draws over all replicas, rounded up to a multiple of their number.
+        seed: seed of the draws. Defaults to 0.
+        num_replicas: number of processes that share the epoch. Defaults to None: those of the process group.
+        rank: number of this process. Defaults to None: that in the process group.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None) -> None:
+        self.num_replicas, self.rank = _replicas(num_replicas, rank)
+        if pairs_per_epoch < 1:
+            raise ValueError(f"pairs_per_epoch must be positive, got {pairs_per_epoch}.")
+        # unequal shares would leave one process waiting for the others at the end of the epoch
+        self.pairs_per_epoch = -(-pairs_per_epoch // self.num_replicas) * self.num_replicas
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose pairs the next iteration draws; counts from 0."""
+        self.epoch = int(epoch)
+
+    def __len__(self) -> int:
+        """Number of pairs that this replica gives in an epoch."""
+        return self.pairs_per_epoch // self.num_replicas
+
+    @abstractmethod
+    def _draw_all(self, generator: torch.Generator) -> list[Any]:
+        """The pairs of an epoch over all replicas."""
+
+    def draw(self, epoch: int) -> list[Any]:
+        """What this replica gives in an epoch."""
+        generator = torch.Generator().manual_seed((self.seed * SEED_FACTOR + epoch) % 2**63)
+        return self._draw_all(generator)[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.draw(self.epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws of all replicas depend on, beside the epoch."""
+        return {"seed": self.seed, "num_replicas": self.num_replicas, "draws": len(self)}
+
+
+class RandomPairSampler(PairSampler):
+    """Ordered pairs of two different subject indices out of ``num_subjects``, at least 2, fresh for each epoch.
+
+    The other arguments and errors are those of :py:class:`PairSampler`.
+    """
+
+    def __init__(
+        self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
+    ) -> None:
+        if num_subjects < 2:
+            raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
+        super().__init__(pairs_per_epoch, seed, num_replicas, rank)
+        self.num_subjects = num_subjects
+
+    def _draw_all(self, generator: torch.Generator) -> list[tuple[int, int]]:
+        fixed = torch.randint(self.num_subjects, (self.pairs_per_epoch,), generator=generator)
+        step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
+        moving = (fixed + step) % self.num_subjects
+        return [(f, m) for f, m in torch.stack([fixed, moving], dim=1).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_subjects": self.num_subjects, **super().state_dict()}
+
+
+class GivenPairSampler(PairSampler):
+    """Indices out of ``num_pairs`` given pairs: all in a fresh order, then all in another one, until the epoch is full.
+
+    The other arguments and errors are those of :py:class:`PairSampler`.
+    """
+
+    def __init__(
+        self, num_pairs: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
+    ) -> None:
+        if num_pairs < 1:
+            raise ValueError(f"There must be a pair to draw, got num_pairs={num_pairs}.")
+        super().__init__(pairs_per_epoch, seed, num_replicas, rank)
+        self.num_pairs = num_pairs
+
+    def _draw_all(self, generator: torch.Generator) -> list[int]:
+        passes = -(-self.pairs_per_epoch // self.num_pairs)
+        orders = [torch.randperm(self.num_pairs, generator=generator) for _ in range(passes)]
+        return torch.cat(orders)[: self.pairs_per_epoch].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_pairs": self.num_pairs, **super().state_dict()}
+
+
+class ShardSampler(Sampler[int]):
+    """The items of a data set in their order, each in one process: the first process has the first ones, and so on.
+
+    Nothing is repeated to make the shares equal, which would count some items twice: they differ by one batch at most,
+    and where there are more processes than batches some have none, see
+    :py:class:`monai_deq.engines.RegistrationEvaluator`.
+
+    Args:
+        num_items: number of items.
+        batch_size: of the loader; no batch is divided, so that they are those of one process. Defaults to 1.
+        num_replicas: number of processes. Defaults to None: those of the process group.
+        rank: number of this process. Defaults to None: that in the process group.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    def __init__(self, num_items: int, batch_size: int = 1, num_replicas: Count = None, rank: Count = None) -> None:
+        if num_items < 0 or batch_size < 1:
+            raise ValueError(
+                f"num_items must not be negative and batch_size at least 1, got {num_items} and {batch_size}."
+            )
+        num_replicas, rank = _replicas(num_replicas, rank)
+        each, more = divmod(-(-num_items // batch_size), num_replicas)
+        begin = rank * each + min(rank, more)
+        end = begin + each + int(rank < more)
+        self.indices = range(min(begin * batch_size, num_items), min(end * batch_size, num_items))
+
+    def __len__(self) -> int:
+        """Number of items of this process."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
 
 
 def pairs_to_register(
@@ -168,18 +320,18 @@ def pairs_to_register(
     split_sizes: Sequence[int | None] | str | None = None,
     split_lists: Mapping[str, Sequence[str | int]] | None = None,
 ) -> list[dict[str, Any]]:
-    """
-    What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
+    """What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
+
+    All arguments but the first default to none.
 
     Args:
         find_dataset: gives the data set; called only where neither scans nor a list are given.
-        fixed: file of the fixed scan. Defaults to none.
-        moving: file of the moving scan. Defaults to none.
-        moving_label: label map of the moving scan, to be warped with it. Defaults to none.
-        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it. Defaults
-            to none.
+        fixed: file of the fixed scan.
+        moving: file of the moving scan.
+        moving_label: label map of the moving scan, to be warped with it.
+        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it.
         pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
-            ``"initial_ddf"``. Relative files are relative to the list. Defaults to none.
+            ``"initial_ddf"``. Relative files are relative to the list.
         split_sizes: see ``split`` of the data set.
         split_lists: see ``split`` of the data set.
 
@@ -250,3 +402,16 @@ def _listed(path: Path) -> list[dict[str, Any]]:
             )
         items[names] = item
     return list(items.values())
+
+
+def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
+    """
+    MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`.
+
+    Args:
+        dataset: the data set.
+        batch_size: of the loader. Defaults to 1.
+        num_workers: of the loader. Defaults to 0.
+    """
+    sampler = ShardSampler(len(dataset), batch_size)  # type: ignore[arg-type]
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, num_workers=num_workers)

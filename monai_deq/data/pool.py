@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from monai_deq.data.pairs import GivenPairDataset, PairDataset
-from monai_deq.data.samplers import SEED_FACTOR, PairSampler
+from monai_deq.data.pairs import SEED_FACTOR, GivenPairDataset, PairDataset, PairSampler
 from monai_deq.utils import gather_to_first, process_count, process_rank
 
 __all__ = ["PooledDataset", "PooledIndex", "PooledSampler", "StatePool"]
@@ -26,8 +25,7 @@ def _checked_slots(slots: int) -> int:
 
 
 class PooledIndex(NamedTuple):
-    """
-    A pair and where its state is kept, see :py:class:`monai_deq.data.StatePool`.
+    """A pair and where its state is kept, see :py:class:`StatePool`.
 
     Args:
         pair: what a :py:class:`PairSampler` draws: ``(fixed, moving)`` subject indices, or the index of a given pair.
@@ -41,14 +39,12 @@ class PooledIndex(NamedTuple):
 
 
 class PooledSampler(Sampler[PooledIndex]):
-    """
-    The pairs of another sampler, staying in a number of slots. Each draw takes a slot by chance; with the probability
-    ``renewal`` its pair makes room for a fresh one, and otherwise the training goes on with it. A pair is so trained on
-    ``1 / renewal`` times in the mean, whatever the number of slots; with a renewal of 1 the pairs are those of the
-    other sampler. A given pair may be in several slots at a time, each with a state of its own.
+    """The pairs of another sampler, staying in a number of slots.
 
-    The draws depend on the seed, the epoch and the rank alone; those of the epochs before are repeated within, so that
-    a resumed training goes on with the same pairs. Each process has slots and pairs of its own.
+    Each draw takes a slot by chance; with the probability ``renewal`` its pair makes room for a fresh one. A pair is so
+    trained on ``1 / renewal`` times in the mean; with a renewal of 1 the pairs are those of the other sampler. Draws
+    depend on seed, epoch and rank alone, so that a resumed training goes on with the same pairs; each process has slots
+    of its own.
 
     Args:
         sampler: :py:class:`RandomPairSampler` or :py:class:`GivenPairSampler`.
@@ -101,11 +97,7 @@ class PooledSampler(Sampler[PooledIndex]):
         return {"slots": self.slots, "starts": 1, "renewal": self.renewal, **self.sampler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """
-        Make sure that a resumed training goes on with the draws that it began with.
-
-        Args:
-            state: what :py:meth:`state_dict` returned.
+        """Make sure that a resumed training goes on with the draws that it began with.
 
         Raises:
             ValueError: When they are others.
@@ -118,11 +110,9 @@ class PooledSampler(Sampler[PooledIndex]):
 
 
 class PooledDataset(Dataset):
-    """
-    A data set of pairs for the indices of a :py:class:`PooledSampler`: an item has ``"slot"`` and ``"ticket"`` besides.
+    """A :py:class:`PairDataset` or :py:class:`GivenPairDataset` for the indices of a :py:class:`PooledSampler`.
 
-    Args:
-        dataset: :py:class:`PairDataset` or :py:class:`GivenPairDataset`.
+    An item has ``"slot"`` and ``"ticket"`` besides.
     """
 
     def __init__(self, dataset: PairDataset | GivenPairDataset) -> None:
@@ -140,17 +130,14 @@ class PooledDataset(Dataset):
 
 
 class StatePool:
-    """
-    Where the solver stands with each of a number of pairs.
+    """Where the solver stands with each of a number of pairs.
 
-    A training that always starts from zero sees the first steps of the iteration only. With a pool it goes on from the
-    displacement where the iteration of a pair stood when it was last drawn, and writes back where it came to: the
-    network is trained on states hundreds of steps old at the price of a few steps each time.
+    A training goes on from the displacement where a pair stood when it was last drawn, and writes back where it came
+    to: the network is trained on states hundreds of steps old at the price of a few steps each time.
 
     A slot holds the displacement of one visit of one pair, known by its ``ticket``, a number that grows whenever the
-    slot is given to another pair; a displacement of an older ticket is neither handed out nor taken. So it does not
-    matter how far a data loader with workers runs ahead. Each process keeps its own pool; a checkpoint has those of all
-    processes, one behind the other. The displacements are float32, one array of ``(slots, ndim, *spatial)``.
+    slot is given to another pair; one of an older ticket is neither handed out nor taken, so that a data loader may run
+    ahead. The displacements are float32, one array of ``(slots, ndim, *spatial)`` in each process.
 
     Args:
         slots: number of slots. Defaults to 32.
@@ -207,8 +194,7 @@ class StatePool:
         return self._states is not None and self.tickets[slot] == ticket
 
     def get(self, slots: Sequence[int], tickets: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """
-        Where to go on from with a batch of pairs.
+        """Where to go on from with a batch of pairs,.
 
         Args:
             slots: slot of each pair.
@@ -228,9 +214,9 @@ class StatePool:
         return ddf.to(like.device)
 
     def put(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> None:
-        """
-        Keep where a batch of pairs stands. One that is lost, not finite or with a displacement longer than the image,
-        is let go: its pair starts anew when it is next met.
+        """Keep where a batch of pairs stands.
+
+        One that is lost, not finite or with a displacement longer than the image, is let go: its pair starts anew.
 
         Args:
             slots: slot of each pair.
@@ -255,10 +241,9 @@ class StatePool:
                 self.tickets[slot] = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        What a resumed training goes on with. Displacements in a file are left out: they are too large for a
-        checkpoint, and their pairs start anew. Of several processes all must call it, and the first one gets the slots
-        of all, those of the others behind its own.
+        """What a resumed training goes on with; without displacements in a file, which are too large for a checkpoint.
+
+        Of several processes all must call it, and the first one gets the slots of all, one behind the other.
         """
         tickets, states = torch.tensor([-1] * self.slots), torch.zeros(0)
         if self._states is not None and self.folder is None:
@@ -272,9 +257,7 @@ class StatePool:
         return {"tickets": torch.cat([part for part, _ in parts]), "states": torch.cat(blocks) if blocks else states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """
-        Args:
-            state: what :py:meth:`state_dict` returned; of several processes each takes its own slots.
+        """Go on with what :py:meth:`state_dict` returned; of several processes each takes its own slots.
 
         Raises:
             ValueError: When the number of slots, over all processes, is another.

@@ -11,13 +11,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTS", "Parts", "checked_split", "dataset_folder", "part_of", "refuse_lacking", "shorten", "split_items"]
+__all__ = ["Items", "Lists", "Parts", "dataset_folder", "part_of", "refuse_lacking", "shorten", "split_items"]
 
 logger = logging.getLogger("monai_deq")
 
 PARTS = ("training", "validation", "test")
 
-Parts = dict[str, list[dict[str, Any]]]
+Items = list[dict[str, Any]]
+Parts = dict[str, Items]
+Lists = Mapping[str, Sequence[str | int]]
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
@@ -27,89 +29,92 @@ def shorten(names: Sequence[str], most: int = 5) -> str:
 
 
 def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: Callable[[], Path]) -> Path:
-    """The folder of a data set; where none is given, that of a synthetic cohort, written at the first use.
-
-    Args:
-        dataset_dir: the folder; None or empty for the synthetic cohort.
-        expected: what should be in it, for messages.
-        write_sample: writes the synthetic cohort where it is not there yet, and returns its folder.
+    """The folder of a data set, checked; where none is given, that of the sample cohort that ``write_sample`` writes.
 
     Raises:
-        FileNotFoundError: When there is no such folder.
+        FileNotFoundError: When there is no such folder; the message says what is ``expected`` in it.
     """
     if dataset_dir is None or str(dataset_dir) == "":
         root = write_sample()
-        logger.info(
-            "no data set given: using the SYNTHETIC sample cohort in %s; for real data give --dataset_dir (%s)",
-            root,
-            expected,
-        )
+        message = "no data set given: using the SYNTHETIC sample cohort in %s; for real data give --dataset_dir (%s)"
+        logger.info(message, root, expected)
         return root
     root = Path(dataset_dir).expanduser()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(
-            f"dataset_dir {str(root)!r} {what}; expected the folder of {expected}. Leave it out to use the synthetic "
-            "sample cohort."
+            f"dataset_dir {str(root)!r} {what}; expected the folder of {expected}, or none for the sample cohort."
         )
     return root
 
 
 def split_items(
-    items: Sequence[dict[str, Any]],
+    items: Items,
     thing: str,
     where: str,
-    sizes: Sequence[int | None],
-    lists: Mapping[str, Sequence[str | int]] | None = None,
+    sizes: Sequence[int | None] | Parts,
+    lists: Lists | None = None,
+    required: tuple[str, str, str] | None = None,
 ) -> Parts:
-    """Split the items of a data set into training, validation and test.
+    """Split the items of a data set into training, validation and test, and log what is in several of them.
 
     Args:
         items: subjects or pairs; ``item[thing]`` is the name.
         thing: ``"subject"`` or ``"case"``; several items may be of one case.
         where: what was found in what folder, to follow "the 8" in a message.
-        sizes: number of items for training, validation and test, taken in order; one may be None: all that remain.
+        sizes: number of items for each part, taken in order; one may be None: all that remain. Or the parts themselves.
         lists: names for each part instead of sizes, or the four digits in them (``"0001"`` or 1).
+        required: what validation and test items need: the key, what to call it, and the option that needs it.
 
     Raises:
-        ValueError: When sizes or lists are malformed, there are too few items, or a listed one does not exist.
+        ValueError: When sizes or lists are malformed, there are too few items, a listed one does not exist, or one
+            lacks what is required.
     """
     if lists is not None:
-        return _by_lists(items, thing, where, lists)
-    if isinstance(sizes, str) or len(sizes) != len(PARTS):
-        raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {sizes!r}.")
-    for size in sizes:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ValueError(f"sizes must be non-negative integers or None, got {list(sizes)}.")
-    if sum(size is None for size in sizes) > 1:
-        raise ValueError(f"at most one of sizes may be None (all that remain), got {list(sizes)}.")
-    found, things = len(items), f"{thing}s"
-    remain = found - sum(size for size in sizes if size is not None)
-    if remain < 0 or (remain == 0 and None in sizes):
-        raise ValueError(
-            f"sizes {list(sizes)} (training, validation, test) need more {things} than the {found} {where}. Name sizes "
-            "that fit, in the order training, validation, test; one may be None (null in JSON) for all that remain; "
-            f"or name the {things} by `lists`."
-        )
-    if None in sizes:
-        takes = PARTS[list(sizes).index(None)]
-        logger.info("sizes %s of %d %s: %s takes the remaining %d", list(sizes), found, things, takes, remain)
-    elif remain:
-        logger.info("sizes %s of %d %s: the last %d are not used", list(sizes), found, things, remain)
-    split: Parts = {}
-    for part, size in zip(PARTS, sizes, strict=True):
-        start = sum(map(len, split.values()))
-        split[part] = list(items[start : start + (remain if size is None else size)])
+        split = _by_lists(items, thing, where, lists)
+    else:
+        split = sizes if isinstance(sizes, dict) else _by_sizes(items, thing, where, sizes)
+    if required:
+        key, what, option = required
+        for part in PARTS[1:]:
+            advice = f" Choose other {thing}s by `lists`, or set {option}=False."
+            refuse_lacking(split[part], part, key, what, advice)
+    for a, b in combinations(PARTS, 2):
+        both = sorted({item[thing] for item in split[a]} & {item[thing] for item in split[b]})
+        if both:
+            logger.warning("%d %s(s) are in both %s and %s: %s", len(both), thing, a, b, shorten(both))
     return split
 
 
-def _by_lists(
-    items: Sequence[dict[str, Any]], thing: str, where: str, lists: Mapping[str, Sequence[str | int]]
-) -> Parts:
+def _by_sizes(items: Items, thing: str, where: str, sizes: Sequence[int | None]) -> Parts:
+    if isinstance(sizes, str) or len(sizes) != len(PARTS):
+        raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {sizes!r}.")
+    if any(size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0) for size in sizes):
+        raise ValueError(f"sizes must be non-negative integers or None, got {list(sizes)}.")
+    if sum(size is None for size in sizes) > 1:
+        raise ValueError(f"at most one of sizes may be None (all that remain), got {list(sizes)}.")
+    remain = len(items) - sum(size for size in sizes if size is not None)
+    if remain < 0 or (remain == 0 and None in sizes):
+        raise ValueError(
+            f"sizes {list(sizes)} (training, validation, test) need more {thing}s than the {len(items)} {where}. Name "
+            "sizes that fit, in the order training, validation, test; one may be None (null in JSON) for all that "
+            f"remain; or name the {thing}s by `lists`."
+        )
+    if None in sizes or remain:
+        took = f"{PARTS[list(sizes).index(None)]} takes the remaining" if None in sizes else "not used are the last"
+        logger.info("sizes %s of %d %ss: %s %d", list(sizes), len(items), thing, took, remain)
+    split: Parts = {}
+    for part, size in zip(PARTS, sizes, strict=True):
+        start = sum(map(len, split.values()))
+        split[part] = items[start : start + (remain if size is None else size)]
+    return split
+
+
+def _by_lists(items: Items, thing: str, where: str, lists: Lists) -> Parts:
     unknown = sorted(set(lists) - set(PARTS))
     if unknown:
         raise ValueError(f"lists has unknown part(s) {unknown}; expected {PARTS}.")
-    by_name: dict[str, list[dict[str, Any]]] = {}
+    by_name: dict[str, Items] = {}
     for item in items:
         digits = re.search(r"_(\d{4})(?:_MR1)?$", item[thing])
         for name in (item[thing], *([digits[1]] if digits else [])):
@@ -144,27 +149,7 @@ def refuse_lacking(
         )
 
 
-def checked_split(split: Parts, thing: str, required: tuple[str, str, str] | None) -> Parts:
-    """Log what is in several parts, and refuse validation and test items that lack something.
-
-    Args:
-        split: the parts.
-        thing: ``"subject"`` or ``"case"``.
-        required: key of what is needed, how to call it, and the option that needs it; None: nothing is.
-    """
-    if required:
-        key, what, option = required
-        for part in PARTS[1:]:
-            advice = f" Choose other {thing}s by `lists`, or set {option}=False."
-            refuse_lacking(split[part], part, key, what, advice)
-    for a, b in combinations(PARTS, 2):
-        both = sorted({item[thing] for item in split[a]} & {item[thing] for item in split[b]})
-        if both:
-            logger.warning("%d %s(s) are in both %s and %s: %s", len(both), thing, a, b, shorten(both))
-    return split
-
-
-def part_of(parts: Mapping[str, list[dict[str, Any]]], name: str, required: str | None = None) -> list[dict[str, Any]]:
+def part_of(parts: Mapping[str, Items], name: str, required: str | None = None) -> Items:
     """One part of a split.
 
     Args:

@@ -302,7 +302,9 @@ def test_split_needs_keypoints(tmp_path: Path) -> None:
 
 def test_only_the_annotations_needed_are_kept(tmp_path: Path) -> None:
     pairs = find_learn2reg(write_nlst(tmp_path)).split()["training"]
-    plain = keep_annotations(pairs)
+    plain = keep_annotations(pairs, [])
+    scored = keep_annotations(pairs)
+    assert set(scored[0]) - set(plain[0]) == {"fixed_mask", "moving_mask", "fixed_keypoints", "moving_keypoints"}
     assert set(plain[0]) == {"fixed", "moving", "fixed_subject", "moving_subject", "case"}
     kept = keep_annotations(pairs, ["fixed_mask"])
     assert kept[1] == {**plain[1], "fixed_mask": pairs[1]["fixed_mask"]}
