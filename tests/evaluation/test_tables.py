@@ -10,9 +10,10 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from monai_deq.evaluation.comparison_table import ComparisonTable, MethodResult, MetricColumn
+from monai_deq.evaluation import ComparisonTable, MethodResult, MetricColumn
 
 NAN = float("nan")
 INFO = {"data_set": "neurite-OASIS", "split": "test", "label_set": "all"}
@@ -23,8 +24,9 @@ def method(
     name: str, *, dice: list[float] | None = None, folds: list[float] | None = None, **more: Any
 ) -> MethodResult:
     scores = {"dice": dice, "folded_percent": folds}
-    named = {k: dict(zip(PAIRS, v, strict=False)) for k, v in scores.items() if v is not None}
-    return MethodResult(name, more.pop("title", name), named, **more)
+    named = {k: v for k, v in scores.items() if v is not None}
+    pairs = pd.MultiIndex.from_tuples(PAIRS[: len(next(iter(named.values()), []))], names=["fixed", "moving"])
+    return MethodResult(name, more.pop("title", name), pd.DataFrame(named, pairs), **more)
 
 
 # mean 0.75, deviations +-0.05 five times over: sample std 0.05 * sqrt(6 / 5) = 0.0548
@@ -66,7 +68,9 @@ def test_marks_and_numbers() -> None:
     assert text.startswith("## neurite-OASIS, split test: 6 pairs, label set all\n")
     assert "not counting start." in text and "sample standard deviation" in text
     assert "###" not in text
-    assert table.summary["a"]["folded_percent"] == pytest.approx((0.2, stdev([0.1, 0.3] * 3), 6))
+    folds = table.statistics["a", "folded_percent"]
+    assert [folds[key] for key in ("mean", "std", "pairs")] == pytest.approx([0.2, stdev([0.1, 0.3] * 3), 6])
+    assert "mark" not in table.statistics["start", "dice"] and table.statistics["b", "dice"]["mark"] == "best"
 
 
 def test_equal_numbers_have_equal_marks() -> None:
@@ -91,15 +95,13 @@ def test_tests_are_corrected_over_the_comparisons_of_each_metric() -> None:
     ]
     table = ComparisonTable(results, ["dice", "folded_percent"], "deq", INFO)
     # six of one sign: 2 / 2^6; rank 2 of six the other way: rank sums of at most 2 are {}, {1}, {2}: 2 * 3 / 2^6
-    assert {name: tests["dice"].p_value for name, tests in table.tests.items()} == pytest.approx(
-        {"a": 2 / 64, "b": 6 / 64, "same": 1.0}
-    )
-    assert {name: p["dice"] for name, p in table.adjusted_p.items()} == pytest.approx(
-        {"a": 6 / 64, "b": 12 / 64, "same": 1.0}
-    )
+    of_dice = [table.statistics[name, "dice"] for name in ("a", "b", "same")]
+    assert [value["test"]["p_value"] for value in of_dice] == pytest.approx([2 / 64, 6 / 64, 1.0])
+    assert [value["adjusted_p_value"] for value in of_dice] == pytest.approx([6 / 64, 12 / 64, 1.0])
+    assert "test" not in table.statistics["deq", "dice"]
     # one comparison only, for b has no folds and same no score; five ties of one sign: 2 / 2^5
-    assert table.adjusted_p["a"]["folded_percent"] == pytest.approx(2 / 32)
-    assert table.tests["a"]["folded_percent"].left_out == 1
+    assert table.statistics["a", "folded_percent"]["adjusted_p_value"] == pytest.approx(2 / 32)
+    assert table.statistics["a", "folded_percent"]["test"]["left_out"] == 1
     text = table.to_markdown()
     rows = table_rows(text, 1)
     assert list(rows) == ["deq against", ":--", "a", "b", "same"]
@@ -139,8 +141,8 @@ def test_every_method_failed() -> None:
     table = ComparisonTable([method("a", failure="no data")], ["dice", "hd"], "a", {})
     assert table.to_markdown().startswith("## unknown, split unknown: 0 pairs")
     assert table_rows(table.to_markdown())["a"] == ["failed: no data", "–"]
-    assert table.pairs == [] and json.loads(table.to_json())["num_pairs"] == 0
-    assert table.to_rows()[0]["failure"] == "no data"
+    assert table.pairs == [] and table.to_json()["num_pairs"] == 0
+    assert table.to_frame()["failure"].to_list() == ["no data"]
 
 
 def test_one_method_one_pair() -> None:
@@ -153,8 +155,8 @@ def test_one_method_one_pair() -> None:
 
 
 def test_shared_subjects_are_told() -> None:
-    scores = {("a", "b"): 0.5, ("b", "c"): 0.6}
-    results = [MethodResult(n, n, {"dice": scores}) for n in ("x", "y")]
+    scores = pd.DataFrame({"dice": [0.5, 0.6]}, pd.MultiIndex.from_tuples([("a", "b"), ("b", "c")]))
+    results = [MethodResult(n, n, scores) for n in ("x", "y")]
     assert "Some pairs share a subject" in ComparisonTable(results, ["dice"], "x", INFO).to_markdown()
 
 

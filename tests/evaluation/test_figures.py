@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Box plots: what is drawn where, and that nothing of matplotlib's global state is touched."""
+"""Figures: what is drawn where, and that nothing of matplotlib's global state is touched."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from monai_deq.evaluation.box_plots import box_plots
-from monai_deq.evaluation.method_results import MethodResult
+from monai_deq.evaluation import MethodResult, plot_boxes, plot_lines
 
 matplotlib = pytest.importorskip("matplotlib")
 
-PAIRS = [("a", "b"), ("b", "c"), ("c", "d"), ("d", "a")]
+NAN = float("nan")
+PAIRS = pd.MultiIndex.from_tuples([("a", "b"), ("b", "c"), ("c", "d"), ("d", "a")], names=["fixed", "moving"])
 RESULTS = [
-    MethodResult("start", "Affine", {"dice": dict(zip(PAIRS, [0.5, 0.6, 0.7, 0.8], strict=True))}, ranked=False),
+    MethodResult("start", "Affine", pd.DataFrame({"dice": [0.5, 0.6, 0.7, 0.8]}, PAIRS), ranked=False),
     MethodResult("bad", "RIIR", failure="no memory"),
     MethodResult(
-        "deq",
-        "DEQReg",
-        {
-            "dice": dict(zip(PAIRS, [0.7, 0.8, float("nan"), 0.9], strict=True)),
-            "folded_percent": dict(zip(PAIRS, [0.0, 0.1, 0.2, 0.7], strict=True)),
-        },
+        "deq", "DEQReg", pd.DataFrame({"dice": [0.7, 0.8, NAN, 0.9], "folded_percent": [0.0, 0.1, 0.2, 0.7]}, PAIRS)
     ),
 ]
 
@@ -46,7 +42,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_boxes_means_and_words(tmp_path: Path, drawn: list[Any]) -> None:
-    path = box_plots(RESULTS, ["dice", "folded_percent"], tmp_path / "new" / "boxes.png")
+    path = tmp_path / "new" / "boxes.png"
+    plot_boxes(RESULTS, ["dice", "folded_percent"], path)
     dice, folds = drawn[0].axes
     assert (dice.get_title(), folds.get_title()) == ("Dice (%) ↑", "Folded (%) ↓")
     assert [t.get_text() for t in dice.get_yticklabels()] == ["Affine", "RIIR", "DEQReg"]
@@ -78,7 +75,7 @@ def test_boxes_means_and_words(tmp_path: Path, drawn: list[Any]) -> None:
 @pytest.mark.parametrize("count", [1, 4, 5, 7])
 def test_no_empty_panel_is_left(tmp_path: Path, drawn: list[Any], count: int) -> None:
     metrics = ["dice", "hd", "hd95", "folded_percent", "std_log_jacobian", "sdlogj_learn2reg", "ndv_percent"][:count]
-    box_plots(RESULTS, metrics, tmp_path / "boxes.pdf")
+    plot_boxes(RESULTS, metrics, tmp_path / "boxes.pdf")
     assert len(drawn[0].axes) == count
     assert (tmp_path / "boxes.pdf").read_bytes().startswith(b"%PDF")
 
@@ -86,7 +83,7 @@ def test_no_empty_panel_is_left(tmp_path: Path, drawn: list[Any], count: int) ->
 def test_words_do_not_run_out_of_the_picture(tmp_path: Path, drawn: list[Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    box_plots(RESULTS, ["dice"], tmp_path / "boxes.png")
+    plot_boxes(RESULTS, ["dice"], tmp_path / "boxes.png")
     figure = drawn[0]
     box = figure._supxlabel.get_window_extent(FigureCanvasAgg(figure).get_renderer())
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
@@ -95,7 +92,7 @@ def test_words_do_not_run_out_of_the_picture(tmp_path: Path, drawn: list[Any]) -
 def test_pyplot_and_the_settings_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(matplotlib.rcParams)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it fails from now on
-    box_plots(RESULTS, ["dice"], tmp_path / "boxes.svg")
+    plot_boxes(RESULTS, ["dice"], tmp_path / "boxes.svg")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -103,20 +100,36 @@ def test_existing_pictures_bad_names_and_other_pairs(tmp_path: Path) -> None:
     path = tmp_path / "boxes.png"
     path.write_text("mine")
     with pytest.raises(FileExistsError, match="boxes.png exists already"):
-        box_plots(RESULTS, ["dice"], path)
+        plot_boxes(RESULTS, ["dice"], path)
     assert path.read_text() == "mine"
-    box_plots(RESULTS, ["dice"], path, overwrite=True)
+    plot_boxes(RESULTS, ["dice"], path, overwrite=True)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="expected a name that ends in .png"):
-        box_plots(RESULTS, ["dice"], tmp_path / "boxes.txt")
-    other = MethodResult("other", "Other", {"dice": {("a", "b"): 0.5}})
-    with pytest.raises(ValueError, match="method 'other', metric 'dice': expected the 4 pairs"):
-        box_plots([*RESULTS, other], ["dice"], tmp_path / "more.png")
+        plot_boxes(RESULTS, ["dice"], tmp_path / "boxes.txt")
+    other = MethodResult("other", "Other", pd.DataFrame({"dice": [0.5]}, PAIRS[:1]))
+    with pytest.raises(ValueError, match="method 'other': expected the 4 pairs"):
+        plot_boxes([*RESULTS, other], ["dice"], tmp_path / "more.png")
     assert [p.name for p in tmp_path.iterdir()] == ["boxes.png"]
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "monai_deq\[figures\]"'):
-        box_plots(RESULTS, ["dice"], tmp_path / "boxes.png")
+        plot_boxes(RESULTS, ["dice"], tmp_path / "boxes.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_systems(tmp_path: Path, drawn: list[Any]) -> None:
+    lines = {
+        "one step": pd.Series([3.0], [1]),
+        "failed": pd.Series([NAN], [4]),
+        "many": pd.Series([2.0, NAN, 8.0], [1, 2, 4]),
+    }
+    plot_lines(lines, "Memory (MB)", tmp_path / "lines.png")
+    (axis,) = drawn[0].axes
+    across, many = axis.lines
+    # a system of one step alone goes across the figure
+    assert list(across.get_ydata()) == [3, 3] and [*many.get_xdata(), *many.get_ydata()] == [1, 4, 2, 8]
+    assert (axis.get_xscale(), axis.get_yscale(), axis.get_title()) == ("log", "log", "Memory (MB)")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        plot_lines({}, "", tmp_path / "lines.png")

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of one training step: what autograd keeps for the backward pass, and the peak of all allocations."""
+"""Memory of one training step, counted, and seconds of several functions, measured side by side in one run."""
 
 from __future__ import annotations
 
 import gc
+import math
+import statistics
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +17,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["LiveTensors", "SavedTensors", "TrainingMemory", "live_tensors", "saved_for_backward", "training_memory"]
+__all__ = [
+    "SavedTensors",
+    "Timing",
+    "TrainingMemory",
+    "live_tensors",
+    "saved_for_backward",
+    "time_side_by_side",
+    "training_memory",
+]
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,7 @@ class TrainingMemory:
     Memory of one training step.
 
     Args:
-        saved_bytes: peak of the bytes that autograd keeps for the backward pass, see
-            :py:func:`saved_for_backward`.
+        saved_bytes: peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`.
         peak_bytes: peak of the bytes allocated since the step began: activations, gradients and temporaries.
         kind: what ``peak_bytes`` is, in the words of a table.
     """
@@ -32,10 +42,6 @@ class TrainingMemory:
     saved_bytes: int
     peak_bytes: int
     kind: str
-
-
-def _storage_address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 class SavedTensors:
@@ -51,7 +57,7 @@ class SavedTensors:
         self.current_bytes = 0
         #: largest number of bytes held at once
         self.peak_bytes = 0
-        self._left_out = {_storage_address(t) for t in left_out}
+        self._left_out = {t.untyped_storage().data_ptr() for t in left_out}
         self._held: dict[int, tuple[int, int]] = {}  # address of a storage -> saved tensors that hold it, bytes
 
     def add(self, saved: torch.Tensor) -> None:
@@ -61,10 +67,11 @@ class SavedTensors:
         Args:
             saved: a tensor object that nothing but the saving holds.
         """
-        address = _storage_address(saved)  # no other storage has it while the tensor lives
+        storage = saved.untyped_storage()
+        address = storage.data_ptr()  # no other storage has it while the tensor lives
         if address in self._left_out:
             return
-        holders, size = self._held.get(address, (0, saved.untyped_storage().nbytes()))
+        holders, size = self._held.get(address, (0, storage.nbytes()))
         self._held[address] = (holders + 1, size)
         if not holders:
             self.current_bytes += size
@@ -93,12 +100,9 @@ def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedT
     :py:class:`torch.autograd.Function`, autocast (the half precision copies of the weights are counted) and both forms
     of :py:mod:`torch.utils.checkpoint`, with what it recomputes. It is the same on a CPU and a GPU, and on every run.
 
-    Not counted is what a graph keeps without saving it for the backward pass: attributes of an autograd function's
-    ``ctx``, tensors in the closure of a hook. What other hooks for saved tensors make of them, as the copies of
-    ``save_on_cpu``, is not counted either. An input counts as soon as it is saved.
-
-    Saved tensors behave as under any :py:class:`torch.autograd.graph.saved_tensors_hooks`: an in-place change of one
-    before its backward pass is not noticed by autograd.
+    Not counted are attributes of an autograd function's ``ctx``, tensors in the closure of a hook, and what other hooks
+    for saved tensors make of them, as the copies of ``save_on_cpu``. An in-place change of a saved tensor before its
+    backward pass is not noticed by autograd.
 
     Args:
         left_out: tensors whose storages are not counted: parameters and buffers, which are there in any case.
@@ -127,16 +131,22 @@ def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedT
         # PyTorch applies the innermost hooks alone. Checkpointing has its own, first to keep nothing, then to keep
         # what it recomputes in a place of its own: they are handed the counted object, and the peak is taken
         # after they have kept it or let it go.
+        own_pack = hooks.pack_hook
+
         def pack_counted(tensor: torch.Tensor) -> Any:
             saved = tensor.detach()
             account.add(saved)
             try:
-                return hooks.pack_hook(saved)
+                return own_pack(saved)
             finally:
                 del saved
                 account.note_peak()
 
-        torch._C._autograd._push_saved_tensors_default_hooks(pack_counted, hooks.unpack_hook)
+        hooks.pack_hook = pack_counted
+        try:
+            enter(hooks)
+        finally:
+            hooks.pack_hook = own_pack
 
     enter = saved_tensors_hooks.__enter__
     with saved_tensors_hooks(pack, lambda saved: saved):
@@ -150,8 +160,7 @@ def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedT
 class LiveTensors:
     """Result of :py:func:`live_tensors`."""
 
-    def __init__(self) -> None:
-        self._peak_bytes: int | None = None
+    _peak_bytes: int | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -172,19 +181,14 @@ def live_tensors() -> Iterator[LiveTensors]:
     Measure the peak of CPU memory of the tensors allocated in the block, forward and backward.
 
     Every allocation and release by PyTorch's CPU allocator counts, to the byte, as :py:mod:`torch.profiler` records
-    them: tensors of any kind, and the temporary tensors inside an operator. Views, ``expand`` and in-place operations
-    cost nothing, a Python number in an operator a few bytes. Memory from before the block does not count, neither when
-    it is used nor when it is freed. The number is the same on every run with the same number of threads.
+    them, temporary tensors inside an operator too (a ``TorchDispatchMode`` sees none of these, and keeps autograd from
+    adding up gradients in place). Memory from before the block does not count, neither when it is used nor when it is
+    freed, nor does what is not allocated through PyTorch: NumPy arrays, Python objects, what libraries as oneDNN
+    allocate for themselves. The number is the same on every run with the same number of threads.
 
-    Not counted is memory that is not allocated through PyTorch: NumPy arrays, Python objects and what libraries as
-    oneDNN allocate for themselves.
-
-    The alternative, a ``TorchDispatchMode`` that follows each output, sees no temporaries inside an operator and
-    changes what it measures: under any such mode autograd does not add up gradients in place.
-
-    The profiler of PyTorch runs one at a time, so the block cannot be profiled otherwise. PyTorch may warn on
-    stderr of memory "of unknown size", that from before the block; some versions also print two lines at each use,
-    unless the environment has ``KINETO_LOG_LEVEL=6``.
+    The profiler runs one at a time, so the block cannot be profiled otherwise. PyTorch may warn on stderr of memory
+    "of unknown size", that from before the block; some versions also print two lines at each use, unless the
+    environment has ``KINETO_LOG_LEVEL=6``.
 
     Yields:
         An object whose ``peak_bytes`` can be read after the block.
@@ -233,9 +237,6 @@ def training_memory(
         parameters: parameters and buffers of the network; they are not counted as saved tensors.
         device: device that the network is on, ``"cpu"`` or ``"cuda"`` with or without an index.
 
-    Returns:
-        Saved bytes and peak bytes of the step.
-
     Raises:
         ValueError: When the device is neither CPU nor CUDA, or a parameter is on another one.
     """
@@ -263,3 +264,108 @@ def training_memory(
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return TrainingMemory(saved.peak_bytes, peak, "peak of allocated CUDA memory")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """
+    Seconds of one function.
+
+    Args:
+        seconds: seconds of each round, in the order of the rounds; empty when the function failed.
+        failure: reason why the function failed, ``None`` when it did not.
+    """
+
+    seconds: tuple[float, ...]
+    failure: str | None = None
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds, NaN when the function failed."""
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+    def ratio_to(self, reference: Timing) -> float:
+        """
+        How many times as long as another function of the same run this one takes: the median of the ratios of each
+        round, NaN when one of the two failed. What slows the machine for a while slows both parts of a ratio.
+
+        Args:
+            reference: timing of the other function.
+
+        Raises:
+            ValueError: When the two have different numbers of rounds, hence are not of one run.
+        """
+        if not self.seconds or not reference.seconds:
+            return math.nan
+        if len(self.seconds) != len(reference.seconds):
+            raise ValueError(
+                "a ratio needs timings of the same rounds, "
+                f"got {len(self.seconds)} and {len(reference.seconds)} rounds: time both functions in one call."
+            )
+        return statistics.median(a / b for a, b in zip(self.seconds, reference.seconds, strict=True))
+
+
+def time_side_by_side(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """
+    Time functions round by round: each round calls every function once, and begins one function later than the round
+    before (A B C, B C A, C A B, ...), so that neither a slow spell of the machine nor a place in the order favours one.
+    Garbage of the functions before is collected ahead of each call, outside its time. A function that raises is not
+    called again, and the others go on.
+
+    Args:
+        functions: functions without arguments, by name.
+        rounds: number of timed rounds. Defaults to 5.
+        warmup: number of rounds before them that are not timed. Defaults to 1.
+        device: where the functions compute; a CUDA device is synchronized before each reading of the clock.
+            Defaults to ``"cpu"``.
+        clock: returns seconds. Defaults to :py:func:`time.perf_counter`.
+
+    Returns:
+        A timing for each name, in the order of ``functions``.
+
+    Raises:
+        ValueError: When ``rounds`` is less than 1, ``warmup`` is negative, or there is no function.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    if warmup < 0:
+        raise ValueError(f"warmup must not be negative, got {warmup}.")
+    if not functions:
+        raise ValueError("functions must have at least one entry, got none.")
+    device = torch.device(device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    failures: dict[str, str] = {}
+    gc.collect()
+    gc.freeze()  # all that is there already, so that collecting takes no time below
+    try:
+        for i in range(-warmup, rounds):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                if name in failures:
+                    continue
+                gc.collect()
+                try:
+                    start = now()
+                    functions[name]()
+                    elapsed = now() - start
+                except Exception as error:  # whatever it is, the others are still of use
+                    failures[name] = f"{type(error).__name__}: {error}"
+                    continue
+                if i >= 0:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.unfreeze()
+    return {name: Timing(() if name in failures else tuple(seconds[name]), failures.get(name)) for name in names}
