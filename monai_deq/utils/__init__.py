@@ -17,7 +17,6 @@ from .processes import (
     wait_for_all,
 )
 from .settings import as_flag, refuse_unknown_settings
-from .unused import refuse_unused
 
 __all__ = [
     "MeanStd",
@@ -34,7 +33,6 @@ __all__ = [
     "process_rank",
     "refuse_existing",
     "refuse_unknown_settings",
-    "refuse_unused",
     "replace_file",
     "wait_for_all",
     "write_json",
