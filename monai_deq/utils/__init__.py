@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from .files import json_ready, refuse_existing, replace_file, write_json
-from .mean_std import MeanStd, mean_std
 from .processes import (
     end_processes,
     gather_items,
@@ -19,7 +18,6 @@ from .processes import (
 from .settings import as_flag, refuse_unknown_settings
 
 __all__ = [
-    "MeanStd",
     "as_flag",
     "end_processes",
     "gather_items",
@@ -28,7 +26,6 @@ __all__ = [
     "json_ready",
     "local_device",
     "mean_over_processes",
-    "mean_std",
     "process_count",
     "process_rank",
     "refuse_existing",
