@@ -165,8 +165,17 @@ def memory_of_training(
     """
     from monai_deq.evaluation import measure_memory
 
-    lists = (_numbers(text) for text in (spatial_size, steps, unrolled_steps))
-    measure_memory(bundle_dir, output_dir, *lists, _cases(cases), rounds, _settings(settings), overwrite)
+    measure_memory(
+        bundle_dir,
+        output_dir,
+        _numbers(spatial_size),
+        _numbers(steps),
+        _numbers(unrolled_steps),
+        _cases(cases),
+        rounds,
+        _settings(settings),
+        overwrite,
+    )
 
 
 @app.command("scaling")

@@ -92,35 +92,24 @@ def _size_text(size: Sequence[int]) -> str:
     return " x ".join(map(str, size))
 
 
-def _table(rows: pd.DataFrame, columns: Mapping[str, tuple[str, Callable[[Any], str]]]) -> str:
-    """
-    Measurements as Markdown, the reason in place of the numbers of one that failed.
-
-    Args:
-        rows: the measurements; columns of texts and whole numbers come before those of numbers.
-        columns: by name of a column its heading and how its values are written; NaN is a dash.
-    """
-    texts = [name for name in columns if not pd.api.types.is_float_dtype(rows[name])]
+def _table(rows: pd.DataFrame, names: Mapping[str, str], numbers: Mapping[str, tuple[str, str, float]]) -> str:
+    """Measurements as Markdown: the headings of what is measured, then heading, format and factor of each number."""
     cells = []
     for _, row in rows.iterrows():
-        line = ["-" if row[k] != row[k] else write(row[k]) for k, (_, write) in columns.items()]
+        cells.append([_size_text(row[k]) if isinstance(row[k], tuple) else str(row[k]) for k in names])
         if row["failure"] is not None:
-            line[len(texts) :] = [f"failed: {cell_text(row['failure'])}", *["-"] * (len(columns) - len(texts) - 1)]
-        cells.append(line)
-    left = [i for i, name in enumerate(texts) if name != "steps"]
-    return markdown_table([heading for heading, _ in columns.values()], cells, left) + "\n"
-
-
-def _number(form: str, scale: float = 1.0) -> Callable[[Any], str]:
-    return lambda value: format(scale * value, form)
+            cells[-1] += [f"failed: {cell_text(row['failure'])}", *["-"] * (len(numbers) - 1)]
+        else:
+            shown = ((scale * row[k], form) for k, (_, form, scale) in numbers.items())
+            cells[-1] += ["-" if math.isnan(value) else f"{value:{form}}" for value, form in shown]
+    left = [i for i, name in enumerate(names) if name != "steps"]
+    return markdown_table([*names.values(), *(heading for heading, _, _ in numbers.values())], cells, left) + "\n"
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], numbers: Sequence[str]) -> pd.DataFrame:
-    """Rows as a table whose columns of numbers are there in any case, NaN where one could not be measured."""
-    frame = pd.DataFrame(rows).astype(object)
-    frame = frame.reindex(columns=[*(c for c in frame if c not in (*numbers, "failure")), *numbers, "failure"])
-    frame["failure"] = frame["failure"].where(frame["failure"].notna(), None)
-    return frame.astype(dict.fromkeys(numbers, float))
+    """Rows as a table with all columns of numbers, NaN where one could not be measured, and with ``failure``."""
+    whole = [{**row, **{k: row.get(k) for k in (*numbers, "failure")}} for row in rows]
+    return pd.DataFrame(whole, dtype=object).astype(dict.fromkeys(numbers, float))
 
 
 def _write(files: Sequence[Path], content: Mapping[str, Any], rows: pd.DataFrame, text: str) -> None:
@@ -142,16 +131,13 @@ def _note_times(rows: Mapping[str, dict[str, Any]], timings: Mapping[str, Timing
 
 
 class _Untrained(NamedTuple):
-    """A network as it is before training, and a random pair on its device."""
+    """A network as it is before training, its parameters and buffers, its loss, and a random pair on its device."""
 
     network: nn.Module
+    tensors: list[torch.Tensor]
     loss: nn.Module
     moving: torch.Tensor
     fixed: torch.Tensor
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [*self.network.parameters(), *self.network.buffers()]
 
 
 def _untrained(
@@ -165,7 +151,7 @@ def _untrained(
     network, loss = parser.get_parsed_content("network"), parser.get_parsed_content("loss")
     generator = torch.Generator().manual_seed(1)
     pair = torch.rand(2, 1, 1, *size, generator=generator).to(torch.device(parser.get_parsed_content("device")))
-    return _Untrained(network, loss, *pair)
+    return _Untrained(network, [*network.parameters(), *network.buffers()], loss, *pair)
 
 
 def measure_memory(
@@ -181,8 +167,8 @@ def measure_memory(
 ) -> pd.DataFrame:
     """
     Measure the memory of one training step (forward, loss, backward; one pair of random images) of the systems of a
-    bundle, as they are before training, and write ``memory.json``, ``memory.md`` and ``memory.png``. On a CPU the
-    memory is counted, not sampled, see :py:func:`monai_deq.evaluation.training_memory`.
+    bundle, as they are before training, and write ``memory.json``, ``.md`` and ``.png``, see
+    :py:func:`monai_deq.evaluation.training_memory`.
 
     Args:
         bundle_dir: folder of the bundle.
@@ -196,9 +182,9 @@ def measure_memory(
         overwrite: replace existing files. Defaults to ``False``.
 
     Returns:
-        a row for each system and number of steps: ``title``, ``steps``, ``kind`` (what the peak is), ``saved_mb`` (peak
-        of what autograd keeps, 10^6 bytes), ``peak_mb`` (of all that is allocated), ``ratio`` (of the peak to the first
-        row's), ``seconds`` (median, of the last row of a system) and ``failure``.
+        by system and number of steps: ``title``, ``steps``, ``kind`` (what the peak is), ``saved_mb`` (peak of what
+        autograd keeps, 10^6 bytes), ``peak_mb`` (of all that is allocated), ``ratio`` (of the peak to the first row's),
+        ``seconds`` (median, of the last row of a system) and ``failure``.
 
     Raises:
         FileExistsError: When a file is there already and ``overwrite`` is not set.
@@ -238,29 +224,29 @@ def measure_memory(
                 logger.error(f"{title} could not be measured", exc_info=e)
                 rows[-1]["failure"] = root_cause(e)
     last = {row["title"]: row for row in rows}
-    if rounds:
+    timed = [title for title, row in last.items() if rounds and "failure" not in row]
+    if timed:
         functions, device = {}, torch.device("cpu")
-        for title in (t for t, row in last.items() if "failure" not in row):
+        for title in timed:
             system, functions[title] = prepared(cases[title], last[title]["steps"])
             device = system.moving.device
         logger.info("time of a training step, side by side")
         for title, timing in time_side_by_side(functions, rounds=rounds, device=device).items():
             last[title]["seconds"] = timing.median
 
-    frame = _frame(rows, ["saved_mb", "peak_mb", "ratio", "seconds"])
-    columns = {
-        "title": ("system", str),
-        "steps": ("steps", str),
-        "saved_mb": ("kept for backward (MB)", _number(".1f")),
-        "peak_mb": ("peak (MB)", _number(".1f")),
-        "ratio": (f"peak / {rows[0]['title']}", _number(".3f")),
-        "seconds": ("time (s)", _number(".2f")),
+    numbers = {
+        "saved_mb": ("kept for backward (MB)", ".1f", 1.0),
+        "peak_mb": ("peak (MB)", ".1f", 1.0),
+        "ratio": (f"peak / {rows[0]['title']}", ".3f", 1.0),
+        "seconds": ("time (s)", ".2f", 1.0),
     }
+    frame = _frame(rows, list(numbers))
     if not rounds:
-        del columns["seconds"]
+        del numbers["seconds"]
+    table = _table(frame, {"title": "system", "steps": "steps"}, numbers)
     kind = next((row["kind"] for row in rows if row["kind"]), "not measured")
     text = f"One training step (forward, loss, backward) on one pair of {_size_text(size)}; peak: {kind}.\n\n"
-    _write(files, {"spatial_size": size, "settings": overrides}, frame, text + _table(frame, columns))
+    _write(files, {"spatial_size": size, "settings": overrides}, frame, text + table)
     if figures_available():
         lines = {title: part.set_index("steps")["peak_mb"] for title, part in frame.groupby("title", sort=False)}
         plot_lines(lines, f"Training memory, {_size_text(size)} (MB)", files[2], overwrite=True)
@@ -277,25 +263,22 @@ def measure_scaling(
     overwrite: bool = False,
 ) -> pd.DataFrame:
     """
-    Measure time and peak memory of a registration by the systems of a bundle at several sizes, with networks as they
-    are before training, random images and a fixed number of steps, and write ``scaling.json``, ``scaling.md``,
-    ``scaling_time.png`` and ``scaling_memory.png``. On a CPU the memory is counted, not sampled, see
-    :py:func:`monai_deq.evaluation.training_memory`; images and weights are not in it.
+    Measure time and peak memory (without images and weights) of a registration by the systems of a bundle at several
+    sizes, with networks as they are before training, random images and a fixed number of steps, and write
+    ``scaling.json``, ``scaling.md``, ``scaling_time.png`` and ``scaling_memory.png``.
 
     Args:
         bundle_dir: folder of the bundle.
         output_dir: folder of what is written.
         sizes: sizes of the images, all 2-D or all 3-D. Defaults to 32^3 to 160 x 192 x 224.
-        cases: by title a dictionary with the overlay's name under ``method``, ``solver_steps``, ``solver`` and
-            ``solver_options``, and further entries of the bundle's ``train.json``. Times are given in terms of the
-            first. Defaults to :py:data:`SCALING_CASES`.
+        cases: the systems, the first the one that times are given in terms of. Defaults to :py:data:`SCALING_CASES`.
         rounds: number of times that each is timed, all in turns. Defaults to 3.
         overrides: entries of the bundle's ``train.json`` for all, such as ``device``. Defaults to none.
         overwrite: replace existing files. Defaults to ``False``.
 
     Returns:
-        a row for each size and system: ``title``, ``spatial_size``, ``peak_mb`` (10^6 bytes), ``seconds`` (median),
-        ``time_ratio`` (to the first system's) and ``failure``.
+        by size and system: ``title``, ``spatial_size``, ``peak_mb`` (10^6 bytes), ``seconds`` (median), ``time_ratio``
+        (to the first system's) and ``failure``.
 
     Raises:
         FileExistsError: When a file is there already and ``overwrite`` is not set.
@@ -313,7 +296,7 @@ def measure_scaling(
         with torch.no_grad():
             inferer(system.moving, system.network, system.fixed)
 
-    first, rows = next(iter(cases)), []
+    first, rows = next(iter(cases)), list[dict[str, Any]]()
     for size in shapes:
         measured: dict[str, dict[str, Any]] = {}
         functions, device = {}, torch.device("cpu")
@@ -337,15 +320,14 @@ def measure_scaling(
             _note_times(measured, time_side_by_side(functions, rounds=rounds, device=device), first)
         rows += measured.values()
 
-    frame = _frame(rows, ["peak_mb", "seconds", "time_ratio"])
-    columns = {
-        "spatial_size": ("size", _size_text),
-        "title": ("system", str),
-        "seconds": ("time (s)", _number(".3g")),
-        "time_ratio": (f"time / {first}", _number(".2f")),
-        "peak_mb": ("peak memory (MB)", _number(".1f")),
+    numbers = {
+        "seconds": ("time (s)", ".3g", 1.0),
+        "time_ratio": (f"time / {first}", ".2f", 1.0),
+        "peak_mb": ("peak memory (MB)", ".1f", 1.0),
     }
-    _write(files, {"cases": cases, "settings": overrides}, frame, _table(frame, columns))
+    frame = _frame(rows, list(numbers))
+    table = _table(frame, {"spatial_size": "size", "title": "system"}, numbers)
+    _write(files, {"cases": cases, "settings": overrides}, frame, table)
     if figures_available():
         voxels = frame.assign(voxels=frame["spatial_size"].map(prod)).set_index("voxels")
         for key, what, file in (("seconds", "Time (s)", files[2]), ("peak_mb", "Peak memory (MB)", files[3])):
@@ -365,26 +347,24 @@ def measure_speed(
     overwrite: bool = False,
 ) -> pd.DataFrame:
     """
-    Evaluate trained methods of a bundle with different solvers and step limits, time them side by side on the first
-    pair, and write ``speed.json`` and ``speed.md``. Evaluations with the same weights and settings are kept below the
-    methods' folders, as those of :py:func:`monai_deq.evaluation.compare`.
+    Evaluate trained methods of a bundle with different solvers and step limits, once as
+    :py:func:`monai_deq.evaluation.compare`, time them side by side on the first pair, and write ``speed.json`` and
+    ``speed.md``.
 
     Args:
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders, of trainings with ``--bundle_root <results_dir>/<method>``.
         output_dir: folder of what is written.
-        cases: by title a dictionary with the method's name under ``method`` and further entries of the bundle's
-            ``evaluate.json``. Times are given in terms of the first. Defaults to :py:data:`SPEED_CASES`.
+        cases: the ways, the first the one that times are given in terms of. Defaults to :py:data:`SPEED_CASES`.
         overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
         rounds: number of times that each is timed, all in turns. Defaults to 5.
         overrides: entries of the bundle's configuration for all, such as ``dataset_dir``. Defaults to none.
         overwrite: replace existing files. Defaults to ``False``.
 
     Returns:
-        a row for each case: ``title``, means over the pairs of ``dice``, ``folded_percent`` and ``evaluations`` of the
-        network (see :py:meth:`monai_deq.solvers.SolverRecord.evaluations`), ``converged`` (share of the pairs that met
-        the tolerance), ``seconds`` (median for the first pair, without loading and warping of labels), ``time_ratio``
-        (to the first case's) and ``failure``.
+        by case: ``title``, means of ``dice``, ``folded_percent`` and ``evaluations`` of the network, ``converged``
+        (share of the pairs that met the tolerance), ``seconds`` (median of the first pair, without loading and warping
+        of labels), ``time_ratio`` (to the first case's) and ``failure``.
 
     Raises:
         FileExistsError: When a file is there already and ``overwrite`` is not set.
@@ -419,17 +399,15 @@ def measure_speed(
         logger.info("time of a registration, side by side")
         _note_times(rows, time_side_by_side(functions, rounds=rounds, device=device), next(iter(cases)))
 
-    numbers = ["dice", "folded_percent", "evaluations", "converged", "seconds", "time_ratio"]
-    frame = _frame(list(rows.values()), numbers)
-    columns = {
-        "title": ("case", str),
-        "dice": ("Dice %", _number(".2f", 100)),
-        "folded_percent": ("folded %", _number(".3f")),
-        "evaluations": ("evaluations", _number(".1f")),
-        "converged": ("converged %", _number(".0f", 100)),
-        "seconds": ("time (s)", _number(".2f")),
-        "time_ratio": (f"time / {next(iter(cases))}", _number(".2f")),
+    numbers = {
+        "dice": ("Dice %", ".2f", 100.0),
+        "folded_percent": ("folded %", ".3f", 1.0),
+        "evaluations": ("evaluations", ".1f", 1.0),
+        "converged": ("converged %", ".0f", 100.0),
+        "seconds": ("time (s)", ".2f", 1.0),
+        "time_ratio": (f"time / {next(iter(cases))}", ".2f", 1.0),
     }
+    frame = _frame(list(rows.values()), list(numbers))
     settings = {k: v for k, v in overrides.items() if k != "dataset_dir"}
-    _write(files, {"cases": cases, "settings": settings}, frame, _table(frame, columns))
+    _write(files, {"cases": cases, "settings": settings}, frame, _table(frame, {"title": "case"}, numbers))
     return frame

@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from monai_deq.evaluation.costs import kept_costs
 from monai_deq.evaluation.figures import figures_available, plot_boxes
-from monai_deq.evaluation.methods import (
-    BundleMethod,
-    as_list,
-    bundle_methods,
-    check_count,
-    evaluate_method,
-    new_files,
-)
+from monai_deq.evaluation.methods import BundleMethod, as_list, bundle_methods, check_count, evaluate_method, new_files
 from monai_deq.evaluation.scores import MethodResult, metric_columns
 from monai_deq.evaluation.tables import ComparisonTable
 
@@ -49,30 +43,21 @@ def compare(
 ) -> ComparisonTable:
     """
     Compare methods of a bundle that were trained with ``--bundle_root <results_dir>/<method>``, and those that need no
-    training, and write ``comparison.md``, ``.csv``, ``.json`` and ``.png``.
-
-    Each method is evaluated by the bundle's ``evaluate.json``. What has been evaluated or measured before with the same
-    weights and settings is read again, not repeated. A method that fails is a row of the table with the reason. Methods
-    without training work on the grid that the reference was trained on; one that was trained on another grid than the
-    reference is a failure, unless ``spatial_size`` is given.
+    training, and write ``comparison.md``, ``.csv``, ``.json`` and ``.png``. What has been evaluated or measured before
+    with the same weights and settings is read again. A method that fails is a row with the reason. Methods without
+    training work on the grid of the reference; one trained on another is a failure, unless ``spatial_size`` is given.
 
     Args:
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
-        methods: names of overlays in the bundle's ``methods`` folder, or of folders in ``results_dir``, in the order of
-            the rows. Defaults to the systems of the paper and the bundle's own.
+        methods: names of overlays in the bundle's ``methods`` folder or of folders in ``results_dir``, row by row.
         overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
         overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``. Defaults to none.
         reference: the method that the others are tested against. Defaults to ``"deqreg"``.
         metrics: metrics of the table, as the evaluation names them.
-        cost_rounds: how often a training step and an inference are timed, all methods side by side; their memory is
-            measured too. Defaults to 5; with 0 there are no costs.
+        cost_rounds: how often training steps and inferences are timed, side by side; 0: no costs. Defaults to 5.
         output_dir: folder of the table. Defaults to ``results_dir``.
-        overwrite: replace an existing table; the evaluations kept under ``results_dir`` are never replaced. Defaults
-            to ``False``.
-
-    Returns:
-        The table.
+        overwrite: replace an existing table, not the evaluations under ``results_dir``. Defaults to ``False``.
 
     Raises:
         FileExistsError: When there is a table already and ``overwrite`` is not set.
@@ -87,9 +72,11 @@ def compare(
     output_dir = Path(results_dir if output_dir is None else output_dir)
     *_, picture = new_files(output_dir, [f"comparison.{s}" for s in ("md", "csv", "json", "png")], overwrite)
 
-    if "spatial_size" not in (overrides or {}) and (size := _trained_size(entries, reference)) is not None:
-        entries = {n: m if m.is_trained else m.with_overrides(spatial_size=size) for n, m in entries.items()}
-    results, summaries = {}, {}
+    if "spatial_size" not in (overrides or {}):
+        size = _trained_size(entries, reference)
+        entries = {n: m if m.is_trained else m.with_overrides(**size) for n, m in entries.items()}
+    results: dict[str, MethodResult] = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for name, method in entries.items():
         results[name], summaries[name] = evaluate_method(method, ranked=name not in _UNRANKED)
     _fail_other_grids(results, summaries, reference)
@@ -116,21 +103,15 @@ def compare(
     return table
 
 
-def _trained_size(entries: Mapping[str, BundleMethod], reference: str) -> list[int] | None:
-    """Grid that the reference was trained on, or else the first method that says so."""
-    for name in (reference, *entries):
-        try:
-            size = entries[name].record.spatial_size if entries[name].is_trained else None
-        except Exception:  # its evaluation will say what is wrong
-            continue
-        if size is not None:
-            return list(size)
-    return None
+def _trained_size(entries: Mapping[str, BundleMethod], reference: str) -> dict[str, Any]:
+    """Grid that the reference was trained on, or else the first method that has a record."""
+    for method in (entries[name] for name in (reference, *entries) if entries[name].is_trained):
+        with suppress(Exception):  # its evaluation will say what is wrong
+            return {"spatial_size": method.record.spatial_size}
+    return {}
 
 
-def _fail_other_grids(
-    results: dict[str, MethodResult], summaries: Mapping[str, Mapping[str, Any]], reference: str
-) -> None:
+def _fail_other_grids(results: dict[str, MethodResult], summaries: dict[str, dict[str, Any]], reference: str) -> None:
     """Folded voxels and distances on different grids do not compare."""
     reference = next((n for n in (reference, *reversed(summaries)) if summaries[n]), reference)
     expected = summaries[reference].get("spatial_size")

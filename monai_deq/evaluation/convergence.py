@@ -17,16 +17,8 @@ from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 
 from monai_deq.certificates import starting_point
 from monai_deq.engines import PreparePairBatch
+from monai_deq.evaluation import methods as bundle
 from monai_deq.evaluation.figures import figures_available, plot_steps
-from monai_deq.evaluation.methods import (
-    BundleMethod,
-    already_there,
-    as_list,
-    bundle_methods,
-    check_count,
-    new_files,
-    root_cause,
-)
 from monai_deq.evaluation.tables import markdown_table
 from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
@@ -54,28 +46,12 @@ ITERATED_METHODS = ("unrolling", "gradirn", "riir", "deqreg12", "deqreg", "deqre
 LIMITS: dict[str, float] = {"residual": 0.005, "start_distance": 0.05}
 
 _PLACE = ["fixed", "moving", "step"]
-_SCORES = [
-    "dice",
-    "folded_percent",
-    "similarity",
-    "smoothness",
-    "residual",
-    "relative_residual",
-    "start_distance",
-]
+_SCORES = ["dice", "folded_percent", "similarity", "smoothness", "residual", "relative_residual", "start_distance"]
 
 
 def default_steps(max_steps: int) -> list[int]:
-    """
-    Numbers of steps at which to score: all up to 16, every fourth up to 96, and from there about 1.4 times apart.
-
-    Args:
-        max_steps: the last one.
-
-    Raises:
-        ValueError: When it is below 1.
-    """
-    check_count(max_steps, "max_steps")
+    """Steps at which to score: all up to 16, every fourth up to 96, from there about 1.4 times apart, and the last."""
+    bundle.check_count(max_steps, "max_steps")
     steps = [*range(1, 17), *range(20, 97, 4), *(round(96 * 2 ** (k / 2)) for k in range(1, 40))]
     return [s for s in steps if s < max_steps] + [int(max_steps)]
 
@@ -85,7 +61,7 @@ def _rms(ddf: torch.Tensor) -> float:
     return float(ddf.double().square().sum(dim=1).mean().sqrt())
 
 
-def score_steps(method: BundleMethod, steps: Sequence[int], random_start_rms: float = 0.0) -> pd.DataFrame:
+def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_rms: float = 0.0) -> pd.DataFrame:
     """
     Iterate a trained method's map on each pair of the bundle's ``evaluate.json`` and score it on the way. The
     iteration is the plain one and does not stop at a tolerance.
@@ -168,27 +144,13 @@ def score_steps(method: BundleMethod, steps: Sequence[int], random_start_rms: fl
 
 
 def write_step_scores(scores: pd.DataFrame, path: str | Path) -> None:
-    """
-    Write scores as CSV, whole or not at all.
-
-    Args:
-        scores: what :py:func:`score_steps` gives.
-        path: the file.
-    """
+    """Write what :py:func:`score_steps` gives as CSV."""
     with replace_file(path) as temporary:
         scores.to_csv(temporary, index=False, na_rep="nan", lineterminator="\n")
 
 
 def read_step_scores(path: str | Path) -> pd.DataFrame:
-    """
-    Read what :py:func:`write_step_scores` wrote.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: When the columns are others.
-    """
+    """Read what :py:func:`write_step_scores` wrote; ``ValueError`` when the columns are others."""
     scores = pd.read_csv(path, dtype=str, keep_default_na=False)
     expected = [*_PLACE, *_SCORES]
     if list(scores) != expected:
@@ -201,13 +163,12 @@ def step_curves(scores: pd.DataFrame) -> pd.DataFrame:
     Curves of all scores of one method.
 
     Args:
-        scores: of all pairs and steps, see :py:func:`score_steps`. A pair whose displacement was not finite has no
-            scores from there on; a statistic is NaN wherever one is missing, and not one over the pairs that are left.
+        scores: see :py:func:`score_steps`. A statistic is NaN wherever a pair has no score, and not one over the pairs
+            that are left.
 
     Returns:
         a row for each number of steps, columns ``(score, statistic)``: ``mean`` and ``median`` over the pairs, ``sem``
-        (standard error of the mean) and ``within``, the share of the pairs at or below the score's limit in ``LIMITS``,
-        0 where it has none; a pair without a score is not.
+        (standard error of the mean) and ``within``, the share of the pairs at or below the score's limit in ``LIMITS``.
 
     Raises:
         ValueError: When there is none.
@@ -233,9 +194,8 @@ def step_curves(scores: pd.DataFrame) -> pd.DataFrame:
 
 def step_table(curves: Mapping[str, pd.DataFrame], trained_steps: Mapping[str, int], steps: Sequence[int] = ()) -> str:
     """
-    The paper's Table 2 as Markdown, with what tells a fixed point: each method at the steps of its training, at its
-    best Dice, and at the last step. Dice, folded voxels and similarity are means over the pairs, residual and start
-    distance medians, with the share of the pairs within ``LIMITS``.
+    The paper's Table 2 as Markdown: each method at the steps of its training, at its best Dice and at the last step.
+    Residual and start distance are medians over the pairs, with the share of them within ``LIMITS``, the others means.
 
     Args:
         curves: by title of a method what :py:func:`step_curves` gives.
@@ -285,22 +245,18 @@ def converge(
     """
     Iterate methods of a bundle that were trained with ``--bundle_root <results_dir>/<method>`` for many steps, score
     them on the way, and write ``convergence.md`` (trained against best and last steps), ``convergence.png`` and, below
-    each method's folder, the scores of every pair as CSV.
-
-    What has been scored before with the same weights and settings is read again, not repeated. A method that fails is
-    named below the table with the reason.
+    each method's folder, the scores of every pair as CSV, which are read again with the same weights and settings. A
+    method that fails is named below the table with the reason.
 
     Args:
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
         methods: names of the methods. Defaults to all that are iterated.
         overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
-        overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``; ``split`` is
-            ``"validation"`` unless it is given (paper, Table 2). Defaults to none.
+        overrides: entries of the bundle's configuration; ``split`` is ``"validation"`` unless given (paper, Table 2).
         max_steps: number of steps, of networks with levels on the finest. Defaults to 96 (paper, Fig. 3).
         random_start_rms: see :py:func:`score_steps`; 0 saves half of the time. Defaults to 3.
-        table_steps: steps for which the table has rows too, of those that are scored (see :py:func:`default_steps`).
-            Defaults to none.
+        table_steps: steps for which the table has rows too, of those that are scored. Defaults to none.
         output_dir: folder of table and figure. Defaults to ``results_dir``.
         overwrite: replace existing ones. Defaults to ``False``.
 
@@ -311,13 +267,13 @@ def converge(
         FileExistsError: When there is a table already and ``overwrite`` is not set.
         ValueError: When an argument is out of its range.
     """
-    steps, table_steps = default_steps(max_steps), as_list(table_steps)
+    steps, table_steps = default_steps(max_steps), bundle.as_list(table_steps)
     if not set(table_steps) <= set(steps):
         raise ValueError(f"table_steps must be among the steps that are scored, {steps}, got {table_steps}.")
     overrides = {"split": "validation", **(overrides or {})}
-    entries = bundle_methods(methods, bundle_dir, results_dir, overlays, overrides)
+    entries = bundle.bundle_methods(methods, bundle_dir, results_dir, overlays, overrides)
     output_dir = Path(results_dir if output_dir is None else output_dir)
-    table, picture = new_files(output_dir, ["convergence.md", "convergence.png"], overwrite)
+    table, picture = bundle.new_files(output_dir, ["convergence.md", "convergence.png"], overwrite)
     # the fingerprint of a method leaves this folder's code out
     scoring = hashlib.sha256(inspect.getsource(score_steps).encode()).hexdigest()[:6]
     curves: dict[str, pd.DataFrame] = {}
@@ -330,14 +286,14 @@ def converge(
             trained = method.trained_steps
             folder = method.root / "convergence" / method.fingerprint("evaluate")
             path = folder / f"steps_{max_steps}_from_{random_start_rms:g}_{scoring}.csv"
-            if not already_there(title, path):
+            if not bundle.already_there(title, path):
                 logger.info(f"{title}: {max_steps} steps")
                 marks = sorted({*steps, *([trained] if 0 < trained <= max_steps else [])})
                 write_step_scores(score_steps(method, marks, random_start_rms), path)
             curves[title], trained_steps[title] = step_curves(read_step_scores(path)), trained
         except Exception as e:  # whatever it is, the other methods still have their curves
             logger.error(f"{name} failed", exc_info=e)
-            failures[name] = root_cause(e)
+            failures[name] = bundle.root_cause(e)
     text = step_table(curves, trained_steps, table_steps) + "".join(
         f"\n{name} failed: {why}\n" for name, why in failures.items()
     )

@@ -29,16 +29,7 @@ logger = logging.getLogger("monai_deq")
 def gradient_step(
     network: nn.Module, loss: nn.Module, moving: torch.Tensor, target: Mapping[str, Any], amp: bool = False
 ) -> Callable[[], None]:
-    """
-    One step of a training without that of the optimizer: forward, loss and backward.
-
-    Args:
-        network: the network, in training mode.
-        loss: of what it returns and the target.
-        moving: ``(B, 1, *spatial)``.
-        target: what the loss compares with, the fixed images under ``"fixed"``.
-        amp: run forward and loss under autocast. Defaults to ``False``.
-    """
+    """Forward, loss and backward, under autocast with ``amp``; ``target`` is what the loss compares with."""
 
     def step() -> None:
         network.zero_grad(set_to_none=True)
@@ -84,16 +75,15 @@ def _training_costs(method: BundleMethod, first: FirstPair) -> tuple[dict[str, A
 def measure_costs(methods: Mapping[str, BundleMethod], rounds: int = 5) -> dict[str, dict[str, Any]]:
     """
     Measure on the first pair of the evaluation, batch one: the memory of a training step (forward, loss, backward),
-    the time of a training step with the optimizer's, and that of an inference. All methods take turns in one run, so
-    that their times compare; memory of the CPU is counted, not sampled.
+    the median time of a training step with the optimizer's, and that of an inference, all methods taking turns.
 
     Args:
         methods: the methods by name, trained or without training.
-        rounds: number of times that each is timed; the median counts. Defaults to 5.
+        rounds: number of times that each is timed. Defaults to 5.
 
     Returns:
-        By method the entries of :py:class:`monai_deq.evaluation.MethodResult`'s ``cost`` that could be measured; in
-        place of one that could not, the reason.
+        By method the ``cost`` of a :py:class:`monai_deq.evaluation.MethodResult`, as far as it could be measured, or
+        the reason.
     """
     costs: dict[str, dict[str, Any]] = {name: {} for name in methods}
     train: dict[str, Callable[[], Any]] = {}
@@ -119,15 +109,7 @@ def measure_costs(methods: Mapping[str, BundleMethod], rounds: int = 5) -> dict[
 
 
 def kept_costs(folder: Path, methods: Mapping[str, BundleMethod], rounds: int) -> dict[str, dict[str, Any]]:
-    """
-    :py:func:`measure_costs`, kept in a folder for this very set of methods on this kind of machine: side by side means
-    in one run.
-
-    Args:
-        folder: the folder.
-        methods: the methods by name.
-        rounds: number of times that each is timed.
-    """
+    """:py:func:`measure_costs`, kept in a folder for this set of methods: side by side means in one run."""
     if not methods:
         return {}
     key: list[Any] = [rounds, torch.__version__, torch.get_num_threads(), platform.processor(), platform.machine()]

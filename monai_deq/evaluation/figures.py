@@ -79,9 +79,9 @@ def plot_boxes(
     results: Sequence[MethodResult], metrics: Sequence[str | MetricColumn], path: str | Path, overwrite: bool = False
 ) -> None:
     """
-    Draw the scores over the pairs: one panel a metric, one box a method (quartiles and median, whiskers to the last
-    score within 1.5 times the box, further ones as points) and its mean as a dot. A method that failed or lacks a
-    metric says so in place of its box; methods that are not ranked are grey.
+    Draw the scores over the pairs: one panel a metric, one box a method (whiskers to the last score within 1.5 times
+    the box, further ones as points) and its mean as a dot. A method that failed or lacks a metric says so in place of
+    its box; methods that are not ranked are grey.
 
     Args:
         results: the methods from top to bottom.
@@ -166,12 +166,8 @@ def plot_steps(
     Args:
         curves: by title of a method what :py:func:`monai_deq.evaluation.step_curves` gives.
         trained_steps: by title, the steps that the method was trained with.
-        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
+        path: see :py:func:`plot_boxes`, with the same errors.
         overwrite: replace an existing file. Defaults to ``False``.
-
-    Raises:
-        FileExistsError: When the file exists and ``overwrite`` is not set.
-        ImportError: When matplotlib is not installed.
     """
     panels = [name for name in PANELS if any(c[name, "mean"].notna().any() for c in curves.values())]
     columns = max(math.ceil(len(panels) / 2), 1)
@@ -218,13 +214,9 @@ def plot_lines(
     Args:
         lines: by title of a system its memory or time, indexed by steps or voxels; what is not finite is left out.
         title: of the figure, with the unit.
-        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
+        path: see :py:func:`plot_boxes`, with the same errors.
         overwrite: replace an existing file. Defaults to ``False``.
         x_label: of the horizontal axis. Defaults to ``"steps"``.
-
-    Raises:
-        FileExistsError: When the file exists and ``overwrite`` is not set.
-        ImportError: When matplotlib is not installed.
     """
     with _picture(path, 6.4, 4.2, overwrite) as figure:
         axis = figure.subplots()
@@ -238,5 +230,5 @@ def plot_lines(
         axis.set_yscale("log")
         _style(axis, title)
         axis.set_xlabel(x_label, fontsize=8)
-        if lines:
+        if axis.lines:
             axis.legend(fontsize=7, frameon=False)

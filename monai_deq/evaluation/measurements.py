@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,27 +31,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """
-    Memory of one training step.
-
-    Args:
-        saved_bytes: peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`.
-        peak_bytes: peak of the bytes allocated since the step began: activations, gradients and temporaries.
-        kind: what ``peak_bytes`` is, in the words of a table.
-    """
+    """Memory of one training step."""
 
     saved_bytes: int
+    """Peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`."""
     peak_bytes: int
+    """Peak of the bytes allocated since the step began: activations, gradients and temporaries."""
     kind: str
+    """What ``peak_bytes`` is, in the words of a table."""
 
 
 class SavedTensors:
-    """
-    Account of the storages held by saved tensors; filled by :py:func:`saved_for_backward`.
-
-    Args:
-        left_out: tensors whose storages are not counted.
-    """
+    """Account of the storages held by saved tensors; filled by :py:func:`saved_for_backward`."""
 
     def __init__(self, left_out: Iterable[torch.Tensor] = ()) -> None:
         #: bytes held now
@@ -61,12 +53,7 @@ class SavedTensors:
         self._held: dict[int, tuple[int, int]] = {}  # address of a storage -> saved tensors that hold it, bytes
 
     def add(self, saved: torch.Tensor) -> None:
-        """
-        Count the storage of a tensor for as long as this tensor object lives.
-
-        Args:
-            saved: a tensor object that nothing but the saving holds.
-        """
+        """Count the storage of a tensor for as long as this tensor object lives, which nothing but the saving holds."""
         storage = saved.untyped_storage()
         address = storage.data_ptr()  # no other storage has it while the tensor lives
         if address in self._left_out:
@@ -89,67 +76,49 @@ class SavedTensors:
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @contextmanager
 def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedTensors]:
     """
-    Measure the bytes that autograd saves for the backward passes of what runs in the block.
-
-    Counted are the distinct storages held by saved tensors: a storage counts whole and once, however many views of it
-    are saved and however often, from the first saving until the last saved tensor that holds it is released. This
-    covers several forward and backward passes, gradients of gradients, ``save_for_backward`` of an
-    :py:class:`torch.autograd.Function`, autocast (the half precision copies of the weights are counted) and both forms
-    of :py:mod:`torch.utils.checkpoint`, with what it recomputes. It is the same on a CPU and a GPU, and on every run.
-
-    Not counted are attributes of an autograd function's ``ctx``, tensors in the closure of a hook, and what other hooks
-    for saved tensors make of them, as the copies of ``save_on_cpu``. An in-place change of a saved tensor before its
-    backward pass is not noticed by autograd.
+    Measure the bytes that autograd saves for the backward passes of what runs in the block: the distinct storages held
+    by saved tensors, each whole and once, from the first saving until the last saved tensor that holds it is released.
+    It is the same on a CPU and a GPU and on every run. Gradients of gradients, own autograd functions, autocast and
+    both forms of :py:mod:`torch.utils.checkpoint` are covered; attributes of a function's ``ctx`` and what other hooks
+    make of saved tensors are not. Autograd does not notice in-place changes of saved tensors in the block.
 
     Args:
         left_out: tensors whose storages are not counted: parameters and buffers, which are there in any case.
 
     Yields:
         The account, with ``peak_bytes`` and ``current_bytes``.
-
-    Example:
-
-    .. code-block:: python
-
-        with saved_for_backward(network.parameters()) as saved:
-            loss(network(moving, fixed), target).backward()
-        print(saved.peak_bytes)
     """
     account = SavedTensors(left_out)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def counted(tensor: torch.Tensor, pack: Callable[[torch.Tensor], Any]) -> Any:
         # a new object on the same storage: it lives and dies with the saving, and holds no graph (no cycle)
         saved = tensor.detach()
         account.add(saved)
-        account.note_peak()
-        return saved
+        try:
+            return pack(saved)
+        finally:
+            del saved
+            account.note_peak()
 
     def enter_counted(hooks: saved_tensors_hooks) -> None:
         # PyTorch applies the innermost hooks alone. Checkpointing has its own, first to keep nothing, then to keep
-        # what it recomputes in a place of its own: they are handed the counted object, and the peak is taken
-        # after they have kept it or let it go.
+        # what it recomputes: they are handed the counted object, and the peak is taken after they let it go
         own_pack = hooks.pack_hook
-
-        def pack_counted(tensor: torch.Tensor) -> Any:
-            saved = tensor.detach()
-            account.add(saved)
-            try:
-                return own_pack(saved)
-            finally:
-                del saved
-                account.note_peak()
-
-        hooks.pack_hook = pack_counted
+        hooks.pack_hook = partial(counted, pack=own_pack)
         try:
             enter(hooks)
         finally:
             hooks.pack_hook = own_pack
 
     enter = saved_tensors_hooks.__enter__
-    with saved_tensors_hooks(pack, lambda saved: saved):
+    with saved_tensors_hooks(partial(counted, pack=_same), _same):
         saved_tensors_hooks.__enter__ = enter_counted  # type: ignore[method-assign]
         try:
             yield account
@@ -164,12 +133,7 @@ class LiveTensors:
 
     @property
     def peak_bytes(self) -> int:
-        """
-        Largest number of bytes allocated in the block and alive at once.
-
-        Raises:
-            RuntimeError: When the block has not ended.
-        """
+        """Largest number of bytes allocated in the block and alive at once; known when the block has ended."""
         if self._peak_bytes is None:
             raise RuntimeError("peak_bytes is known when the block of live_tensors() has ended; read it after it.")
         return self._peak_bytes
@@ -178,17 +142,11 @@ class LiveTensors:
 @contextmanager
 def live_tensors() -> Iterator[LiveTensors]:
     """
-    Measure the peak of CPU memory of the tensors allocated in the block, forward and backward.
-
-    Every allocation and release by PyTorch's CPU allocator counts, to the byte, as :py:mod:`torch.profiler` records
-    them, temporary tensors inside an operator too (a ``TorchDispatchMode`` sees none of these, and keeps autograd from
-    adding up gradients in place). Memory from before the block does not count, neither when it is used nor when it is
-    freed, nor does what is not allocated through PyTorch: NumPy arrays, Python objects, what libraries as oneDNN
-    allocate for themselves. The number is the same on every run with the same number of threads.
-
-    The profiler runs one at a time, so the block cannot be profiled otherwise. PyTorch may warn on stderr of memory
-    "of unknown size", that from before the block; some versions also print two lines at each use, unless the
-    environment has ``KINETO_LOG_LEVEL=6``.
+    Measure the peak of CPU memory of the tensors allocated in the block: every allocation and release by PyTorch's CPU
+    allocator, to the byte, as :py:mod:`torch.profiler` records them, temporaries inside an operator too. What was there
+    before the block does not count, nor does what is not allocated through PyTorch. The number is the same on every run
+    with the same number of threads. The block cannot be profiled otherwise; PyTorch may warn of memory "of unknown
+    size", that from before the block, and some versions print two lines unless ``KINETO_LOG_LEVEL=6`` is set.
 
     Yields:
         An object whose ``peak_bytes`` can be read after the block.
@@ -204,8 +162,7 @@ def live_tensors() -> Iterator[LiveTensors]:
         kind, fields = node.typed
         if kind.name == "Allocation" and fields.device.type == "cpu":
             events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
-    # The profiler also tells of releases of memory that an earlier profile has seen allocated: only what was
-    # allocated here is subtracted. The running totals of its events mix the two.
+    # the profiler also tells of releases of memory that an earlier profile has seen allocated
     alive: dict[int, int] = {}
     current = peak = 0
     for _, address, size in sorted(events, key=lambda event: event[0]):
@@ -222,15 +179,12 @@ def training_memory(
     step: Callable[[], Any], parameters: Iterable[torch.Tensor], device: torch.device | str
 ) -> TrainingMemory:
     """
-    Measure the memory of one training step: exact, not sampled.
-
-    The gradients of ``parameters`` are dropped first, so that each measurement counts the gradients that the step
-    makes. Call the step once beforehand where something is made at its first call and kept (cached sampling grids,
-    workspaces of CUDA libraries): it would be counted. The step of an optimizer counts when ``step`` makes it.
+    Measure the memory of one training step: exact, not sampled. The gradients of ``parameters`` are dropped first. Call
+    the step once beforehand where something is made at its first call and kept (cached grids, workspaces of CUDA).
 
     On a CPU ``peak_bytes`` is that of :py:func:`live_tensors`. On a CUDA device it is
-    :py:func:`torch.cuda.max_memory_allocated` less what was allocated before the step; PyTorch's caching allocator
-    rounds blocks up to 512 bytes there, and memory from before the step that the step frees lowers it.
+    :py:func:`torch.cuda.max_memory_allocated` less what was allocated before the step, in blocks of 512 bytes; memory
+    from before the step that the step frees lowers it.
 
     Args:
         step: runs forward, loss and backward once.
@@ -268,13 +222,7 @@ def training_memory(
 
 @dataclass(frozen=True)
 class Timing:
-    """
-    Seconds of one function.
-
-    Args:
-        seconds: seconds of each round, in the order of the rounds; empty when the function failed.
-        failure: reason why the function failed, ``None`` when it did not.
-    """
+    """Seconds of one function, round by round, none when it failed for the reason ``failure``."""
 
     seconds: tuple[float, ...]
     failure: str | None = None
@@ -288,12 +236,6 @@ class Timing:
         """
         How many times as long as another function of the same run this one takes: the median of the ratios of each
         round, NaN when one of the two failed. What slows the machine for a while slows both parts of a ratio.
-
-        Args:
-            reference: timing of the other function.
-
-        Raises:
-            ValueError: When the two have different numbers of rounds, hence are not of one run.
         """
         if not self.seconds or not reference.seconds:
             return math.nan
@@ -315,19 +257,14 @@ def time_side_by_side(
     """
     Time functions round by round: each round calls every function once, and begins one function later than the round
     before (A B C, B C A, C A B, ...), so that neither a slow spell of the machine nor a place in the order favours one.
-    Garbage of the functions before is collected ahead of each call, outside its time. A function that raises is not
-    called again, and the others go on.
+    Garbage is collected ahead of each call. A function that raises is not called again, and the others go on.
 
     Args:
         functions: functions without arguments, by name.
         rounds: number of timed rounds. Defaults to 5.
         warmup: number of rounds before them that are not timed. Defaults to 1.
-        device: where the functions compute; a CUDA device is synchronized before each reading of the clock.
-            Defaults to ``"cpu"``.
+        device: where they compute; CUDA is synchronized before each reading of the clock. Defaults to ``"cpu"``.
         clock: returns seconds. Defaults to :py:func:`time.perf_counter`.
-
-    Returns:
-        A timing for each name, in the order of ``functions``.
 
     Raises:
         ValueError: When ``rounds`` is less than 1, ``warmup`` is negative, or there is no function.

@@ -85,18 +85,16 @@ def _source_digest() -> bytes:
 @dataclass(frozen=True)
 class BundleMethod:
     """
-    A method of a bundle, trained with ``--bundle_root <root>`` or without training.
-
-    A trained network is rebuilt from the record beside its weights, so that its evaluation needs the bundle's
-    ``evaluate.json`` alone. The overlay ``methods/<name>.json`` goes over ``train.json``, and over ``evaluate.json``
-    where it says ``"ckpt_path": null``: the method has no weights.
+    A method of a bundle. A trained network is rebuilt from the record beside its weights, by ``evaluate.json`` alone;
+    the overlay ``methods/<name>.json`` goes over ``train.json``, and over ``evaluate.json`` where it says
+    ``"ckpt_path": null``: the method has no weights.
 
     Args:
-        name: name of the overlay, and of the method in tables' files.
+        name: name of the overlay.
         bundle_dir: folder of the bundle.
-        root: folder of the method's training.
-        overlays: configuration files of the data set, e.g. ``slices.json``; a relative one lies in the bundle's folder
-            or else in the current one. Defaults to none.
+        root: folder of the method's training, its ``--bundle_root``.
+        overlays: configuration files of the data set, in the bundle's folder or else the current one, e.g.
+            ``slices.json``. Defaults to none.
         overrides: entries of the configuration in place of those in the files. Defaults to none.
     """
 
@@ -124,15 +122,7 @@ class BundleMethod:
         return self._overlay_entry("ckpt_path", "") is not None
 
     def files(self, config: str) -> list[str]:
-        """
-        Configuration files of the method.
-
-        Args:
-            config: name of the bundle's configuration, ``"evaluate"`` or ``"train"``.
-
-        Raises:
-            FileNotFoundError: When one is not there.
-        """
+        """Configuration files for ``"evaluate"`` or ``"train"``; ``FileNotFoundError`` when one is not there."""
         overlays = [self.bundle_dir / p if (self.bundle_dir / p).is_file() else Path(p) for p in self.overlays]
         files = [self.bundle_dir / f"{config}.json", *overlays]
         if config == "train" or not self.is_trained:
@@ -143,13 +133,7 @@ class BundleMethod:
         return [str(file) for file in files]
 
     def parser(self, config: str, **overrides: Any) -> ConfigParser:
-        """
-        The method's configuration, not parsed yet.
-
-        Args:
-            config: name of the bundle's configuration.
-            overrides: further entries.
-        """
+        """The configuration ``"evaluate"`` or ``"train"`` with further overrides, not parsed yet."""
         parser = ConfigParser()
         parser.read_config(self.files(config))
         parser.update({**(self.overrides or {}), "bundle_root": str(self.root), **overrides})
@@ -200,9 +184,6 @@ class BundleMethod:
         """
         Twelve digits that change with the weights, their record, the configuration and the code of this package, and
         not with where weights and results lie.
-
-        Args:
-            config: name of the bundle's configuration.
         """
         digest = hashlib.sha256(_source_digest())
         entries: dict[str, Any] = self.parser(config).get()  # type: ignore[assignment]
@@ -215,16 +196,13 @@ class BundleMethod:
 
 
 def refuse_unknown(methods: Iterable[BundleMethod], overrides: Mapping[str, Any]) -> None:
-    """
-    Refuse overrides that no configuration of the methods has: a mistyped one would be taken as an entry that nothing
-    reads. A method whose files are not there is passed over: its row will say so.
-    """
+    """Refuse overrides that no configuration of the methods has: nothing would read them."""
     known: set[str] = set()
     for method in methods:
         for config in ("evaluate", "train"):
             try:
                 known |= set(ConfigParser.load_config_files(method.files(config)))
-            except FileNotFoundError:
+            except FileNotFoundError:  # its row will say so
                 continue
     unknown = [key for key in overrides if key.split("#")[0].split("::")[0] not in known]
     if known and unknown:
@@ -239,12 +217,7 @@ def bundle_methods(
     overlays: str | Path | Sequence[str | Path],
     overrides: Mapping[str, Any] | None,
 ) -> dict[str, BundleMethod]:
-    """
-    Methods trained with ``--bundle_root <results_dir>/<name>``, and those without training, by name.
-
-    Raises:
-        ValueError: When a name repeats, there is neither an overlay nor a folder of it, or an override is unknown.
-    """
+    """Methods by name; each has an overlay or a folder of results, and the overrides are known."""
     names = as_list(names)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"methods must be names, each once, got {names}.")
@@ -263,16 +236,15 @@ def bundle_methods(
 
 def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodResult, dict[str, Any]]:
     """
-    Results of a method on the pairs of the bundle's ``evaluate.json``. What has been evaluated before with the same
-    weights and configuration is read from ``<root>/comparison/<fingerprint>``, nothing is ever replaced there. An
-    error becomes the result's ``failure``.
+    Evaluate a method by the bundle's ``evaluate.json``, once: what is there with the same weights and configuration is
+    read from ``<root>/comparison/<fingerprint>``, and nothing is replaced there.
 
     Args:
         method: the method.
         ranked: see :py:class:`monai_deq.evaluation.MethodResult`. Defaults to ``True``.
 
     Returns:
-        The result, and the summary that the evaluation wrote, an empty dict when it failed.
+        The result, an error as its ``failure``, and the summary that the evaluation wrote, then an empty dict.
     """
     title = method.name
     try:
@@ -303,12 +275,7 @@ def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodRe
 
 
 class FirstPair:
-    """
-    The first pair of a method's evaluation, on its device, with the network and inferer that register it.
-
-    Args:
-        method: the method, trained or without training.
-    """
+    """The first pair of a method's evaluation, on its device, with the network and inferer that register it."""
 
     def __init__(self, method: BundleMethod) -> None:
         evaluation = method.parser("evaluate", certificate=None)  # it costs evaluations that no registration needs
@@ -329,12 +296,7 @@ class FirstPair:
             load_weights(self.network, checkpoint)
 
     def training_target(self, training: ConfigParser) -> dict[str, Any]:
-        """
-        What the loss of the training compares with: the images, and of a given pair what else it takes, such as masks.
-
-        Args:
-            training: configuration of the method's training.
-        """
+        """What the loss of a training compares with: the images, and of a given pair what else it takes, as masks."""
         if self.case is None:
             return self.target
         batch = collate_annotated_pairs([training.get_parsed_content("load_pair")(self.case)])

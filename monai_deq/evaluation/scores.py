@@ -41,7 +41,7 @@ class MetricColumn:
         heading: its name for the reader.
         higher_is_better: whether the larger score is the better one.
         unit: unit of the number shown. Defaults to none.
-        scale: the score is multiplied by it to be shown, e.g. 100 to show a fraction in %. Defaults to 1.
+        scale: factor of the number shown, e.g. 100 for a fraction in %. Defaults to 1.
         decimals: digits after the point. Defaults to 2.
         note: what the number is, put below the table. Defaults to none.
     """
@@ -107,7 +107,7 @@ COST_HEADINGS: dict[str, str] = {
 
 def metric_columns(metrics: Sequence[str | MetricColumn]) -> list[MetricColumn]:
     """
-    Look up how metrics are shown.
+    How metrics are shown.
 
     Args:
         metrics: keys of :py:data:`METRIC_COLUMNS`, or columns of your own.
@@ -139,17 +139,13 @@ class MethodResult:
     Args:
         name: short name, e.g. ``"deqreg"``; no two methods of a table share it.
         title: name for the reader, e.g. ``"DEQReg"``.
-        scores: one row a pair, indexed by ``(fixed, moving)``, one column a metric, as :py:func:`read_pair_results`
-            gives them; NaN where a pair has no score. Defaults to none, for a method that failed.
-        cost: any of the keys of :py:data:`COST_HEADINGS`; numbers, or a text that is shown as it is, or None.
-            ``training_memory_mb`` needs ``memory_kind``, what it is, beside it. Defaults to ``None``.
+        scores: as :py:func:`read_pair_results` gives them. Defaults to none, for a method that failed.
+        cost: numbers or texts by keys of :py:data:`COST_HEADINGS`; ``training_memory_mb`` needs ``memory_kind``.
         failure: why there are no scores. Defaults to ``None``: there are.
-        ranked: whether the method may be marked as best or second best. Say no for a starting point: no displacement
-            has no folds either. Defaults to ``True``.
+        ranked: whether it may be best: a starting point has no folds either. Defaults to ``True``.
 
     Raises:
-        ValueError: When there are neither scores nor a failure, or the cost has an unknown entry or a memory without
-            its kind.
+        ValueError: When scores and failure are missing, or a cost is unknown or a memory without its kind.
     """
 
     name: str
@@ -193,18 +189,15 @@ def _describe_difference(expected: Iterable[Hashable], got: Iterable[Hashable], 
 
 def common_pairs(results: Sequence[MethodResult], reference: str | None = None) -> list[tuple[str, str]]:
     """
-    The pairs (fixed, moving) that all methods were scored on: means and tests over different pairs do not compare.
+    The pairs (fixed, moving) that all methods were scored on, none when every method failed: means and tests over
+    different pairs do not compare.
 
     Args:
         results: the methods; one that failed is passed over.
-        reference: name of the method that the others are compared with in the error. Defaults to ``None``: the first.
-
-    Returns:
-        the pairs, none when every method failed.
+        reference: name of the method that the error compares with. Defaults to the first.
 
     Raises:
-        ValueError: When there is no method, two share a name, ``reference`` is not among them, or one was scored on
-            other pairs.
+        ValueError: When a name is missing or repeats, or a method was scored on other pairs.
     """
     names = [result.name for result in results]
     if not names or len(set(names)) != len(names):
@@ -234,13 +227,12 @@ def _number(text: str) -> float | None:
         return None
 
 
-def read_pair_results(csv_path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def read_pair_results(csv_path: str | Path) -> pd.DataFrame:
     """
     Read the ``<prefix>_pairs.csv`` of :py:class:`monai_deq.handlers.PairResultsSaver`.
 
     Args:
-        csv_path: a CSV file with the columns ``fixed``, ``moving`` and any number of scores.
-        columns: names of the columns to read. Defaults to ``None``: all that hold numbers.
+        csv_path: a CSV file with the columns ``fixed``, ``moving`` and any number of scores; other texts are left out.
 
     Returns:
         one row a pair, indexed by ``(fixed, moving)``, one column a score; NaN where the cell says nan or nothing.
@@ -264,7 +256,7 @@ def read_pair_results(csv_path: str | Path, columns: Sequence[str] | None = None
     if not text.endswith("\n"):
         raise ValueError(f"{path} does not end with a line break and may be cut off. Evaluate again.")
     header, *rows = lines
-    missing = [name for name in (*PAIR, *(columns or ())) if name not in header]
+    missing = [name for name in PAIR if name not in header]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}. It has {', '.join(header)}.")
     for cells in rows:
@@ -279,16 +271,15 @@ def read_pair_results(csv_path: str | Path, columns: Sequence[str] | None = None
     for fixed, moving in frame.index[frame.index.duplicated()]:
         raise ValueError(f"{path}: the pair fixed {fixed!r}, moving {moving!r} is there twice.")
     numbers: dict[str, list[float | None]] = {name: [_number(cell) for cell in frame[name]] for name in frame}
-    if columns is None:
-        # texts such as the reason why the solver stopped have no number in any row
-        columns = [name for name, values in numbers.items() if any(v is not None for v in values)]
-    for name in columns:
-        for (fixed, moving), cell, value in zip(frame.index, frame[name], numbers[name], strict=True):
+    # texts such as the reason why the solver stopped have no number in any row
+    scores = {name: values for name, values in numbers.items() if any(v is not None for v in values)}
+    for name, values in scores.items():
+        for (fixed, moving), cell, value in zip(frame.index, frame[name], values, strict=True):
             if value is None:
                 raise ValueError(
                     f"{path}, pair fixed {fixed!r}, moving {moving!r}: expected a number in {name!r}, got {cell!r}."
                 )
-    return pd.DataFrame({name: numbers[name] for name in columns}, index=frame.index, dtype=float)
+    return pd.DataFrame(scores, index=frame.index, dtype=float)
 
 
 def finite_scores(scores: pd.Series) -> pd.Series:
@@ -298,16 +289,11 @@ def finite_scores(scores: pd.Series) -> pd.Series:
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
     """
-    Adjust the p-values of one family of tests by Holm's step-down method: the i-th smallest of m is multiplied by
-    m - i + 1, and none is below the one before it (Holm, "A simple sequentially rejective multiple test procedure",
-    Scand. J. Statist. 6, 1979).
+    Adjust the p-values of one family of tests by Holm's step-down method (Holm, "A simple sequentially rejective
+    multiple test procedure", Scand. J. Statist. 6, 1979).
 
     Args:
-        p_values: p-values in [0, 1] in any order. NaN stands for a test that could not be made; it stays NaN and does
-            not count into the family.
-
-    Returns:
-        the adjusted p-values in the order of ``p_values``, 1 at most.
+        p_values: in [0, 1], in any order; NaN is a test that could not be made, stays NaN and does not count.
 
     Raises:
         ValueError: When a p-value is outside [0, 1].
@@ -322,33 +308,28 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """
-    Outcome of a paired test of a reference against another method.
-
-    Args:
-        p_value: two-sided p-value; NaN when no pair has both scores.
-        median_difference: median of reference minus other over the pairs; NaN when no pair has both scores.
-        pairs: number of pairs with both scores, those without a difference among them.
-        left_out: number of pairs in which one of the two has no score.
-    """
+    """Outcome of a paired test of a reference against another method."""
 
     p_value: float
+    """Two-sided; NaN when no pair has both scores."""
     median_difference: float
+    """Of reference minus other over the pairs; NaN when no pair has both scores."""
     pairs: int
+    """Number of pairs with both scores."""
     left_out: int
+    """Number of pairs in which one of the two has no score."""
 
 
 def paired_wilcoxon(
     reference: Mapping[Hashable, float] | pd.Series, other: Mapping[Hashable, float] | pd.Series
 ) -> PairedTest:
     """
-    Two-sided Wilcoxon signed-rank test of two methods on the same pairs of images, :py:func:`scipy.stats.wilcoxon`.
-    Pairs without a difference are dropped from the ranks; when no other is left, p = 1. SciPy takes the exact
-    distribution for up to 50 differences, with ties among them up to 13, and the normal approximation beyond.
+    Two-sided Wilcoxon signed-rank test of two methods on the same pairs, :py:func:`scipy.stats.wilcoxon`: exact for up
+    to 50 differences, with ties up to 13. Pairs without a difference are dropped from the ranks; p = 1 without others.
 
     Args:
-        reference: score of each pair, by anything that identifies the pair, e.g. the names (fixed, moving).
-        other: the same of the other method, in any order. A NaN or infinite score leaves the pair out.
+        reference: score of each pair, by its names (fixed, moving), say. NaN or infinity leaves the pair out.
+        other: the same of the other method, in any order.
 
     Raises:
         ValueError: When the two do not have the same pairs.

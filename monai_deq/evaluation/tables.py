@@ -27,6 +27,8 @@ from monai_deq.utils import json_ready, refuse_existing, replace_file, write_jso
 __all__ = ["ComparisonTable", "cell_text", "markdown_table"]
 
 _DASH = "–"
+#: a method is starred whose adjusted p-value is below
+_ALPHA = 0.05
 _TITLE_INFO = ("data_set", "split", "label_set")
 _METHOD = ("name", "title", "ranked", "failure")
 
@@ -39,14 +41,7 @@ def cell_text(text: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """
-    A Markdown table without a line break at its end.
-
-    Args:
-        header: the headings.
-        rows: the cells.
-        left: columns that are aligned to the left. Defaults to the first.
-    """
+    """A Markdown table without a line break at its end; columns in ``left`` are aligned to the left."""
     align = [":--" if i in left else "--:" for i in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
@@ -76,34 +71,27 @@ def _shown(value: float, column: MetricColumn, sign: str = "", extra: int = 0) -
 
 class ComparisonTable:
     """
-    Methods against metrics: mean and sample standard deviation over the pairs, best and second best, the two-sided
-    Wilcoxon signed-rank test of one method against every other on the same pairs with Holm's correction over the
-    comparisons of each metric, and what each method costs. After Table 1 of the paper.
-
-    A method that failed is a row with its reason. A pair without a score is left out of the mean and of the tests, and
-    the cell says over how many pairs it is. Best and second best go by the means as shown, so that equal numbers have
-    equal marks; a metric with fewer than two ranked methods has none.
+    Methods against metrics: mean and sample standard deviation over the pairs, best and second best by the means as
+    shown (of two ranked methods or more), the two-sided Wilcoxon signed-rank test of one method against every other
+    with Holm's correction over the comparisons of each metric, and costs. A method that failed is a row with its
+    reason. A pair without a score is left out, and the cell says over how many pairs it is.
 
     Args:
         results: the methods in the order of the rows.
-        metrics: the metrics in the order of the columns: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS`, or
-            columns of your own.
+        metrics: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS` or columns of your own, in their order.
         reference: name of the method tested against every other, or None for no tests.
-        info: what the table should state; ``"data_set"``, ``"split"`` and ``"label_set"`` are needed unless every
-            method failed.
-        alpha: a method is starred whose adjusted p-value is below. Defaults to 0.05.
+        info: what the table states; ``data_set``, ``split`` and ``label_set`` are needed unless every method failed.
 
     Attributes:
         pairs: names (fixed, moving) of the pairs that all methods were scored on.
-        statistics: ``statistics[name, key]`` of a method's metric, in the unit of the results: ``mean``, ``std`` and
-            ``pairs``; ``mark`` (``"best"`` or ``"second"``) where it has one; and where the reference was tested
-            against it the entries of :py:class:`monai_deq.evaluation.PairedTest` under ``test`` and
-            ``adjusted_p_value``.
+        statistics: by ``(name, key)`` of a method and a metric ``mean``, ``std`` and ``pairs`` in the unit of the
+            results, and where there are any ``mark`` (``"best"`` or ``"second"``), ``test`` (the entries of
+            :py:class:`monai_deq.evaluation.PairedTest`) and ``adjusted_p_value``.
 
     Raises:
         TypeError: When ``info`` holds what JSON does not know.
-        ValueError: When methods were scored on different pairs, names repeat or are unknown, ``info`` lacks an entry,
-            no method has one of the metrics, or ``alpha`` is not between 0 and 1.
+        ValueError: When methods were scored on different pairs, or a name, entry or metric is missing, repeats or is
+            unknown.
     """
 
     def __init__(
@@ -112,7 +100,6 @@ class ComparisonTable:
         metrics: Sequence[str | MetricColumn],
         reference: str | None,
         info: Mapping[str, Any],
-        alpha: float = 0.05,
     ) -> None:
         self.results = list(results)
         self.columns = metric_columns(metrics)
@@ -127,9 +114,6 @@ class ComparisonTable:
             json.dumps(self.info, allow_nan=False)
         except (TypeError, ValueError) as e:
             raise TypeError(f"info must be plain values that JSON knows, got {self.info}.") from e
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha: expected a number between 0 and 1, got {alpha}.")
-        self.alpha = alpha
         for column in self.columns:
             if scored and not any(column.key in result.scores for result in scored):
                 there = sorted({key for result in scored for key in result.scores})
@@ -176,7 +160,7 @@ class ComparisonTable:
         std = _DASH if math.isnan(value["std"]) else _shown(value["std"], column)
         cell = f"{_shown(value['mean'], column)} ({std})"
         cell = {"best": f"**{cell}**", "second": f"<u>{cell}</u>"}.get(value.get("mark", ""), cell)
-        star = "\\*" if value.get("adjusted_p_value", math.nan) < self.alpha else ""
+        star = "\\*" if value.get("adjusted_p_value", math.nan) < _ALPHA else ""
         return cell + star + self._count(value["pairs"])
 
     def _test_cell(self, result: MethodResult, column: MetricColumn) -> str:
@@ -222,17 +206,12 @@ class ComparisonTable:
             unranked = [cell_text(r.title) for r in self.results if not r.ranked and r.failure is None]
             note += f", not counting {', '.join(unranked)}." if unranked else "."
         if self._tests:
-            note += f" \\* differs from {self._title_of(self.reference)}, adjusted p < {self.alpha:g} (see the tests)."
+            note += f" \\* differs from {self._title_of(self.reference)}, adjusted p < {_ALPHA:g} (see the tests)."
         if any(value["pairs"] != len(self.pairs) for value in self.statistics.values()):
             note += " \\[n]: over n pairs alone, the others have no score."
         notes = (f"- {cell_text(c.heading)}: {cell_text(c.note)}." for c in self.columns if c.note)
-        return [
-            markdown_table(["Method", *(cell_text(column.title) for column in self.columns)], rows),
-            "",
-            note,
-            "",
-            *notes,
-        ]
+        header = ["Method", *(cell_text(column.title) for column in self.columns)]
+        return [markdown_table(header, rows), "", note, "", *notes]
 
     def _test_lines(self) -> list[str]:
         reference = self._title_of(self.reference)
@@ -259,24 +238,21 @@ class ComparisonTable:
         costs = [(result, result.cost) for result in self.results if result.cost]
         keys = [key for key in COST_HEADINGS if any(cost.get(key) is not None for _, cost in costs)]
         rows = [[cell_text(r.title), *(_cost_text(key, cost.get(key)) for key in keys)] for r, cost in costs]
-        lines = [
-            "### Cost",
-            "",
-            markdown_table(["Method", *(COST_HEADINGS[key] for key in keys)], rows),
-            "",
+        note = (
             "Memory and time are those of one pair, batch one. A training step is forward, loss and backward, its time "
             "with the optimizer's; saved for backward is the peak of what autograd keeps, without the weights. Times "
-            "are medians of rounds in which all methods took turns in one run.",
-        ]
+            "are medians of rounds in which all methods took turns in one run."
+        )
+        lines = ["### Cost", "", markdown_table(["Method", *(COST_HEADINGS[key] for key in keys)], rows), "", note]
         if len({cost["memory_kind"] for _, cost in costs if cost.get("memory_kind")}) > 1:
             lines += ["", "Training memory was measured in different ways: compare only rows measured the same way."]
         return lines
 
     def to_frame(self) -> pd.DataFrame:
         """
-        One row a method, numbers as in the results (not scaled to be shown), None where there is none: ``name``,
-        ``title``, ``ranked``, ``failure``; for each metric ``<key>_mean``, ``_std``, ``_pairs``, ``_mark``, and against
-        the reference ``_median_difference``, ``_p``, ``_p_adjusted``, ``_tested_pairs``; and the cost.
+        One row a method, numbers as in the results, None where there is none: ``name``, ``title``, ``ranked``,
+        ``failure``; for each metric ``<key>_mean``, ``_std``, ``_pairs``, ``_mark``, and against the reference
+        ``_median_difference``, ``_p``, ``_p_adjusted``, ``_tested_pairs``; and the cost.
         """
         rows = []
         for result in self.results:
@@ -296,7 +272,7 @@ class ComparisonTable:
         return pd.DataFrame(rows, dtype=object)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values, numbers as in the results (not scaled to be shown), None where there is none."""
+        """All of it as plain values, numbers as in the results, None where there is none."""
         methods = []
         for result in self.results:
             own = {c.key: self._at(result, c) for c in self.columns if self._at(result, c)}
@@ -318,30 +294,26 @@ class ComparisonTable:
                 "reference": self.reference,
                 "name": "Wilcoxon signed-rank test, two-sided",
                 "correction": "Holm, over the comparisons of each metric",
-                "alpha": self.alpha,
+                "alpha": _ALPHA,
             },
             "methods": methods,
         }
         return json_ready(content)
 
-    def write(self, output_dir: str | Path, prefix: str = "comparison", overwrite: bool = False) -> list[Path]:
+    def write(self, output_dir: str | Path, overwrite: bool = False) -> list[Path]:
         """
-        Write ``<prefix>.md``, ``<prefix>.csv`` and ``<prefix>.json``.
+        Write ``comparison.md``, ``.csv`` and ``.json``, which are returned.
 
         Args:
             output_dir: folder of the files; it is made.
-            prefix: start of the file names. Defaults to ``"comparison"``.
             overwrite: replace existing files. Defaults to ``False``.
-
-        Returns:
-            the three files.
 
         Raises:
             FileExistsError: When one of them exists and ``overwrite`` is not set; none is written then.
         """
-        paths = [Path(output_dir) / f"{prefix}.{suffix}" for suffix in ("md", "csv", "json")]
+        paths = [Path(output_dir) / f"comparison.{suffix}" for suffix in ("md", "csv", "json")]
         if not overwrite:
-            refuse_existing(paths, "Replace it with overwrite, or name another output_dir or prefix.")
+            refuse_existing(paths, "Replace it with overwrite, or name another output_dir.")
         texts = (self.to_markdown(), self.to_frame().to_csv(index=False, lineterminator="\n"))
         for path, text in zip(paths, texts, strict=False):
             with replace_file(path) as temporary:

@@ -132,8 +132,7 @@ def test_curves() -> None:
     np.testing.assert_allclose(curves["dice", "sem"], np.divide(std, math.sqrt(2)))
     np.testing.assert_allclose(curves["residual", "median"], [2.0, 1.0, math.nan])
     # a pair that was lost stands still nowhere
-    still = scores.assign(residual=0.005, start_distance=0.05).where(scores["dice"].notna() | (scores["step"] != 3))
-    still.loc[still["dice"].isna(), ["residual", "start_distance"]] = math.nan
+    still = scores.assign(residual=0.005, start_distance=0.05)
     assert step_curves(still)["residual", "within"].to_list() == [1.0, 1.0, 0.5]
     other = still["fixed"] == "b"
     halves = step_curves(still.assign(residual=still["residual"] + 1e-4 * other, start_distance=0.05 + 0.01 * other))

@@ -48,10 +48,6 @@ def test_reads_every_column_of_numbers(tmp_path: Path, line_break: str) -> None:
     assert scores["steps"].to_list() == [16.0, 12.0, 8.0]
 
 
-def test_reads_the_columns_asked_for(tmp_path: Path) -> None:
-    assert list(read(write(tmp_path, CSV), ["hd"])) == ["hd"]
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -73,14 +69,12 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_absent_binary_and_missing_column(tmp_path: Path) -> None:
+def test_absent_and_binary(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Run the evaluation first"):
         read(tmp_path / "none.csv")
     (tmp_path / "image.csv").write_bytes(b"\x1f\x8b\xff\n")
     with pytest.raises(ValueError, match="is no CSV text"):
         read(tmp_path / "image.csv")
-    with pytest.raises(ValueError, match="has no column 'tre'. It has fixed, moving, dice, hd"):
-        read(write(tmp_path, CSV), ["dice", "tre"])
 
 
 def test_common_pairs() -> None:

@@ -112,15 +112,17 @@ def test_tests_are_corrected_over_the_comparisons_of_each_metric() -> None:
     assert table_rows(text)["a"][1].endswith("\\[5]") and "5 pairs" not in text
 
 
-@pytest.mark.parametrize(("alpha", "star"), [(0.05, "\\*"), (0.03, "")])
-def test_star_for_an_adjusted_p_below_alpha(alpha: float, star: str) -> None:
-    folds = np.arange(6.0)
-    results = [method("deq", folds=folds.tolist()), method("a", folds=(folds + [1, 2, 3, 4, 5, 6]).tolist())]
-    table = ComparisonTable(results, ["folded_percent"], "deq", INFO, alpha=alpha)
+@pytest.mark.parametrize(("pairs", "star"), [(6, "\\*"), (5, "")])
+def test_star_for_an_adjusted_p_below_005(pairs: int, star: str) -> None:
+    # all one way: p = 2 / 2^6 = 0.03 and 2 / 2^5 = 0.06
+    folds = np.arange(float(pairs))
+    results = [method("deq", folds=folds.tolist()), method("a", folds=(2 * folds + 1).tolist())]
+    table = ComparisonTable(results, ["folded_percent"], "deq", INFO)
     rows = table_rows(table.to_markdown())
-    assert rows["a"] == [f"<u>6.000 (3.742)</u>{star}"]  # 1, 3, ..., 11
-    assert rows["deq"] == ["**2.500 (1.871)**"]
-    assert ("adjusted p < 0.05" in table.to_markdown()) == (alpha == 0.05)
+    # 1, 3, ..., 9, and 11 of six pairs
+    assert rows["a"] == [f"<u>{np.mean(2 * folds + 1):.3f} ({np.std(2 * folds + 1, ddof=1):.3f})</u>{star}"]
+    assert rows["deq"] == [f"**{np.mean(folds):.3f} ({np.std(folds, ddof=1):.3f})**"]
+    assert "adjusted p < 0.05" in table.to_markdown()
 
 
 def test_failed_rows_and_missing_metrics_never_break_the_table() -> None:
@@ -209,8 +211,8 @@ def test_rows_csv_and_json_agree(tmp_path: Path) -> None:
         method("b", failure='says "no", twice'),
     ]
     table = ComparisonTable(results, ["dice", "folded_percent"], "deq", {**INFO, "seed": 3})
-    paths = table.write(tmp_path / "new", prefix="table1")
-    assert [p.name for p in paths] == ["table1.md", "table1.csv", "table1.json"]
+    paths = table.write(tmp_path / "new")
+    assert [p.name for p in paths] == ["comparison.md", "comparison.csv", "comparison.json"]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
     assert paths[0].read_text(encoding="utf-8") == table.to_markdown()
 
@@ -256,7 +258,6 @@ def test_an_existing_table_is_kept(tmp_path: Path) -> None:
         ({"info": {**INFO, "x": NAN}}, TypeError, "plain values that JSON knows"),
         ({"metrics": ["dice", "tre"]}, ValueError, "no method has 'tre'. They have dice"),
         ({"reference": "riir"}, ValueError, "reference: expected a name among a, b, got 'riir'"),
-        ({"alpha": 0}, ValueError, "alpha"),
         ({"results": [method("a", dice=STEADY), method("b", dice=STEADY[:5])]}, ValueError, r"lacks \(f5, m5\)"),
     ],
 )
