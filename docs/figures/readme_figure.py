@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's picture: two synthetic slices, registered by the weights for slices. ``python docs/figures/readme_figure.py``"""
+"""README's picture: ``python docs/figures/readme_figure.py``"""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def draw(output: Path) -> None:
         output: PNG to write.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cohort = write_sample_cohort(Path(folder) / "cohort", num_subjects=2, spatial_size_3d=(16, 16, 24), spatial_size_2d=SIZE)
+        cohort = write_sample_cohort(
+            Path(folder) / "cohort", num_subjects=2, spatial_size_3d=(16, 16, 24), spatial_size_2d=SIZE
+        )
         files = [cohort / f"OASIS_OAS1_900{i}_MR1" / "slice_norm.nii.gz" for i in (1, 2)]
         pair = load_pair_transforms(spatial_dims=2)(scan_pairs(fixed=files[0], moving=files[1])[0])
         moving, fixed = (pair[key].as_tensor()[None] for key in ("moving", "fixed"))
