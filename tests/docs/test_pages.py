@@ -56,9 +56,9 @@ COMMANDS = ("cp", "mkdir", "monai-deq", "pip", "pytest", "python", "sphinx-build
 #: directives of MyST that are no code
 DIRECTIVES = ("{eval-rst}", "{include}", "{math}", "{toctree}")
 #: what takes long, and the most that is taken of it
-MOST = {"batch_size": 2, "max_epochs": 1, "pairs_per_epoch": 2, "val_interval": 1}
-#: the same of equilibrium networks; others have few steps, and some refuse these settings
-MOST_STEPS = {"coarse_steps": 2, "max_steps": 4, "pool_slots": 2, "solver_steps": 2, "val_steps": 2}
+MOST = {"batch_size": 2, "max_epochs": 1, "pairs_per_epoch": 2, "solver_steps": 2}
+#: the same in the training of equilibrium networks; others have few steps, and some refuse these settings
+MOST_STEPS = {"max_steps": 4, "network_def#max_steps": 2, "rest#pool_slots": 2, "val_steps": 2}
 UNROLLED = ("voxelmorph", "unrolling", "gradirn", "riir")
 #: the same for options of ``monai-deq``
 MOST_OPTIONS = {
@@ -70,9 +70,7 @@ MOST_OPTIONS = {
     "unrolled-steps": "1",
 }
 SPLIT = "[3,2,2]"
-SPEED = json.dumps(
-    {"RIIR": {"method": "riir"}, "pool": {"method": "deqreg_pool", "solver_steps": 2, "coarse_steps": 2}}
-)
+SPEED = json.dumps({"RIIR": {"method": "riir"}, "pool": {"method": "deqreg_pool", "solver_steps": 2}})
 
 
 @dataclass(frozen=True)
@@ -159,9 +157,12 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
     overlay = Path(names[-1]).stem
     trained = overlay not in ("affine", "elastix")
     one_pair = "--fixed" in options or "--pairs" in options
-    for key, most in {**MOST, **({} if overlay in UNROLLED else MOST_STEPS)}.items():
-        if key in config:
+    steps = MOST_STEPS if run_id == "training" and overlay not in UNROLLED else {}
+    for key, most in {**MOST, **steps}.items():
+        if key.split("#")[0] in config:
             options[f"--{key}"] = str(min(most, int(options.get(f"--{key}", most))))
+    if "--train#handlers#1#interval" in options:
+        options["--train#handlers#1#interval"] = "1"
     if options.get("--resume") == "true":
         options["--max_epochs"] = "2"
     if overlay == "elastix":
