@@ -15,7 +15,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from monai_deq.data import scan_pairs, write_sample_cohort
+from monai_deq.data import write_sample_cohort
 from monai_deq.networks import load_network
 from monai_deq.transforms import load_pair_transforms
 
@@ -36,8 +36,8 @@ def draw(output: Path) -> None:
         cohort = write_sample_cohort(
             Path(folder) / "cohort", num_subjects=2, spatial_size_3d=(16, 16, 24), spatial_size_2d=SIZE
         )
-        files = [cohort / f"OASIS_OAS1_900{i}_MR1" / "slice_norm.nii.gz" for i in (1, 2)]
-        pair = load_pair_transforms(spatial_dims=2)(scan_pairs(fixed=files[0], moving=files[1])[0])
+        files = (str(cohort / f"OASIS_OAS1_900{i}_MR1" / "slice_norm.nii.gz") for i in (1, 2))
+        pair = load_pair_transforms(spatial_dims=2)(dict(zip(("fixed", "moving"), files, strict=True)))
         moving, fixed = (pair[key].as_tensor()[None] for key in ("moving", "fixed"))
     with torch.no_grad():
         warped, ddf = load_network(WEIGHTS)(moving, fixed)

@@ -237,7 +237,7 @@ def as_data(cohort: Path, folder: Path, names: Sequence[str] = ()) -> None:
 def archive_for(name: str, folder: Path, output_dir: Path) -> None:
     """The archive of a public data set, as somebody who took it with a browser has it."""
     output_dir.mkdir(exist_ok=True)
-    archive = output_dir / PUBLIC_DATASETS[name].archive
+    archive = output_dir / Path(PUBLIC_DATASETS[name].url or "").name
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as packed:
             for path in sorted((folder / "NLST").rglob("*")):
@@ -399,7 +399,6 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
         ("python -m monai.bundle run trainig --config_file bundles/oasis/train.json", "trainig"),
         ("monai-deq compared --bundle-dir bundles/oasis", "compared"),
         ("monai-deq compare --bundle-dir bundles/oasis", "results-dir"),
-        ("monai-deq scaling --bundle-dir bundles/oasis --output-dir wrong --sizes big", "whole numbers"),
         ("monai-deq memory --bundle-dir bundles/oasis --output-dir wrong --set step=3", "step"),
         ("torchrun --nproc=2 -m monai.bundle run training --config_file bundles/oasis/train.json", "not known"),
         ("torchrun --nproc_per_node=2 -m monai.bundle run training --config_file bundles/oasis/trian.json", "there is"),
@@ -410,6 +409,10 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_is_found(text: str, message: str, workplace: Workplace) -> None:
-    with pytest.raises((Exception, SystemExit), match=message):
+    with pytest.raises((Exception, SystemExit)) as caught:
         for command in recorded_commands(Block("page", 1, "bash", text), workplace.folder):
             workplace.run(command)
+    causes: list[BaseException | None] = [caught.value]
+    while causes[-1]:
+        causes.append(causes[-1].__cause__)
+    assert any(message in str(cause) for cause in causes), caught.value
