@@ -17,7 +17,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Compare, iterate and measure registration methods of a bundle; fetch data; pack a bundle for the Model Zoo.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
