@@ -31,8 +31,10 @@ from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
+import monai.bundle
 import pytest
 import torch
+from fire.parser import DefaultParseValue
 from markdown_it import MarkdownIt
 from monai.bundle import ConfigParser
 
@@ -276,8 +278,11 @@ class Workplace:
                 exec(compile(words[1], "python -c", "exec"), {})
         elif name == "python" and words[:3] == ["-m", "monai.bundle", "run"]:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", ["monai.bundle", *shortened_bundle(words[2:])])
-                runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+                short = shortened_bundle(words[2:])
+                patch.setattr(sys, "argv", [str(Path(monai.bundle.__file__).with_name("__main__.py")), *short])
+                settings = {key.removeprefix("--"): value for key, value in options_of(short[2:]).items()}
+                # as Fire does it, which spends longer on the stack of pytest than the run takes
+                monai.bundle.run(short[1], **{key: DefaultParseValue(value) for key, value in settings.items()})
         elif name == "monai-deq":
             self.run_own(words)
         else:
