@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+EXTRAS = ["itk-elastix", "matplotlib>=3.10", "pooch"]
 DOCS = ["sphinx>=7.3", "myst-parser>=3", "furo"]
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "monai_deq" / "__init__.py").read_text(), re.M).group(1)  # type: ignore[union-attr]
 
@@ -27,13 +28,17 @@ setup(
         "monai[ignite,nibabel,tensorboard,tqdm,fire,scipy]>=1.6.1",  # fire runs `python -m monai.bundle`
         "torchdeq>=0.1.0",
         "numpy",
+        "pandas",
         "scipy",
+        "typer",
     ],
+    entry_points={"console_scripts": ["monai-deq = monai_deq.cli:main"]},
     extras_require={
+        "download": ["pooch"],
         "elastix": ["itk-elastix"],
         "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"],  # what --tracking mlflow needs of MLflow
         "figures": ["matplotlib>=3.10"],
-        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "itk-elastix", "matplotlib>=3.10", *DOCS],
+        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", *EXTRAS, *DOCS],
         "docs": DOCS,
     },
 )

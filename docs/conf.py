@@ -34,7 +34,7 @@ python_use_unqualified_type_names = True
 
 #: pages that are a file from elsewhere in the repository, by that file
 _PAGES = {
-    "README.md": "results.md",
+    "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "bundles/oasis/docs/README.md": "bundles/oasis.md",

@@ -3,28 +3,18 @@
 
 from __future__ import annotations
 
-from . import (
-    baselines,
-    certificates,
-    data,
-    engines,
-    handlers,
-    inferers,
-    losses,
-    metrics,
-    networks,
-    solvers,
-    transforms,
-    utils,
-)
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
 __all__ = [
     "baselines",
+    "bundle",
     "certificates",
     "data",
     "engines",
+    "evaluation",
     "handlers",
     "inferers",
     "losses",
@@ -34,3 +24,10 @@ __all__ = [
     "transforms",
     "utils",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The packages inside are imported when they are asked for: PyTorch and MONAI take seconds."""
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from monai_deq.networks.nets import RegistrationNet
-from monai_deq.networks.nets.interface import check_pair
+from monai_deq.networks.nets import RegistrationNet, check_pair
 from monai_deq.networks.nets.iteration import initial_state
 from monai_deq.solvers import SolverRecord
 

@@ -13,7 +13,7 @@ import torch
 from monai.utils import OptionalImportError, optional_import
 
 from monai_deq.baselines.classical import ClassicalRegistration
-from monai_deq.networks.nets.interface import check_pair
+from monai_deq.networks.nets import check_pair
 from monai_deq.networks.nets.iteration import initial_state
 from monai_deq.solvers import SolverRecord
 
@@ -24,9 +24,10 @@ _MIN_SIZE = 4
 
 
 def _load_itk() -> Any:
-    """The module ``itk`` with elastix in it, which takes seconds to import."""
+    """The module ``itk`` with elastix in it."""
     itk, found = optional_import("itk")
-    if not found or not hasattr(itk, "ElastixRegistrationMethod"):  # the package itk alone has no elastix
+    # the package itk alone has no elastix; to ask for the attribute would load all of it, which takes ten seconds
+    if not found or "ElastixRegistrationMethod" not in dir(itk):
         raise OptionalImportError(
             'ElastixRegistration needs the package itk-elastix: pip install "monai_deq[elastix]".'
         )

@@ -16,7 +16,9 @@ from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, Transform, reset_ops_id
 
-__all__ = ["cached_subjects"]
+from monai_deq.data.pairs import GivenPairDataset, PairDataset
+
+__all__ = ["cached_given_pairs", "cached_pairs", "cached_subjects"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -104,3 +106,37 @@ def cached_subjects(
         num_workers=num_workers,
         copy_cache=False,  # PairDataset and GivenPairDataset copy what they give out
     )
+
+
+def cached_pairs(
+    subjects: Sequence[dict[str, Any]],
+    transform: Callable[[Any], Any],
+    cache: Mapping[str, Any] | None = None,
+    label_key: str | None = "label",
+) -> PairDataset:
+    """
+    The cyclic pairs of subjects that are read once.
+
+    Args:
+        subjects: see :py:func:`cached_subjects`.
+        transform: see :py:func:`cached_subjects`.
+        cache: further arguments of :py:func:`cached_subjects`. Defaults to none.
+        label_key: see :py:class:`PairDataset`; with None segmentations are not even read. Defaults to ``"label"``.
+    """
+    if label_key is None:
+        subjects = [{k: v for k, v in subject.items() if k != "label"} for subject in subjects]
+    return PairDataset(cached_subjects(subjects, transform, **(cache or {})), "cyclic", label_key=label_key)
+
+
+def cached_given_pairs(
+    pairs: Sequence[dict[str, Any]], transform: Callable[[Any], Any], cache: Mapping[str, Any] | None = None
+) -> GivenPairDataset:
+    """
+    Given pairs that are read once.
+
+    Args:
+        pairs: see :py:func:`cached_subjects`.
+        transform: see :py:func:`cached_subjects`.
+        cache: further arguments of :py:func:`cached_subjects`. Defaults to none.
+    """
+    return GivenPairDataset(cached_subjects(pairs, transform, **(cache or {})))

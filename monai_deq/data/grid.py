@@ -50,42 +50,30 @@ def source_of(image: torch.Tensor, name: str) -> str:
 
 
 def grid_of(image: torch.Tensor) -> Grid | None:
-    """The grid of a channel-first image.
-
-    A 2-D image may carry the 4x4 affine of the slice that it was read from, and its two axes need not be the first two
-    of the world (a coronal slice lies in x and z). MONAI's ``pixdim`` reads the upper left 2x2 block, which is wrong
-    for such a slice; here the whole columns are used.
-
-    Args:
-        image: ``(C, *spatial)``.
-
-    Returns:
-        The grid, or None where the tensor carries no affine.
-    """
+    """The grid of an image ``(C, *spatial)``; None where the tensor carries no affine."""
     if not isinstance(image, MetaTensor):
         return None
     size = tuple(image.shape[1:])
     affine = np.asarray(image.affine, dtype=np.float64)
+    # whole columns: the axes of a slice need not be the first two of the world, as MONAI's pixdim takes them
     rows = affine.shape[0] - 1
     columns = np.zeros((3, len(size)))
     origin = np.zeros(3)
     columns[:rows] = affine[:rows, : len(size)]
     origin[:rows] = affine[:rows, -1]
     spacing = np.linalg.norm(columns, axis=0)
-    direction = columns / np.where(spacing > 0, spacing, 1.0)
-    return Grid(size, spacing, direction, origin)
+    return Grid(size, spacing, columns / np.where(spacing > 0, spacing, 1.0), origin)
 
 
 def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str) -> None:
     """Refuse a pair that does not lie on one voxel grid; warn where only the origin differs.
 
-    A displacement field in voxels on the grid of the fixed image means the same in the moving image only if both have
-    one size, spacing and orientation. Another origin is a translation that affine alignment left in the header.
+    Another origin is a translation that affine alignment left in the header.
 
     Args:
         fixed: ``(C, *spatial)``; size alone is compared where either tensor has no affine.
         moving: ``(C, *spatial)``.
-        fixed_name: how to call the fixed image in the message, e.g. its subject or file.
+        fixed_name: how to call the fixed image in messages, e.g. its subject or file.
         moving_name: the same for the moving image.
 
     Raises:
@@ -112,10 +100,8 @@ def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, 
             refuse("orientation", a.orientation, b.orientation)
         refuse("orientation (direction cosines)", a.direction.round(3).tolist(), b.direction.round(3).tolist())
     if not np.allclose(a.origin, b.origin, rtol=0.0, atol=1e-3 * a.spacing.max()):
+        places = fixed_name, a.origin.round(3).tolist(), moving_name, b.origin.round(3).tolist()
         logger.warning(
             "fixed and moving image have another origin (%s at %s mm, %s at %s mm); they are registered voxel by voxel",
-            fixed_name,
-            a.origin.round(3).tolist(),
-            moving_name,
-            b.origin.round(3).tolist(),
+            *places,
         )

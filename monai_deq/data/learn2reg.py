@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paired tasks of the Learn2Reg challenge, such as NLST lung CT: finds the pairs and what belongs to their scans.
+"""Data sets of the Learn2Reg challenge (https://learn2reg.grand-challenge.org; Hering et al., IEEE TMI 2023).
 
-The layout (https://learn2reg.grand-challenge.org; Hering et al., IEEE TMI 2023): ``imagesTr|Ts``, ``masksTr|Ts``,
-``keypointsTr|Ts``, ``labelsTr|Ts`` with one file name for all that belongs to a scan, and ``<NAME>_dataset.json`` with
-the scans (``training``, ``test``) and the pairs (``training_paired_images``, ``registration_val``,
-``registration_test``). Keypoints are ``.csv`` files, also where the JSON file calls them ``.nii.gz``.
+The layout: ``imagesTr|Ts``, ``masksTr|Ts``, ``keypointsTr|Ts``, ``labelsTr|Ts`` with one file name for all that belongs
+to a scan, and ``<NAME>_dataset.json`` with lists of scans and of pairs. Keypoints are ``.csv`` files, also where the
+JSON file calls them ``.nii.gz``.
 """
 
 from __future__ import annotations
@@ -12,26 +11,26 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from monai_deq.data.split import shorten
+from monai_deq.data.sample_cohorts import is_sample, sample_lung_dataset_dir, write_sample_lung_cohort
+from monai_deq.data.split import Items, Lists, Parts, dataset_folder, refuse_lacking, shorten, split_items
 
-__all__ = ["Learn2RegDataset", "find_learn2reg"]
+__all__ = ["Learn2RegDataset", "Learn2RegLists", "find_json", "find_learn2reg", "keep_annotations", "scan_name"]
 
 logger = logging.getLogger("monai_deq")
 
-_SCAN_LISTS = ("training", "test")
 _PAIR_LISTS = ("training_paired_images", "registration_val", "registration_test")
-# known and not read: it repeats registration_test
-_KNOWN_LISTS = (*_SCAN_LISTS, *_PAIR_LISTS, "test_paired_images")
+# the last one is not read: it repeats registration_test
+_KNOWN_LISTS = ("training", "test", *_PAIR_LISTS, "test_paired_images")
 # what a scan may have beside its image: word in the JSON file: key in a pair; the folder is the word with "s"
 _ANNOTATIONS = {"mask": "mask", "keypoint": "keypoints", "label": "label"}
 _ROLES = ("fixed", "moving")
-#: keys of a pair for what its scans may have beside their images
-ANNOTATION_KEYS = tuple(f"{role}_{key}" for key in _ANNOTATIONS.values() for role in _ROLES)
+_ANNOTATION_KEYS = tuple(f"{role}_{key}" for key in _ANNOTATIONS.values() for role in _ROLES)
+_PAPER = (170, 10, 30)  # of NLST
 
 
 @dataclass(frozen=True)
@@ -46,61 +45,114 @@ class Learn2RegDataset:
     Args:
         name: name of the task, e.g. ``"NLST"``.
         root: the folder.
-        training: the official training pairs without those that share a scan with the two lists below (the official
-            list names the validation pairs too).
+        training: the official training pairs that share no scan with the two lists below, which the list names too.
         registration_val: the official validation pairs.
         registration_test: the official test pairs; their keypoints need not be public.
     """
 
     name: str
     root: Path
-    training: list[dict[str, Any]] = field(default_factory=list)
-    registration_val: list[dict[str, Any]] = field(default_factory=list)
-    registration_test: list[dict[str, Any]] = field(default_factory=list)
+    training: Items = field(default_factory=list)
+    registration_val: Items = field(default_factory=list)
+    registration_test: Items = field(default_factory=list)
 
     @property
-    def pairs(self) -> list[dict[str, Any]]:
+    def pairs(self) -> Items:
         """Every pair once: those for training, then for validation, then for test, each in the order of its list."""
         known: dict[tuple[str, str], dict[str, Any]] = {}
         for pair in (*self.training, *self.registration_val, *self.registration_test):
             known.setdefault((pair["fixed"], pair["moving"]), pair)
         return list(known.values())
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether this is the synthetic sample cohort."""
+        return is_sample(self.root)
 
-def find_learn2reg(dataset_dir: str | Path, task: str | None = None) -> Learn2RegDataset:
+    @property
+    def title(self) -> str:
+        """Name for tables."""
+        return f"Learn2Reg {self.name}" + (" (synthetic sample)" if self.is_sample else "")
+
+    def split(
+        self,
+        sizes: Sequence[int | None] | Literal["official"] | None = None,
+        lists: Lists | None = None,
+        require_keypoints: bool = True,
+    ) -> Parts:
+        """Split the pairs into training, validation and test. That a case is in several parts is logged.
+
+        Args:
+            sizes: number of pairs for each part, taken in the order of ``pairs``, in which the official validation and
+                test pairs come last. One may be None: all that remain. ``"official"``: the official lists. Defaults to
+                None: the paper's (170, 10, 30) for NLST with so many pairs, the official lists for all else.
+            lists: cases instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names, or the four
+                digits in them (``"0001"`` or 1), for all pairs of the case. A part left out is empty.
+            require_keypoints: refuse validation and test pairs without keypoints. Defaults to True.
+
+        Raises:
+            ValueError: When there are too few pairs, a listed case does not exist, or keypoints are missing.
+        """
+        pairs = self.pairs
+        if sizes is None:
+            sizes = _PAPER if self.name == "NLST" and len(pairs) >= sum(_PAPER) else "official"
+            if lists is None:
+                words = "the official lists" if sizes == "official" else sizes
+                logger.info("pairs of %s are split by %s", self.name, words)
+        official = {"training": self.training, "validation": self.registration_val, "test": self.registration_test}
+        required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else None
+        where = f"of {self.name} in {str(self.root)!r}"
+        return split_items(pairs, "case", where, official if sizes == "official" else sizes, lists, required)
+
+    def test_pairs(
+        self, sizes: Sequence[int | None] | Literal["official"] | None = None, lists: Lists | None = None
+    ) -> Items:
+        """
+        The pairs of the test part as files to register, see :py:func:`monai_deq.data.pairs_to_register`, with the label
+        map of the moving scan, or its mask where there is none. Keypoints are not needed. Arguments as in ``split``.
+
+        Raises:
+            ValueError: When the part has no pair.
+        """
+        items = []
+        for pair in _not_empty(self.split(sizes, lists, require_keypoints=False)["test"], "test"):
+            item = {key: str(pair[key]) for key in ("fixed", "moving", "fixed_subject", "moving_subject")}
+            label = pair.get("moving_label", pair.get("moving_mask"))
+            items.append(item if label is None else {**item, "moving_label": str(label)})
+        return items
+
+
+def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = None) -> Learn2RegDataset:
     """Find the pairs of a paired Learn2Reg task in a folder.
 
-    A mask, keypoint or label file that the JSON file names must exist; one that it does not name is taken where it lies
-    in the folder of its kind under the name of the image. Test pairs alone may lack what is named, both scans alike:
-    the challenge does not publish all of it, and the log says what is not there.
+    Masks, keypoints and labels that the JSON file names must exist; others are taken where they lie in the folder of
+    their kind under the name of the image. Test pairs may lack what is named, both scans alike, which is logged: the
+    challenge does not publish all of it.
 
     Args:
-        dataset_dir: folder that holds ``<NAME>_dataset.json``.
+        dataset_dir: folder that holds ``<NAME>_dataset.json``. Defaults to None: the synthetic sample lung cohort.
         task: the ``<NAME>``, where the folder holds several such files. Defaults to None: the only one.
 
-    Returns:
-        The pairs of the official lists.
-
     Raises:
-        FileNotFoundError: When the folder or the JSON file is missing, a file that it names is, or one scan of a pair
-            has a file of which the other one has none.
+        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, or one scan of a pair lacks
+            what the other one has.
         ValueError: When the JSON file is malformed, lacks a list, has an unknown one, or names no pair.
     """
-    root = Path(dataset_dir).expanduser()
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"dataset_dir {str(root)!r} {what}; expected the folder of a Learn2Reg task with <NAME>_dataset.json."
-        )
-    reader = _Reader(root, _find_json(root, task))
-    training, val, test = (reader.pairs(key) for key in _PAIR_LISTS)
-    reader.raise_for_missing()
+    root = dataset_folder(
+        dataset_dir,
+        "a Learn2Reg task with <NAME>_dataset.json, such as Learn2Reg NLST",
+        lambda: write_sample_lung_cohort(sample_lung_dataset_dir()),
+    )
+    found = Learn2RegLists(find_json(root, task), ("training", "test"))
+    found.refuse_unknown_lists()
+    training, val, test = ([_pair(found, images, key) for images in found.pairs(key)] for key in _PAIR_LISTS)
+    found.raise_for_missing()
     if not (training or val or test):
-        raise ValueError(f"{reader.json_file} names no pair: {', '.join(_PAIR_LISTS)} are empty.")
+        raise ValueError(f"{found.file} names no pair: {', '.join(_PAIR_LISTS)} are empty.")
 
     held_out = {pair[role] for pair in (*val, *test) for role in _ROLES}
     kept = [pair for pair in training if not held_out & {pair[role] for role in _ROLES}]
-    dataset = Learn2RegDataset(reader.json_file.name.removesuffix("_dataset.json"), root, kept, val, test)
+    dataset = Learn2RegDataset(found.file.name.removesuffix("_dataset.json"), root, kept, val, test)
     pairs = dataset.pairs
     logger.info(
         "Learn2Reg %s in %s: %d pairs, %d of them with keypoints, %d with masks, %d with labels; %d for training (the "
@@ -109,71 +161,100 @@ def find_learn2reg(dataset_dir: str | Path, task: str | None = None) -> Learn2Re
         root,
         len(pairs),
         *(sum(f"fixed_{key}" in pair for pair in pairs) for key in ("keypoints", "mask", "label")),
-        len(kept),
-        len(training),
-        len(val),
-        len(test),
+        *map(len, (kept, training, val, test)),
     )
     return dataset
 
 
-def _find_json(root: Path, task: str | None) -> Path:
+def find_json(root: Path, task: str | None) -> Path:
+    """The ``<NAME>_dataset.json`` of a task, or the only one."""
+    names = sorted(path.name for path in root.glob("*_dataset.json"))
     if task is not None:
-        if (root / f"{task}_dataset.json").is_file():
-            return root / f"{task}_dataset.json"
-        there = sorted(path.name for path in root.glob("*_dataset.json"))
-        raise FileNotFoundError(
-            f"{str(root)!r} holds no {task}_dataset.json; found {shorten(there) if there else 'no *_dataset.json'}."
-        )
-    candidates = sorted(root.glob("*_dataset.json"))
-    if len(candidates) > 1:
-        names = shorten([path.name for path in candidates])
-        raise ValueError(f"{str(root)!r} holds {len(candidates)} tasks, {names}: choose one by `task`.")
-    if not candidates:
+        if f"{task}_dataset.json" not in names:
+            raise FileNotFoundError(
+                f"{str(root)!r} holds no {task}_dataset.json; found {shorten(names) or 'no *_dataset.json'}."
+            )
+        return root / f"{task}_dataset.json"
+    if len(names) > 1:
+        raise ValueError(f"{str(root)!r} holds {len(names)} tasks, {shorten(names)}: choose one by `task`.")
+    if not names:
         found = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
         raise FileNotFoundError(
-            f"{str(root)!r} holds no <NAME>_dataset.json (Learn2Reg layout); found "
-            f"{shorten(found) if found else 'nothing'}. Give the folder that directly holds it."
+            f"{str(root)!r} holds no <NAME>_dataset.json (Learn2Reg layout); found {shorten(found) or 'nothing'}. Give "
+            "the folder that directly holds it."
         )
-    return candidates[0]
+    return root / names[0]
 
 
-def _scan_name(file: str) -> str:
+def scan_name(file: str) -> str:
     """``"NLST_0001_0000"`` of ``"imagesTr/NLST_0001_0000.nii.gz"``."""
     return PurePosixPath(file).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def _case_name(fixed: str, moving: str) -> str:
+def _case_name(images: Mapping[str, str]) -> str:
     """What the names of the two scans share before the number of the scan."""
+    fixed, moving = (scan_name(images[role]) for role in _ROLES)
     cases = {re.sub(r"_\d{4}$", "", name) for name in (fixed, moving)}
     return cases.pop() if len(cases) == 1 else f"{moving}_to_{fixed}"
 
 
-class _Reader:
-    """Reads the lists of one JSON file and gathers the names of the files that are missing."""
+def _pair(found: Learn2RegLists, images: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The item of a pair of one of the lists."""
+    pair: dict[str, Any] = {role: found.existing(images[role]) for role in _ROLES}
+    for word, name in _ANNOTATIONS.items():
+        files = _annotations(found, images, word, may_lack=key == "registration_test")
+        pair.update({f"{role}_{name}": file for role, file in files.items()})
+    return {**pair, **{f"{role}_subject": scan_name(images[role]) for role in _ROLES}, "case": _case_name(images)}
 
-    def __init__(self, root: Path, json_file: Path) -> None:
-        self.root = root
-        self.json_file = json_file
-        self.content = self._load()
+
+def _annotations(found: Learn2RegLists, images: Mapping[str, str], word: str, may_lack: bool) -> dict[str, str]:
+    """The mask, keypoint or label files of both scans of a pair; none where neither has one."""
+    named = any(word in found.scans.get(image, {}) for image in images.values())
+    entries = {role: entry for role, image in images.items() if (entry := found.beside(image, word))}
+    if not any((found.root / entry).is_file() for entry in entries.values()) and (may_lack or not named):
+        if named:
+            logger.warning("%s of %s are named but not there", word, " and ".join(map(scan_name, images.values())))
+        return {}
+    if absent := [images[role] for role in _ROLES if role not in entries]:
+        raise ValueError(
+            f"{found.file}: {absent[0]!r} has no {word!r} although the other scan of its pair has one; name it in the "
+            "list of scans."
+        )
+    return {role: found.existing(entry) for role, entry in entries.items()}
+
+
+class Learn2RegLists:
+    """The lists of one JSON file, checked. ``scans`` has, by image, the files named beside each in ``scan_lists``."""
+
+    def __init__(self, file: Path, scan_lists: Sequence[str]) -> None:
+        self.file = file
+        self.root = file.parent
         self.missing: list[str] = []
-        # by the normalised name of the image: the files that the JSON file names beside it
-        self.named: dict[str, dict[str, str]] = {}
-        for key in _SCAN_LISTS:
-            self._add_scans(key)
-
-    def _load(self) -> Mapping[str, Any]:
         try:
-            content = json.loads(self.json_file.read_text(encoding="utf-8"))
+            self.content = json.loads(file.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{self.json_file} is not valid JSON ({e}); download it again.") from e
-        if not isinstance(content, dict):
-            raise ValueError(
-                f"{self.json_file} must hold an object with the lists {_PAIR_LISTS}, got {type(content).__name__}."
-            )
+            raise ValueError(f"{file} is not valid JSON ({e}); download it again.") from e
+        if not isinstance(self.content, dict):
+            came = type(self.content).__name__
+            raise ValueError(f"{file} must hold an object with the lists {_PAIR_LISTS}, got {came}.")
         for key in _KNOWN_LISTS:
-            if not isinstance(content.get(key, []), list):
-                raise ValueError(f"{self.json_file}: {key!r} must be a list, got {type(content[key]).__name__}.")
+            if not isinstance(self.content.get(key, []), list):
+                raise ValueError(f"{file}: {key!r} must be a list, got {type(self.content[key]).__name__}.")
+        self.scans: dict[str, dict[str, str]] = {}
+        for where, entry in (item for key in scan_lists for item in self._entries(key)):
+            if "image" not in entry:
+                raise ValueError(f"{where} must have the key 'image', it has {sorted(entry)}.")
+            if unknown := sorted(set(entry) - {"image", *_ANNOTATIONS}):
+                raise ValueError(
+                    f"{where} has the unknown key(s) {unknown}; expected 'image' and perhaps {list(_ANNOTATIONS)}. "
+                    "Correct the name or remove the key."
+                )
+            beside = self.scans.setdefault(str(PurePosixPath(entry["image"])), {})
+            beside.update({word: entry[word] for word in _ANNOTATIONS if word in entry})
+
+    def refuse_unknown_lists(self) -> None:
+        """Refuse lists of unknown names, and a task that is not paired."""
+        content = self.content
         unknown = sorted(
             key
             for key, value in content.items()
@@ -181,97 +262,85 @@ class _Reader:
         )
         if unknown:
             raise ValueError(
-                f"{self.json_file} has the unknown list(s) {unknown}; expected {_KNOWN_LISTS}. Correct the name or "
-                "remove the list."
+                f"{self.file} has the unknown list(s) {unknown}; expected {_KNOWN_LISTS}. Correct the name or remove "
+                "the list."
             )
-        required = [key for key in _PAIR_LISTS if key in content]
-        if not required or (content.get("training") and "training_paired_images" not in content):
+        if not set(_PAIR_LISTS) & set(content) or (content.get("training") and _PAIR_LISTS[0] not in content):
             raise ValueError(
-                f"{self.json_file} lacks a list of pairs: expected 'training_paired_images' where there is 'training', "
+                f"{self.file} lacks a list of pairs: expected 'training_paired_images' where there is 'training', "
                 f"'registration_val', 'registration_test'; it holds {sorted(content)}. An unpaired task has no such "
                 "lists and cannot be read here."
             )
-        return content
 
-    def _entries(self, key: str) -> list[tuple[str, dict[str, str]]]:
+    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, str]]]:
         """The entries of a list with their places, for messages."""
-        entries = []
         for i, entry in enumerate(self.content.get(key, [])):
-            where = f"{self.json_file}: {key}[{i}]"
+            where = f"{self.file}: {key}[{i}]"
             if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
                 raise ValueError(f"{where} must be an object of file names, got {entry!r}.")
-            entries.append((where, entry))
-        return entries
+            yield where, entry
 
-    def _add_scans(self, key: str) -> None:
-        for where, entry in self._entries(key):
-            if "image" not in entry:
-                raise ValueError(f"{where} must have the key 'image', it has {sorted(entry)}.")
-            unknown = sorted(set(entry) - {"image", *_ANNOTATIONS})
-            if unknown:
-                raise ValueError(
-                    f"{where} has the unknown key(s) {unknown}; expected 'image' and perhaps {list(_ANNOTATIONS)}. "
-                    "Correct the name or remove the key."
-                )
-            files = {word: entry[word] for word in _ANNOTATIONS if word in entry}
-            self.named.setdefault(str(PurePosixPath(entry["image"])), {}).update(files)
-
-    def pairs(self, key: str) -> list[dict[str, Any]]:
-        """The pairs of a list."""
-        pairs: list[dict[str, Any]] = []
+    def pairs(self, key: str) -> list[dict[str, str]]:
+        """The fixed and the moving image of each pair of a list."""
+        pairs: list[dict[str, str]] = []
         for where, entry in self._entries(key):
             if set(entry) != set(_ROLES):
                 raise ValueError(f"{where} must have the keys 'fixed' and 'moving' and no other, got {entry!r}.")
-            images = {role: str(PurePosixPath(entry[role])) for role in _ROLES}
-            if images["fixed"] == images["moving"]:
+            pair = {role: str(PurePosixPath(entry[role])) for role in _ROLES}
+            if pair["fixed"] == pair["moving"]:
                 raise ValueError(f"{where} pairs the image {entry['fixed']!r} with itself.")
-            pair: dict[str, Any] = {role: self._existing(images[role]) for role in _ROLES}
-            for word, name in _ANNOTATIONS.items():
-                files = self._annotations(images, word, may_lack=key == "registration_test")
-                pair.update({f"{role}_{name}": file for role, file in files.items()})
-            subjects = [_scan_name(images[role]) for role in _ROLES]
-            pair.update({f"{role}_subject": subject for role, subject in zip(_ROLES, subjects, strict=True)})
-            pair["case"] = _case_name(*subjects)
-            if any(all(other[role] == pair[role] for role in _ROLES) for other in pairs):
-                raise ValueError(f"{where} names a pair that {key} has already: {pair['case']}.")
+            if pair in pairs:
+                raise ValueError(f"{where} names a pair that {key} has already: {_case_name(pair)}.")
             pairs.append(pair)
         return pairs
 
-    def _existing(self, entry: str) -> str:
+    def beside(self, image: str, word: str) -> str | None:
+        """The mask, keypoint or label file of an image: as named, or as it would lie in the folder of its kind."""
+        in_folder = re.sub(r"^images(Tr|Ts)/", rf"{word}s\1/", image)
+        entry = self.scans.get(image, {}).get(word, in_folder if in_folder != image else None)
+        if entry is not None and word == "keypoint":
+            entry = str(PurePosixPath(entry).with_name(scan_name(entry).removesuffix(".csv") + ".csv"))
+        return entry and str(PurePosixPath(entry))
+
+    def existing(self, entry: str) -> str:
+        """The path of a file, noted where it is missing."""
         file = str(self.root / entry)
         if not Path(file).is_file() and file not in self.missing:
             self.missing.append(file)
         return file
 
-    def _annotations(self, images: Mapping[str, str], word: str, may_lack: bool) -> dict[str, str]:
-        """The mask, keypoint or label files of both scans of a pair; none where neither has one."""
-        named = any(word in self.named.get(image, {}) for image in images.values())
-        entries = {}
-        for role, image in images.items():
-            in_folder = re.sub(r"^images(Tr|Ts)/", rf"{word}s\1/", image)
-            entry = self.named.get(image, {}).get(word, in_folder if in_folder != image else None)
-            if entry is not None:
-                name = (
-                    _scan_name(entry).removesuffix(".csv") + ".csv" if word == "keypoint" else PurePosixPath(entry).name
-                )
-                entries[role] = str(PurePosixPath(entry).with_name(name))
-        there = {role: (self.root / entry).is_file() for role, entry in entries.items()}
-        if not any(there.values()) and (may_lack or not named):
-            if named:
-                logger.warning("%s of %s are named but not there", word, " and ".join(map(_scan_name, images.values())))
-            return {}
-        absent = [role for role in _ROLES if role not in entries]
-        if absent:
-            raise ValueError(
-                f"{self.json_file}: {images[absent[0]]!r} has no {word!r} although the other scan of its pair has one; "
-                "name it in the list of scans."
-            )
-        return {role: self._existing(entry) for role, entry in entries.items()}
-
     def raise_for_missing(self) -> None:
         """Name the files that are missing, if any."""
         if self.missing:
             raise FileNotFoundError(
-                f"{len(self.missing)} file(s) of the pairs in {self.json_file} are missing: {shorten(self.missing)}. "
-                "Both scans of a pair need the same kinds of files; unpack the data set whole."
+                f"{len(self.missing)} file(s) of {self.file} are missing: {shorten(self.missing)}. Unpack the data set "
+                "whole; both scans of a pair need the same kinds of files."
             )
+
+
+def _not_empty(pairs: Sequence[Any], part: str) -> Sequence[Any]:
+    if not pairs:
+        raise ValueError(f"The {part} part has no pairs. Give it some by `sizes` or `lists`.")
+    return pairs
+
+
+def keep_annotations(
+    pairs: Sequence[Mapping[str, Any]], keys: Sequence[str] | None = None, part: str = "training"
+) -> list[dict[str, Any]]:
+    """The pairs with only those masks, keypoints and labels that are needed, so that no others are read.
+
+    Args:
+        pairs: a part of :py:meth:`Learn2RegDataset.split`.
+        keys: the files needed, such as ``"fixed_mask"``. Defaults to None: masks and keypoints, which are scored.
+        part: what the pairs are for, for the error. Defaults to ``"training"``.
+
+    Raises:
+        ValueError: When a key is no such file, there is no pair, or one has not all of them.
+    """
+    keys = [k for k in _ANNOTATION_KEYS if not k.endswith("_label")] if keys is None else keys
+    if unknown := sorted(set(keys) - set(_ANNOTATION_KEYS)):
+        raise ValueError(f"keys has {unknown}; expected some of {list(_ANNOTATION_KEYS)}.")
+    _not_empty(pairs, part)
+    for key in keys:
+        refuse_lacking(pairs, part, key)
+    return [{k: v for k, v in pair.items() if k in keys or k not in _ANNOTATION_KEYS} for pair in pairs]

@@ -1,24 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of subjects: fixed lists of pairs, fresh random pairs for each epoch, and the data set that gives them."""
+"""Pairs of images: data sets of loaded ones, samplers, and what there is to register."""
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from monai.data import DataLoader, list_data_collate
 from torch.utils.data import Dataset, Sampler
 
 from monai_deq.data.grid import check_same_grid
+from monai_deq.utils import process_count, process_rank
 
-__all__ = ["PairDataset", "PairSampler", "RandomPairSampler", "fixed_pairs", "pair_indices", "pairs_as_indices"]
+__all__ = [
+    "SEED_FACTOR",
+    "GivenPairDataset",
+    "GivenPairSampler",
+    "PairDataset",
+    "PairSampler",
+    "RandomPairSampler",
+    "ShardSampler",
+    "collate_annotated_pairs",
+    "pair_indices",
+    "pairs_to_register",
+    "shard_loader",
+]
+
+_FILES = ("fixed", "moving", "moving_label", "initial_ddf")
+_POINTS = ("fixed_keypoints", "moving_keypoints")
 
 
-class SubjectDataset(Sized, Protocol):
-    """A map-style data set of loaded subjects, such as MONAI's ``CacheDataset`` or ``PersistentDataset``."""
+class MapDataset(Sized, Protocol):
+    """A map-style data set of loaded subjects or pairs, such as MONAI's ``CacheDataset``."""
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class FoundDataset(Protocol):
+    """What :py:func:`monai_deq.data.find_oasis` or :py:func:`monai_deq.data.find_learn2reg` returns."""
+
+    def test_pairs(self, sizes: Any = None, lists: Any = None) -> list[dict[str, Any]]: ...
 
 
 def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, int]]:
@@ -41,35 +66,6 @@ def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, i
     raise ValueError(f"Unknown pairing scheme {scheme!r}; expected 'cyclic' or 'all'.")
 
 
-def fixed_pairs(subjects: Sequence[Mapping[str, Any]], scheme: str = "cyclic") -> list[dict[str, Mapping[str, Any]]]:
-    """Pairs of subjects, the same at every call.
-
-    Args:
-        subjects: subjects as of :py:func:`monai_deq.data.find_oasis`.
-        scheme: as in :py:func:`pair_indices`. Defaults to ``"cyclic"``: ``{"fixed": subjects[i], "moving": subjects[i
-            + 1]}``.
-
-    Raises:
-        ValueError: When there are fewer than two subjects or the scheme is unknown.
-    """
-    return [{"fixed": subjects[i], "moving": subjects[j]} for i, j in pair_indices(len(subjects), scheme)]
-
-
-def pairs_as_indices(
-    pairs: Sequence[Mapping[str, Mapping[str, Any]]], subjects: Sequence[Mapping[str, Any]]
-) -> list[tuple[int, int]]:
-    """Turn pairs of subjects (e.g. ``OasisDataset.registration_val``) into pairs of positions in ``subjects``.
-
-    Raises:
-        ValueError: When a pair names a subject that is not in ``subjects``.
-    """
-    position = {s["subject"]: i for i, s in enumerate(subjects)}
-    absent = sorted({s["subject"] for pair in pairs for s in (pair["fixed"], pair["moving"])} - set(position))
-    if absent:
-        raise ValueError(f"pairs name subjects that are not among the {len(subjects)} given: {absent[:5]}.")
-    return [(position[p["fixed"]["subject"]], position[p["moving"]["subject"]]) for p in pairs]
-
-
 class PairDataset(Dataset):
     """Pairs of the items of a subject data set.
 
@@ -78,12 +74,11 @@ class PairDataset(Dataset):
     is done to a pair in place does not reach a cache behind the subject data set.
 
     Args:
-        dataset: subjects after loading, dictionaries with ``"subject"``, ``image_key`` and perhaps ``label_key``;
+        dataset: subjects after loading, dictionaries with ``"subject"``, ``"image"`` and perhaps ``label_key``;
             images are ``(C, *spatial)``.
         pairs: what an integer index means: a list of ``(fixed, moving)`` subject indices, or a scheme of
             :py:func:`pair_indices`. Defaults to ``"all"`` ordered pairs.
         transform: applied to each pair. Defaults to None.
-        image_key: key of the image in a subject. Defaults to ``"image"``.
         label_key: key of the segmentation in a subject; None leaves segmentations out, which a batch of several pairs
             needs where only some subjects have one. Defaults to ``"label"``.
 
@@ -93,15 +88,13 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        dataset: SubjectDataset,
+        dataset: MapDataset,
         pairs: Sequence[tuple[int, int]] | str | None = None,
         transform: Callable[[dict[str, Any]], Any] | None = None,
-        image_key: str = "image",
         label_key: str | None = "label",
     ) -> None:
         self.dataset = dataset
         self.transform = transform
-        self.image_key = image_key
         self.label_key = label_key
         if pairs is None or isinstance(pairs, str):
             self.pairs = pair_indices(len(dataset), pairs or "all")
@@ -131,8 +124,8 @@ class PairDataset(Dataset):
         pair = self._check(index) if isinstance(index, Sequence) else self.pairs[index]
         fixed, moving = self.dataset[pair[0]], self.dataset[pair[1]]
         names = [str(s.get("subject", i)) for s, i in zip((fixed, moving), pair, strict=True)]
-        check_same_grid(fixed[self.image_key], moving[self.image_key], *(f"subject {n}" for n in names))
-        item = {"fixed": fixed[self.image_key].clone(), "moving": moving[self.image_key].clone()}
+        check_same_grid(fixed["image"], moving["image"], *(f"subject {n}" for n in names))
+        item = {"fixed": fixed["image"].clone(), "moving": moving["image"].clone()}
         if self.label_key is not None and all(s.get(self.label_key) is not None for s in (fixed, moving)):
             item["fixed_label"] = fixed[self.label_key].clone()
             item["moving_label"] = moving[self.label_key].clone()
@@ -140,35 +133,73 @@ class PairDataset(Dataset):
         return item if self.transform is None else self.transform(item)
 
 
+class GivenPairDataset(Dataset):
+    """Pairs that a data set gives, such as inhale and exhale scan of one person. Tensors are copies.
+
+    Args:
+        dataset: pairs as :py:func:`monai_deq.transforms.load_annotated_pair_transforms` loads them.
+    """
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at an index."""
+        pair = self.dataset[index]
+        return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in pair.items()}
+
+
+def collate_annotated_pairs(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of pairs by MONAI's ``list_data_collate``, but keypoints, whose number differs, as lists of tensors."""
+    points = {key: [pair[key] for pair in batch] for key in _POINTS if all(key in pair for pair in batch)}
+    rest = [{key: value for key, value in pair.items() if key not in points} for pair in batch]
+    return {**list_data_collate(rest), **points}
+
+
+# keeps (seed, epoch) and (seed + 1, epoch - 1) apart in the one number that a generator takes: large and odd
+SEED_FACTOR = 0x9E3779B97F4A7C15
+
+
+Count = int | None
+
+
+def _replicas(num_replicas: Count, rank: Count) -> tuple[int, int]:
+    """Number of processes and of this one, by default those of the process group."""
+    num_replicas = process_count() if num_replicas is None else num_replicas
+    rank = process_rank() if rank is None else rank
+    if num_replicas < 1 or not 0 <= rank < num_replicas:
+        raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
+    return num_replicas, rank
+
+
 class PairSampler(Sampler, ABC):
     """Base of the samplers that draw a number of pairs for each epoch, the same for the same seed and epoch.
 
-    The pairs come from a generator of the sampler's own: neither the global random state nor the number of workers
-    matters. Call :py:meth:`set_epoch` before each epoch, as with ``torch.utils.data.DistributedSampler``; every replica
-    draws the same list and keeps every ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
+    Neither the global random state nor the number of workers matters. Call :py:meth:`set_epoch` before each epoch, as
+    with ``torch.utils.data.DistributedSampler``; every replica draws the same list and keeps every
+    ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
 
     Args:
-        pairs_per_epoch: pairs that one epoch draws over all replicas, a multiple of ``num_replicas``.
+        pairs_per_epoch: pairs that one epoch draws over all replicas, rounded up to a multiple of their number.
         seed: seed of the draws. Defaults to 0.
-        num_replicas: number of processes that share the epoch. Defaults to 1.
-        rank: number of this process. Defaults to 0.
+        num_replicas: number of processes that share the epoch. Defaults to None: those of the process group.
+        rank: number of this process. Defaults to None: that in the process group.
 
     Raises:
         ValueError: When a number is out of range.
     """
 
-    def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        if num_replicas < 1 or not 0 <= rank < num_replicas:
-            raise ValueError(f"rank must be in 0..num_replicas-1, got rank={rank}, num_replicas={num_replicas}.")
+    def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None) -> None:
+        self.num_replicas, self.rank = _replicas(num_replicas, rank)
+        if pairs_per_epoch < 1:
+            raise ValueError(f"pairs_per_epoch must be positive, got {pairs_per_epoch}.")
         # unequal shares would leave one process waiting for the others at the end of the epoch
-        if pairs_per_epoch < 1 or pairs_per_epoch % num_replicas:
-            raise ValueError(
-                f"pairs_per_epoch must be a positive multiple of num_replicas={num_replicas}, got {pairs_per_epoch}."
-            )
-        self.pairs_per_epoch = pairs_per_epoch
+        self.pairs_per_epoch = -(-pairs_per_epoch // self.num_replicas) * self.num_replicas
         self.seed = seed
-        self.num_replicas = num_replicas
-        self.rank = rank
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -183,31 +214,27 @@ class PairSampler(Sampler, ABC):
     def _draw_all(self, generator: torch.Generator) -> list[Any]:
         """The pairs of an epoch over all replicas."""
 
-    def _draw(self, epoch: int) -> list[Any]:
-        # the generator takes one number; a large odd factor keeps (seed, epoch) and (seed + 1, epoch - 1) apart
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
+    def draw(self, epoch: int) -> list[Any]:
+        """What this replica gives in an epoch."""
+        generator = torch.Generator().manual_seed((self.seed * SEED_FACTOR + epoch) % 2**63)
         return self._draw_all(generator)[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._draw(self.epoch))
+        return iter(self.draw(self.epoch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the draws of all replicas depend on, beside the epoch."""
+        return {"seed": self.seed, "num_replicas": self.num_replicas, "draws": len(self)}
 
 
 class RandomPairSampler(PairSampler):
-    """Ordered pairs of two different subject indices, fresh for each epoch, see :py:class:`PairSampler`.
+    """Ordered pairs of two different subject indices out of ``num_subjects``, at least 2, fresh for each epoch.
 
-    Args:
-        num_subjects: number of subjects, at least 2.
-        pairs_per_epoch: pairs that one epoch draws over all replicas, a multiple of ``num_replicas``.
-        seed: seed of the draws. Defaults to 0.
-        num_replicas: number of processes that share the epoch. Defaults to 1.
-        rank: number of this process. Defaults to 0.
-
-    Raises:
-        ValueError: When a number is out of range.
+    The other arguments and errors are those of :py:class:`PairSampler`.
     """
 
     def __init__(
-        self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: int = 1, rank: int = 0
+        self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
     ) -> None:
         if num_subjects < 2:
             raise ValueError(f"Pairs need at least 2 subjects, got num_subjects={num_subjects}.")
@@ -219,3 +246,172 @@ class RandomPairSampler(PairSampler):
         step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
         moving = (fixed + step) % self.num_subjects
         return [(f, m) for f, m in torch.stack([fixed, moving], dim=1).tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_subjects": self.num_subjects, **super().state_dict()}
+
+
+class GivenPairSampler(PairSampler):
+    """Indices out of ``num_pairs`` given pairs: all in a fresh order, then all in another one, until the epoch is full.
+
+    The other arguments and errors are those of :py:class:`PairSampler`.
+    """
+
+    def __init__(
+        self, num_pairs: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
+    ) -> None:
+        if num_pairs < 1:
+            raise ValueError(f"There must be a pair to draw, got num_pairs={num_pairs}.")
+        super().__init__(pairs_per_epoch, seed, num_replicas, rank)
+        self.num_pairs = num_pairs
+
+    def _draw_all(self, generator: torch.Generator) -> list[int]:
+        passes = -(-self.pairs_per_epoch // self.num_pairs)
+        orders = [torch.randperm(self.num_pairs, generator=generator) for _ in range(passes)]
+        return torch.cat(orders)[: self.pairs_per_epoch].tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_pairs": self.num_pairs, **super().state_dict()}
+
+
+class ShardSampler(Sampler[int]):
+    """The items of a data set in their order, each in one process: the first process has the first ones, and so on.
+
+    Nothing is repeated to make the shares equal, which would count some items twice: they differ by one batch at most,
+    and where there are more processes than batches some have none, see
+    :py:class:`monai_deq.engines.RegistrationEvaluator`.
+
+    Args:
+        num_items: number of items.
+        batch_size: of the loader; no batch is divided, so that they are those of one process. Defaults to 1.
+        num_replicas: number of processes. Defaults to None: those of the process group.
+        rank: number of this process. Defaults to None: that in the process group.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    def __init__(self, num_items: int, batch_size: int = 1, num_replicas: Count = None, rank: Count = None) -> None:
+        if num_items < 0 or batch_size < 1:
+            raise ValueError(
+                f"num_items must not be negative and batch_size at least 1, got {num_items} and {batch_size}."
+            )
+        num_replicas, rank = _replicas(num_replicas, rank)
+        each, more = divmod(-(-num_items // batch_size), num_replicas)
+        begin = rank * each + min(rank, more)
+        end = begin + each + int(rank < more)
+        self.indices = range(min(begin * batch_size, num_items), min(end * batch_size, num_items))
+
+    def __len__(self) -> int:
+        """Number of items of this process."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+
+def pairs_to_register(
+    find_dataset: Callable[[], FoundDataset],
+    fixed: str | Path | None = None,
+    moving: str | Path | None = None,
+    moving_label: str | Path | None = None,
+    initial_ddf: str | Path | None = None,
+    pairs: str | Path | None = None,
+    split_sizes: Sequence[int | None] | str | None = None,
+    split_lists: Mapping[str, Sequence[str | int]] | None = None,
+) -> list[dict[str, Any]]:
+    """What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
+
+    All arguments but the first default to none.
+
+    Args:
+        find_dataset: gives the data set; called only where neither scans nor a list are given.
+        fixed: file of the fixed scan.
+        moving: file of the moving scan.
+        moving_label: label map of the moving scan, to be warped with it.
+        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it.
+        pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
+            ``"initial_ddf"``. Relative files are relative to the list.
+        split_sizes: see ``split`` of the data set.
+        split_lists: see ``split`` of the data set.
+
+    Returns:
+        Items of files, ``"fixed"``, ``"moving"`` and perhaps ``"moving_label"`` and ``"initial_ddf"``, with names for
+        the results, ``"fixed_subject"`` and ``"moving_subject"``.
+
+    Raises:
+        ValueError: When one of two scans is not given, or a list besides; when the list is malformed, or two of its
+            pairs would write the same files.
+        FileNotFoundError: When a file does not exist.
+    """
+    given = dict(zip(_FILES, (fixed, moving, moving_label, initial_ddf), strict=True))
+    if not any(given.values()):
+        return _listed(Path(pairs)) if pairs else find_dataset().test_pairs(split_sizes, split_lists)
+    if pairs:
+        raise ValueError(
+            f"--pairs {pairs} cannot go with --fixed, --moving, --moving_label or --initial_ddf: the list itself names "
+            "what belongs to each pair."
+        )
+    if not fixed or not moving:
+        raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
+    return [_item({key: Path(file) for key, file in given.items() if file is not None}, "pair")]
+
+
+def _item(files: Mapping[str, Path], where: str) -> dict[str, Any]:
+    """The item of the files of one pair."""
+    files = {key: file.expanduser() for key, file in files.items()}
+    for key, file in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f"{where}: the file {key} {str(file)!r} does not exist.")
+    scans = files["fixed"], files["moving"]
+    names = [file.name.removesuffix(".gz").removesuffix(".nii") for file in scans]
+    if names[0] == names[1]:
+        # neurite-OASIS: one folder a subject, the same file name in each
+        names = [f"{file.resolve().parent.name}_{name}" for file, name in zip(scans, names, strict=True)]
+    return {**{key: str(file) for key, file in files.items()}, "fixed_subject": names[0], "moving_subject": names[1]}
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    """The items of a list of pairs."""
+    if not path.is_file():
+        raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}.") from e
+    if not isinstance(entries, list) or not entries:
+        came = "an empty one" if isinstance(entries, list) else type(entries).__name__
+        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {came}.')
+    items: dict[tuple[str, str], dict[str, Any]] = {}
+    for i, entry in enumerate(entries):
+        where = f"{path}, pair {i}"
+        if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_FILES):
+            raise ValueError(
+                f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf', "
+                f"got {entry!r}."
+            )
+        named = {key: name for key, name in entry.items() if name is not None or key in _FILES[:2]}
+        if not all(isinstance(name, str) for name in named.values()):
+            raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
+        item = _item({key: path.parent / Path(name).expanduser() for key, name in named.items()}, where)
+        names = item["fixed_subject"], item["moving_subject"]
+        if names in items:
+            raise ValueError(
+                f"{path}: two pairs are called {names[1]}_to_{names[0]} and would write the same files; "
+                "give the scans different file names."
+            )
+        items[names] = item
+    return list(items.values())
+
+
+def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
+    """
+    MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`.
+
+    Args:
+        dataset: the data set.
+        batch_size: of the loader. Defaults to 1.
+        num_workers: of the loader. Defaults to 0.
+    """
+    sampler = ShardSampler(len(dataset), batch_size)  # type: ignore[arg-type]
+    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, num_workers=num_workers)

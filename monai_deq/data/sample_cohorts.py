@@ -14,7 +14,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from monai_deq.data.oasis import SEG24_LABELS, SEG35_LABELS
+from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS
 from monai_deq.data.sample_images import BrainShape, brain_affine, brain_images, lung_affine, lung_pair
 
 __all__ = [

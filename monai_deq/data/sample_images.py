@@ -21,7 +21,7 @@ from monai.networks.blocks import DVF2DDF
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import cKDTree
 
-from monai_deq.data.oasis import SEG35_LABELS
+from monai_deq.data.labels import SEG35_LABELS
 
 __all__ = ["BrainShape", "brain_affine", "brain_images", "brain_spacing", "diffeomorphism", "lung_affine", "lung_pair"]
 

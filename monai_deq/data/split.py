@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the splits of all data sets share: the names of the parts, and how many items each takes."""
+"""What the data sets share: their folder, and the split into training, validation and test."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTS", "part_of", "part_sizes", "shorten"]
+__all__ = ["Items", "Lists", "Parts", "dataset_folder", "part_of", "refuse_lacking", "shorten", "split_items"]
 
 logger = logging.getLogger("monai_deq")
 
 PARTS = ("training", "validation", "test")
+
+Items = list[dict[str, Any]]
+Parts = dict[str, Items]
+Lists = Mapping[str, Sequence[str | int]]
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
@@ -20,68 +28,141 @@ def shorten(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def part_sizes(sizes: Sequence[int | None], found: int, things: str, where: str) -> dict[str, int]:
-    """
-    Check the sizes of the parts against what there is, and put in the one that takes the rest.
-
-    Args:
-        sizes: number of items for training, validation and test; one of them may be None: all that remain.
-        found: number of items there are.
-        things: what the items are called in messages, e.g. ``"subjects"``.
-        where: which of them were counted and in what folder, to follow "than the <found>" in a message.
-
-    Returns:
-        number of items under ``"training"``, ``"validation"`` and ``"test"``.
+def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: Callable[[], Path]) -> Path:
+    """The folder of a data set, checked; where none is given, that of the sample cohort that ``write_sample`` writes.
 
     Raises:
-        ValueError: When the sizes are no such numbers, or there are too few items.
+        FileNotFoundError: When there is no such folder; the message says what is ``expected`` in it.
     """
-    if len(sizes) != len(PARTS):
-        raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {list(sizes)}.")
-    for size in sizes:
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ValueError(f"sizes must be non-negative integers or None, got {list(sizes)}.")
-    if sum(size is None for size in sizes) > 1:
-        raise ValueError(f"at most one of sizes may be None (all that remain), got {list(sizes)}.")
-    remain = found - sum(size for size in sizes if size is not None)
-    if remain < 0 or (remain == 0 and None in sizes):
-        raise ValueError(
-            f"sizes {list(sizes)} (training, validation, test) need more {things} than the {found} {where}. "
-            "Name sizes that fit, in the order training, "
-            f"validation, test; one may be None (null in JSON) for all that remain; or name the {things} by `lists`."
+    if dataset_dir is None or str(dataset_dir) == "":
+        root = write_sample()
+        message = "no data set given: using the SYNTHETIC sample cohort in %s; for real data give --dataset_dir (%s)"
+        logger.info(message, root, expected)
+        return root
+    root = Path(dataset_dir).expanduser()
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"dataset_dir {str(root)!r} {what}; expected the folder of {expected}, or none for the sample cohort."
         )
-    if None in sizes:
-        logger.info(
-            "sizes %s of %d %s: %s takes the remaining %d",
-            list(sizes),
-            found,
-            things,
-            PARTS[list(sizes).index(None)],
-            remain,
-        )
-    elif remain:
-        logger.info("sizes %s of %d %s: the last %d are not used", list(sizes), found, things, remain)
-    return {part: remain if size is None else size for part, size in zip(PARTS, sizes, strict=True)}
+    return root
 
 
-def part_of(parts: Mapping[str, list[dict[str, Any]]], name: str, required: str | None = None) -> list[dict[str, Any]]:
-    """
-    One part of a split.
+def split_items(
+    items: Items,
+    thing: str,
+    where: str,
+    sizes: Sequence[int | None] | Parts,
+    lists: Lists | None = None,
+    required: tuple[str, str, str] | None = None,
+) -> Parts:
+    """Split the items of a data set into training, validation and test, and log what is in several of them.
 
     Args:
-        parts: what :py:func:`monai_deq.data.split_subjects` or :py:func:`monai_deq.data.split_pairs` returned.
+        items: subjects or pairs; ``item[thing]`` is the name.
+        thing: ``"subject"`` or ``"case"``; several items may be of one case.
+        where: what was found in what folder, to follow "the 8" in a message.
+        sizes: number of items for each part, taken in order; one may be None: all that remain. Or the parts themselves.
+        lists: names for each part instead of sizes, or the four digits in them (``"0001"`` or 1).
+        required: what validation and test items need: the key, what to call it, and the option that needs it.
+
+    Raises:
+        ValueError: When sizes or lists are malformed, there are too few items, a listed one does not exist, or one
+            lacks what is required.
+    """
+    if lists is not None:
+        split = _by_lists(items, thing, where, lists)
+    else:
+        split = sizes if isinstance(sizes, dict) else _by_sizes(items, thing, where, sizes)
+    if required:
+        key, what, option = required
+        for part in PARTS[1:]:
+            advice = f" Choose other {thing}s by `lists`, or set {option}=False."
+            refuse_lacking(split[part], part, key, what, advice)
+    for a, b in combinations(PARTS, 2):
+        both = sorted({item[thing] for item in split[a]} & {item[thing] for item in split[b]})
+        if both:
+            logger.warning("%d %s(s) are in both %s and %s: %s", len(both), thing, a, b, shorten(both))
+    return split
+
+
+def _by_sizes(items: Items, thing: str, where: str, sizes: Sequence[int | None]) -> Parts:
+    if isinstance(sizes, str) or len(sizes) != len(PARTS):
+        raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {sizes!r}.")
+    if any(size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0) for size in sizes):
+        raise ValueError(f"sizes must be non-negative integers or None, got {list(sizes)}.")
+    if sum(size is None for size in sizes) > 1:
+        raise ValueError(f"at most one of sizes may be None (all that remain), got {list(sizes)}.")
+    remain = len(items) - sum(size for size in sizes if size is not None)
+    if remain < 0 or (remain == 0 and None in sizes):
+        raise ValueError(
+            f"sizes {list(sizes)} (training, validation, test) need more {thing}s than the {len(items)} {where}. Name "
+            "sizes that fit, in the order training, validation, test; one may be None (null in JSON) for all that "
+            f"remain; or name the {thing}s by `lists`."
+        )
+    if None in sizes or remain:
+        took = f"{PARTS[list(sizes).index(None)]} takes the remaining" if None in sizes else "not used are the last"
+        logger.info("sizes %s of %d %ss: %s %d", list(sizes), len(items), thing, took, remain)
+    split: Parts = {}
+    for part, size in zip(PARTS, sizes, strict=True):
+        start = sum(map(len, split.values()))
+        split[part] = items[start : start + (remain if size is None else size)]
+    return split
+
+
+def _by_lists(items: Items, thing: str, where: str, lists: Lists) -> Parts:
+    unknown = sorted(set(lists) - set(PARTS))
+    if unknown:
+        raise ValueError(f"lists has unknown part(s) {unknown}; expected {PARTS}.")
+    by_name: dict[str, Items] = {}
+    for item in items:
+        digits = re.search(r"_(\d{4})(?:_MR1)?$", item[thing])
+        for name in (item[thing], *([digits[1]] if digits else [])):
+            by_name.setdefault(name, []).append(item)
+    split: Parts = {}
+    for part in PARTS:
+        wanted = [f"{i:04d}" if isinstance(i, int) else str(i) for i in lists.get(part, ())]
+        absent = [name for name in wanted if name not in by_name]
+        if absent:
+            raise ValueError(
+                f"lists[{part!r}] names {len(absent)} {thing}(s) that are not among the {len(items)} {where}: "
+                f"{shorten(absent)}. Found {shorten([item[thing] for item in items])}."
+            )
+        split[part] = [item for name in wanted for item in by_name[name]]
+        times = Counter(map(id, split[part]))
+        twice = [item[thing] for item in items if times[id(item)] > 1]
+        if twice:
+            raise ValueError(f"lists[{part!r}] names a {thing} twice: {shorten(twice)}.")
+    return split
+
+
+def refuse_lacking(
+    items: Sequence[Mapping[str, Any]], part: str, key: str, what: str | None = None, advice: str = ""
+) -> None:
+    """Refuse a part whose items do not all have a ``key``, called ``what`` in the message; ``advice`` ends it."""
+    lacking = [item for item in items if item.get(key) is None]
+    if lacking:
+        things, name = ("pairs", "case") if "case" in lacking[0] else ("subjects", "subject")
+        raise ValueError(
+            f"The {part} part needs {what or repr(key)}, but {len(lacking)} of its {len(items)} {things} have none: "
+            f"{shorten([str(item[name]) for item in lacking])}.{advice}"
+        )
+
+
+def part_of(parts: Mapping[str, Items], name: str, required: str | None = None) -> Items:
+    """One part of a split.
+
+    Args:
+        parts: what ``split`` of a data set returned.
         name: ``"training"``, ``"validation"`` or ``"test"``.
-        required: what each of its subjects must have, e.g. ``"label"``. Defaults to ``None``: nothing.
+        required: what each of its subjects must have, e.g. ``"label"``. Defaults to None: nothing.
 
     Raises:
         ValueError: When there is no such part, or a subject lacks what is required.
     """
     if name not in parts:
         raise ValueError(f"split must be one of {', '.join(map(repr, parts))}, got {name!r}.")
-    lacking = [str(item["subject"]) for item in parts[name] if required and item.get(required) is None]
-    if lacking:
-        raise ValueError(
-            f"The {name} part needs a {required} of each subject, but {len(lacking)} of its {len(parts[name])} "
-            f"subjects have none: {shorten(lacking)}. Choose another split, or name subjects by split_lists."
-        )
+    if required:
+        advice = " Choose another split, or name subjects by split_lists."
+        refuse_lacking(parts[name], name, required, f"a {required} of each subject", advice)
     return parts[name]

@@ -13,7 +13,7 @@ from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import StatsHandler, TensorBoardStatsHandler, from_engine
 
-from monai_deq.engines.batches import PreparePooledPairBatch
+from monai_deq.engines.batches import PreparePairBatch, PreparePooledPairBatch
 from monai_deq.handlers import EpochMeanLoss, GradientClipping, ListedOutput, SamplerEpochSetter, StatePoolUpdater
 from monai_deq.utils import process_count, process_rank
 
@@ -71,7 +71,8 @@ class RegistrationEvaluator(SupervisedEvaluator):
         log_dir: folder of TensorBoard's files, for the validation in a training, whose scores are logged. Defaults to
             ``None``: a progress bar instead.
         val_handlers: further handlers. Defaults to none.
-        kwargs: further arguments of :py:class:`monai.engines.SupervisedEvaluator`.
+        kwargs: further arguments of :py:class:`monai.engines.SupervisedEvaluator`; ``prepare_batch`` defaults to
+            :py:class:`monai_deq.engines.PreparePairBatch`.
     """
 
     def __init__(self, log_dir: str | None = None, val_handlers: Sequence[Any] = (), **kwargs: Any) -> None:
@@ -83,6 +84,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
             ]
         elif process_rank() == 0:
             handlers.append(ProgressBar(ncols=100))
+        kwargs.setdefault("prepare_batch", PreparePairBatch())
         super().__init__(iteration_update=_register, val_handlers=[*handlers, *val_handlers], **kwargs)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
@@ -112,4 +114,4 @@ def _register(engine: Any, batchdata: dict[str, Any] | None) -> dict[str, Any]:
         output.update(engine.inferer(moving, engine.network, *args, **kwargs))
     engine.fire_event(IterationEvents.FORWARD_COMPLETED)
     engine.fire_event(IterationEvents.MODEL_COMPLETED)
-    return output
+    return engine.state.output  # type: ignore[no-any-return]  # what postprocessing made of it

@@ -53,9 +53,9 @@ class OutputGuard:
         wait_for_all()
 
 
-def _statistics(values: pd.Series, percentile: float | None = None, solver: bool = False) -> dict[str, Any]:
+def _statistics(values: Any, percentile: float | None = None, solver: bool = False) -> dict[str, Any]:
     """Mean, sample standard deviation, number of scores; of what the solver says also the middle and the worst."""
-    there = values.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
+    there = pd.Series(values, dtype=float).replace([np.inf, -np.inf], np.nan).dropna()
     result: dict[str, Any] = {"mean": there.mean(), "std": there.std(), "pairs": len(there)}
     if percentile is not None:
         result[f"p{percentile:g}"] = there.quantile(percentile / 100)
@@ -153,13 +153,12 @@ class PairResultsSaver:
         if process_rank() > 0:
             return
         columns = [*self.columns, *(key for key in _CERTIFICATE if rows and all(key in row for row in rows))]
-        # as objects, each number is written as Python writes it
-        frame = pd.DataFrame(rows, columns=["fixed", "moving", *columns], dtype=object)
         details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined]
         metrics = tuple(details) if self.metrics is None else self.metrics
         summary: dict[str, dict[str, Any]] = {}
         per_label: dict[str, dict[str, Any]] = {}
-        label_columns: list[str] = []
+        means: dict[str, np.ndarray] = {}
+        label_scores: dict[str, np.ndarray] = {}
         for name in (*metrics, *self.percentiles):
             if name not in details:
                 raise RuntimeError(
@@ -167,18 +166,20 @@ class PairResultsSaver:
                     "metrics, or attach the metric with save_details=True."
                 )
         for name in metrics:
-            scores = self._scores(name, details[name], len(frame))
+            scores = self._scores(name, details[name], len(rows))
             with np.errstate(invalid="ignore"):  # 0 / 0: no label has a score
-                means = np.nansum(scores, axis=1) / (~np.isnan(scores)).sum(axis=1)
-            frame[name] = means.astype(object)
-            summary[name] = _statistics(frame[name], self.percentiles.get(name))
+                means[name] = np.nansum(scores, axis=1) / (~np.isnan(scores)).sum(axis=1)
+            summary[name] = _statistics(means[name], self.percentiles.get(name))
             if scores.shape[1] > 1 or (len(self.labels) == 1 and name.startswith(("dice", "hd"))):
-                per_label[name] = {}
-                for (number, label), values in zip(self.labels.items(), scores.T, strict=True):
-                    label_columns.append(f"{name}_{number}")
-                    frame[label_columns[-1]] = values.astype(object)
-                    per_label[name][str(number)] = {"name": label, **_statistics(frame[label_columns[-1]])}
-        frame = frame[["fixed", "moving", *metrics, *columns, *label_columns]]
+                by_label = dict(zip(self.labels, scores.T, strict=True))
+                label_scores.update({f"{name}_{n}": values for n, values in by_label.items()})
+                per_label[name] = {
+                    str(n): {"name": self.labels[n], **_statistics(values)} for n, values in by_label.items()
+                }
+        # as objects, each number is written as Python writes it
+        said = pd.DataFrame(rows, columns=["fixed", "moving", *columns], dtype=object)
+        frame = pd.concat([said, pd.DataFrame({**means, **label_scores}, dtype=object)], axis=1)
+        frame = frame[["fixed", "moving", *metrics, *columns, *label_scores]]
         for key in columns:
             if all(isinstance(value, (bool, int, float)) for value in frame[key]):
                 summary[key] = _statistics(frame[key], solver=True)

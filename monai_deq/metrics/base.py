@@ -21,13 +21,7 @@ __all__ = ["ReducedIterationMetric", "check_ddf", "check_spacing", "image_spacin
 
 
 def check_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
-    """
-    Check a displacement field, shape ``(B, ndim, *spatial)``, and return it as a plain float32 or float64 tensor.
-
-    Raises:
-        TypeError: when ``ddf`` is not a tensor.
-        ValueError: when its shape is not a field's, an axis has less than ``min_size`` voxels, or it is not finite.
-    """
+    """Check a displacement field, shape ``(B, ndim, *spatial)``; return it as a plain float32 or float64 tensor."""
     if not isinstance(ddf, torch.Tensor):
         raise TypeError(f"ddf: expected a torch.Tensor, got {type(ddf).__name__}.")
     if ddf.ndim not in (4, 5) or ddf.shape[1] != ddf.ndim - 2 or ddf.shape[0] == 0:
@@ -76,11 +70,10 @@ class ReducedIterationMetric(CumulativeIterationMetric):
     """
     Base of the cumulative metrics: keeps (B, C) scores, NaN where there is none, and reduces them.
 
-    Unlike MONAI's own metrics it reports no number that nothing supports: without any score the reduction is NaN (MONAI
-    gives 0), and lists of different length or what is no tensor are refused (MONAI drops them). Of several processes
-    each gets the scores of all in the order of the processes; one may have scored nothing.
-
-    A subclass implements ``compute_scores``; only parameters that default to None take None.
+    It reports no number that nothing supports: without any score the reduction is NaN (MONAI's metrics give 0), and
+    lists of different length or what is no tensor are refused (MONAI's drop them). Of several processes each gets the
+    scores of all in the order of the processes. A subclass implements ``compute_scores``, whose parameters take None
+    where that is their default.
 
     Args:
         reduction: one of :py:class:`monai.utils.MetricReduction`; NaN scores are left out. ``"mean"`` averages over
@@ -110,7 +103,7 @@ class ReducedIterationMetric(CumulativeIterationMetric):
         Args:
             y_pred: batch-first tensor, or a list of tensors without the batch axis.
             y: the same, or None for a metric that does without.
-            args: what else the metric takes, in the same forms.
+            args: what else the metric takes, in the same forms, in order.
             kwargs: the same by name.
 
         Returns:
@@ -170,16 +163,13 @@ class ReducedIterationMetric(CumulativeIterationMetric):
         self, reduction: MetricReduction | str | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
-        Reduce the scores kept so far.
+        Reduce the scores kept so far; ValueError when there is none.
 
         Args:
             reduction: one of :py:class:`monai.utils.MetricReduction`. Defaults to ``self.reduction``.
 
         Returns:
             the reduced score, or ``(score, not_nans)`` with ``get_not_nans``.
-
-        Raises:
-            ValueError: when there is no score yet.
         """
         scores = self.get_buffer()
         if scores is None:

@@ -60,8 +60,8 @@ def compute_label_dice(
     """
     Dice coefficient of each label.
 
-    A label that one of the two images lacks has no score. Pass ``moving_label`` to judge that on the image before
-    warping, as Learn2Reg does: then a label that the warp itself made vanish scores 0, without it NaN.
+    A label that one of the two images lacks has no score; with ``moving_label``, that is judged before the warp, as
+    Learn2Reg does: a label that the warp itself made vanish scores 0, not NaN.
 
     Args:
         warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
@@ -73,7 +73,6 @@ def compute_label_dice(
         scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where a label is absent.
 
     Raises:
-        TypeError: when a label map is not a tensor.
         ValueError: when shapes do not fit, values are not integers, or ``labels`` holds 0 or a label twice.
     """
     labels = _check_labels(labels)
@@ -97,8 +96,8 @@ def compute_label_hausdorff(
     """
     Symmetric Hausdorff distance of each label, between the voxels on the two surfaces.
 
-    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance` on the joint bounding box of each label: the cost is
-    that of the structures. With ``percentile`` it is the larger of the two directed percentiles, unweighted by area.
+    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance`, fast on the joint bounding box of each label. With
+    ``percentile``, the larger of the two directed percentiles, unweighted by area.
 
     Args:
         warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
@@ -111,9 +110,7 @@ def compute_label_hausdorff(
         distances in mm in the order of ``labels``, shape (B, len(labels)); NaN where either image lacks the label.
 
     Raises:
-        TypeError: when a label map is not a tensor.
-        ValueError: when shapes do not fit, values are not integers, ``labels`` holds 0 or a label twice, or
-            ``spacing`` or ``percentile`` is out of range.
+        ValueError: as :py:func:`compute_label_dice`; when ``spacing`` or ``percentile`` is out of range.
     """
     labels = _check_labels(labels)
     warped, fixed = (item.cpu().numpy()[:, 0] for item in _renumber_pair(warped_label, fixed_label, labels))
@@ -145,17 +142,13 @@ def _check_fixed(y: torch.Tensor | None) -> torch.Tensor:
 
 class LabelDiceMetric(ReducedIterationMetric):
     """
-    Cumulative form of :py:func:`compute_label_dice`: mean over the labels of a pair, then over the pairs.
-
-    Call it as ``metric(warped_label, fixed_label)`` or ``metric(warped_label, fixed_label, moving_label)``.
+    Cumulative form of :py:func:`compute_label_dice`, ``metric(warped_label, fixed_label[, moving_label])``: mean over
+    the labels of a pair, then over the pairs.
 
     Args:
         labels: the labels to score, without the background 0.
-        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
-        get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to False.
-
-    Raises:
-        ValueError: when ``labels`` is empty, or holds 0 or a label twice.
+        reduction: see :py:class:`ReducedIterationMetric`.
+        get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(
@@ -172,20 +165,16 @@ class LabelDiceMetric(ReducedIterationMetric):
 
 class LabelHausdorffMetric(ReducedIterationMetric):
     """
-    Cumulative form of :py:func:`compute_label_hausdorff`: mean over the labels of a pair, then over the pairs.
-
-    Call it as ``metric(warped_label, fixed_label)``.
+    Cumulative form of :py:func:`compute_label_hausdorff`, ``metric(warped_label, fixed_label)``: mean over the labels
+    of a pair, then over the pairs.
 
     Args:
         labels: the labels to score, without the background 0.
         spacing: size of a voxel in mm, one number or one per axis. Defaults to None: that of the fixed labels where
             they are MetaTensors, else 1 mm.
         percentile: e.g. 95 for HD95. Defaults to None: the largest distance.
-        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
-        get_not_nans: whether ``aggregate`` also returns the number of scores that are not NaN. Defaults to False.
-
-    Raises:
-        ValueError: when ``labels`` is empty, or holds 0 or a label twice.
+        reduction: see :py:class:`ReducedIterationMetric`.
+        get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(

@@ -73,8 +73,7 @@ def compute_landmark_errors(
     with fixed points :math:`p_n`, moving points :math:`q_n` and the voxel size :math:`s`. The pull-back field moves
     FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`. In float64.
 
-    The two forms differ by the roughness of the field (by 0.5 % of the error where displacements of 3 voxels change
-    every 8 voxels at random): say which one a table shows.
+    The two forms differ by the roughness of the field: say which one a table shows.
 
     - ``"linear"``: the displacement is interpolated linearly, as the image is when it is warped.
     - ``"learn2reg"``: by cubic splines, and it is zero beyond the outermost voxel centres, as the program of the
@@ -94,7 +93,6 @@ def compute_landmark_errors(
         errors in mm, shape (B, N), float64.
 
     Raises:
-        TypeError: when ``ddf`` or the points are no tensors.
         ValueError: when ``ddf`` is not a finite field, the points do not fit it or each other, are not finite or lie
             outside and are refused, or ``spacing``, ``outside`` or ``form`` is wrong.
     """
@@ -119,18 +117,11 @@ def compute_target_registration_error(
     form: TargetRegistrationErrorForm = "linear",
 ) -> torch.Tensor:
     """
-    Mean, or a percentile, of the landmark errors of each pair; arguments not said here and errors are those of
-    :py:func:`compute_landmark_errors`.
+    Mean, or a percentile, of the landmark errors of each pair in mm, shape (B, 1), float64; NaN without landmarks. For
+    the other arguments and errors see :py:func:`compute_landmark_errors`.
 
     Args:
-        percentile: percentile over the landmarks of a pair, interpolated linearly, e.g. 95, or 70: what the 30 % worst
-            landmarks exceed. Defaults to None: the mean.
-
-    Returns:
-        errors in mm, shape (B, 1), float64; NaN where there are no landmarks.
-
-    Raises:
-        ValueError: when ``percentile`` is not in 0 to 100.
+        percentile: over the landmarks of a pair, 0 to 100, interpolated linearly. Defaults to None: the mean.
     """
     _check_percentile("percentile", percentile)
     errors = compute_landmark_errors(ddf, fixed_points, moving_points, spacing, outside, form)
@@ -144,26 +135,20 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
     Cumulative form of :py:func:`compute_target_registration_error`: mean over the landmarks of a pair, then over the
     pairs.
 
-    Call it as ``metric(ddf, fixed_points, moving_points)``; in lists, pairs may differ in the number of landmarks. With
-    ``reference``, an image on the field's grid, ``metric(None, fixed_points, moving_points, reference)`` is the error
-    before registration: a missing field is zero displacement.
-
-    The robustness of Learn2Reg (TRE30, Hering et al., IEEE TMI 2023: the 30 % most difficult pairs) is
-    ``pair_percentile=70``: 30 % of the pairs have a larger mean error.
+    Called as ``metric(ddf, fixed_points, moving_points[, reference])``, reference an image on the field's grid; in
+    lists, pairs may differ in the number of landmarks. No field is no displacement: ``metric(None, fixed_points,
+    moving_points, reference)`` is the error before registration.
 
     Args:
-        spacing: voxel size in mm, one number or one per axis. Defaults to None: that of ``reference``, or of the field
-            where there is none; a MetaTensor.
+        spacing: voxel size in mm, one number or one per axis. Defaults to None: that of the reference, or of the field,
+            a MetaTensor.
         percentile: percentile over the landmarks of a pair. Defaults to None: their mean.
-        pair_percentile: percentile over the pairs, in place of ``reduction``. Defaults to None.
-        outside: fixed points outside the grid: ``"refuse"`` or ``"clamp"``, see :py:func:`compute_landmark_errors`.
-            Defaults to ``"refuse"``.
+        pair_percentile: percentile over the pairs, in place of ``reduction``; 70 is Learn2Reg's robustness (TRE30,
+            Hering et al., IEEE TMI 2023): 30 % of the pairs have a larger mean error. Defaults to None.
+        outside: ``"refuse"`` or ``"clamp"``, see :py:func:`compute_landmark_errors`. Defaults to ``"refuse"``.
         form: ``"linear"`` or ``"learn2reg"``, see :py:func:`compute_landmark_errors`. Defaults to ``"linear"``.
-        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
-        get_not_nans: whether ``aggregate`` also returns the number of pairs that have landmarks. Defaults to False.
-
-    Raises:
-        ValueError: when a percentile is not in 0 to 100, or ``outside`` or ``form`` is unknown.
+        reduction: see :py:class:`ReducedIterationMetric`.
+        get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(
@@ -217,10 +202,7 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
     def aggregate(
         self, reduction: MetricReduction | str | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """
-        Reduce the scores kept so far, by ``pair_percentile`` unless a ``reduction`` is given; else as
-        :py:meth:`monai_deq.metrics.ReducedIterationMetric.aggregate`.
-        """
+        """As :py:meth:`ReducedIterationMetric.aggregate`; by ``pair_percentile`` unless a ``reduction`` is given."""
         scores = None if self.pair_percentile is None or reduction is not None else self.get_buffer()
         if scores is None or self.pair_percentile is None:
             return super().aggregate(reduction)

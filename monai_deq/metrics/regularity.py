@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import factorial
 from typing import Literal
@@ -44,11 +44,12 @@ def _check_mask(mask: torch.Tensor | None, ddf: torch.Tensor) -> torch.Tensor | 
     return convert_to_tensor(mask, track_meta=False, device=ddf.device) > 0
 
 
-def _values_inside(field: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Item by item the values of a scalar field inside the mask, both ``(B, 1, *spatial)``."""
-    if mask is None:
-        return list(field.flatten(1))
-    return [item[inside] for item, inside in zip(field, mask, strict=True)]
+def _reduce_inside(
+    field: torch.Tensor, mask: torch.Tensor | None, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Item by item one number of the values of a scalar field inside the mask, NaN where there are none."""
+    items = list(field.flatten(1)) if mask is None else [f[inside] for f, inside in zip(field, mask, strict=True)]
+    return torch.stack([reduce(v) if v.numel() else v.new_tensor(float("nan")) for v in items]).unsqueeze(1)
 
 
 def _check_form(form: str) -> None:
@@ -88,7 +89,6 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
         shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
 
     Raises:
-        TypeError: when ``ddf`` is not a tensor.
         ValueError: when ``ddf`` is not a finite field of at least 2 voxels along each axis.
     """
     return _jacobian(check_ddf(ddf))
@@ -96,50 +96,38 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
 
 def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Percentage of voxels with ``|J| <= 0``; see :py:func:`monai_deq.metrics.jacobian_determinant`.
+    Percentage of voxels with ``|J| <= 0``, see :py:func:`jacobian_determinant`; shape (B, 1), NaN for an empty mask.
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
 
-    Returns:
-        percentages, shape (B, 1); NaN where the mask is empty.
-
     Raises:
-        TypeError: when ``ddf`` or ``mask`` is not a tensor.
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it.
+        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
     """
     ddf = check_ddf(ddf)
-    per_item = [
-        100.0 * torch.count_nonzero(values <= 0).to(values.dtype) / values.numel()
-        for values in _values_inside(_jacobian(ddf), _check_mask(mask, ddf))
-    ]
-    return torch.stack(per_item).unsqueeze(1)
+    return _reduce_inside(
+        _jacobian(ddf), _check_mask(mask, ddf), lambda v: 100.0 * torch.count_nonzero(v <= 0).to(v.dtype) / v.numel()
+    )
 
 
 def compute_std_log_jacobian(
     ddf: torch.Tensor, mask: torch.Tensor | None = None, form: StdLogJacobianForm = "paper"
 ) -> torch.Tensor:
     """
-    Population standard deviation of ``log |J|``; see :py:func:`monai_deq.metrics.jacobian_determinant`.
+    Population standard deviation of ``log |J|``, see :py:func:`jacobian_determinant`, in one of two forms that are not
+    comparable with each other; shape (B, 1), NaN where the mask, for ``"learn2reg"`` after the crop, is empty.
 
-    The two forms are not comparable with each other: say which one a table shows.
-
-    - ``"paper"``: ``log(clip(|J|, 1e-9, 1e9))`` over the whole grid, as the std(log|J|) of the DEQReg paper.
+    - ``"paper"``: ``log(clip(|J|, 1e-9, 1e9))`` over the whole grid, as in the DEQReg paper.
     - ``"learn2reg"``: ``log(clip(|J| + 3, 1e-9, 1e9))`` without the outer 2 voxels of each side, the SDlogJ of the
       Learn2Reg evaluation (Hering et al., IEEE TMI 2023).
 
     Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; at least 2 voxels along each axis,
-            5 for ``"learn2reg"``.
+        ddf: displacement field, ``(B, ndim, *spatial)``, voxel units; 2 voxels or more an axis, 5 for ``"learn2reg"``.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
         form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
 
-    Returns:
-        shape (B, 1); NaN where the mask is empty (for ``"learn2reg"``, empty after the crop).
-
     Raises:
-        TypeError: when ``ddf`` or ``mask`` is not a tensor.
         ValueError: when ``form`` is unknown, ``ddf`` is not a finite field, or ``mask`` does not fit it.
     """
     _check_form(form)
@@ -152,19 +140,13 @@ def compute_std_log_jacobian(
         jacobian = jacobian[inner]
         mask = None if mask is None else mask[inner]
     log_jacobian = (jacobian + offset).clamp(1e-9, 1e9).log()
-    per_item = [
-        torch.std(values, correction=0) if values.numel() else values.new_tensor(float("nan"))
-        for values in _values_inside(log_jacobian, mask)
-    ]
-    return torch.stack(per_item).unsqueeze(1)
+    return _reduce_inside(log_jacobian, mask, lambda values: torch.std(values, correction=0))
 
 
 def _simplices(spatial_dims: int) -> list[np.ndarray]:
     """
-    The simplices that a voxel answers for, each as the steps (rows) from the voxel to the other vertices.
-
-    A step of +1 or -1 along every axis gives the one-sided differences: 4 triangles in 2-D, 8 corner tetrahedra in 3-D.
-    A cube divides into 4 corner tetrahedra and a central one, in two ways; the two central tetrahedra are J1*, J2*.
+    The simplices of a voxel, each as the steps (rows) to the other vertices: one-sided differences along every axis (4
+    triangles in 2-D, 8 corner tetrahedra in 3-D), and the central tetrahedra of the two divisions of a cube, J1*, J2*.
     """
     simplices = [np.diag(signs) for signs in product((1, -1), repeat=spatial_dims)]
     if spatial_dims == 3:
@@ -175,28 +157,25 @@ def _simplices(spatial_dims: int) -> list[np.ndarray]:
 
 def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    Volume that the field turns inside out, in % of the volume of the mask (2-D: area).
+    Volume that the field turns inside out, in % of the volume of the mask (2-D: area); shape (B, 1), NaN for an empty
+    mask.
 
     Liu et al., "On Finite Difference Jacobian Computation in Deformable Image Registration", IJCV 2024. With the field
     linear inside the ten tetrahedra of a voxel, their determinants of finite differences (:math:`J^{\pm\pm\pm}, J_1^*,
-    J_2^*`) are 6 times their signed volumes after deformation. Each cube is divided in two ways, hence half:
+    J_2^*`) are 6 times their signed volumes after deformation (2-D: four triangles, 2 times their areas). Each cube is
+    divided in two ways, hence half:
 
     .. math:: \mathrm{NDV} = \frac{1}{2} \sum_x \sum_{k=1}^{10} \frac{\max(-|J_k(x)|, 0)}{6}
 
-    In 2-D, the four triangles :math:`J^{\pm\pm}` and 2 in place of 6. Unlike the share of folded voxels it says how
-    badly the field folds, and it sees the folds that central differences step over. It may exceed 100 %. Beyond the
-    border the displacement goes on unchanged, as in the authors' program.
+    It says how badly the field folds, sees the folds that central differences step over, and may exceed 100 %. Beyond
+    the border the displacement goes on unchanged, as in the authors' program.
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
 
-    Returns:
-        percentages, shape (B, 1); NaN where the mask is empty.
-
     Raises:
-        TypeError: when ``ddf`` or ``mask`` is not a tensor.
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it.
+        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
     """
     ddf = check_ddf(ddf)
     mask = _check_mask(mask, ddf)
@@ -213,25 +192,18 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
         orientation = float(np.sign(np.linalg.det(steps)))  # of the simplex at rest
         volume += (-orientation * _determinant(edges)).clamp(min=0)
     volume *= 0.5 / factorial(spatial_dims)
-
-    return torch.stack([100.0 * values.mean() for values in _values_inside(volume, mask)]).unsqueeze(1)
+    return _reduce_inside(volume, mask, lambda values: 100.0 * values.mean())
 
 
 class FoldedVoxelsMetric(ReducedIterationMetric):
-    """
-    Cumulative form of :py:func:`compute_folded_voxels`, called as ``metric(ddf, mask)`` or ``metric(ddf)``; for
-    arguments see :py:class:`monai_deq.metrics.ReducedIterationMetric`.
-    """
+    """Cumulative form of :py:func:`compute_folded_voxels`: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         return compute_folded_voxels(y_pred, y)
 
 
 class NonDiffeomorphicVolumeMetric(ReducedIterationMetric):
-    """
-    Cumulative form of :py:func:`compute_non_diffeomorphic_volume`, called as ``metric(ddf, mask)`` or ``metric(ddf)``;
-    for arguments see :py:class:`monai_deq.metrics.ReducedIterationMetric`.
-    """
+    """Cumulative form of :py:func:`compute_non_diffeomorphic_volume`: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         return compute_non_diffeomorphic_volume(y_pred, y)
@@ -239,15 +211,12 @@ class NonDiffeomorphicVolumeMetric(ReducedIterationMetric):
 
 class StdLogJacobianMetric(ReducedIterationMetric):
     """
-    Cumulative form of :py:func:`compute_std_log_jacobian`, called as ``metric(ddf, mask)`` or ``metric(ddf)``.
+    Cumulative form of :py:func:`compute_std_log_jacobian`: ``metric(ddf)`` or ``metric(ddf, mask)``.
 
     Args:
         form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
-        reduction: see :py:class:`monai_deq.metrics.ReducedIterationMetric`. Defaults to ``"mean"``.
-        get_not_nans: whether ``aggregate`` also returns the number of fields counted. Defaults to False.
-
-    Raises:
-        ValueError: when ``form`` is unknown.
+        reduction: see :py:class:`ReducedIterationMetric`.
+        get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(

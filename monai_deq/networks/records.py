@@ -24,11 +24,11 @@ from monai_deq.networks.nets import (
     RegistrationNet,
     RestSettings,
     coarse_to_fine,
-    gradirn,
-    riir,
+    gradirn_net,
+    riir_net,
     set_coarse_solver,
-    unrolling,
-    voxelmorph,
+    unrolling_net,
+    voxelmorph_net,
 )
 from monai_deq.solvers import SolverSettings
 from monai_deq.utils import json_ready, replace_file
@@ -71,10 +71,10 @@ def describe(component: Any) -> Any:
                     description[name] = describe(value)
             elif parameter.default is parameter.empty:
                 raise ValueError(f"{type(component).__name__} does not keep its argument {name!r} as an attribute.")
-        if not type(component).__module__.startswith("monai_deq.") and not any(component.parameters()):
+        if not type(component).__module__.startswith("monai_deq."):
             with torch.random.fork_rng(devices=[]):
                 again = build_component(description)
-            if not _alike(component.__dict__, again.__dict__):
+            if not _alike(component, again):
                 raise ValueError(f"{type(component).__name__} cannot be built again from its attributes.")
         return description
     if isinstance(component, Mapping):
@@ -94,6 +94,9 @@ def _target(component: Any) -> str:
 
 
 def _alike(a: Any, b: Any) -> bool:
+    """Whether two modules differ in what they have learned at most."""
+    if isinstance(a, nn.Parameter):
+        return isinstance(b, nn.Parameter) and a.shape == b.shape
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, Mapping):
@@ -257,10 +260,10 @@ def _from_settings(settings: Mapping[str, Any]) -> NetworkRecord:
         raise ValueError("weights trained with unwarped_moving need version 0.1.0: the option is no more.")
     dims, own = settings.get("spatial_dims", 3), settings.get("method_settings", {})
     systems = {
-        "VoxelMorph": lambda: voxelmorph(dims, own.get("integration_steps", 0)),
-        "Unrolling": lambda: unrolling(dims, max_steps, own.get("num_levels", 3)),
-        "GraDIRN": lambda: gradirn(dims, max_steps, own.get("num_levels", 3)),
-        "RIIR": lambda: riir(dims, max_steps),
+        "VoxelMorph": lambda: voxelmorph_net(dims, own.get("integration_steps", 0)),
+        "Unrolling": lambda: unrolling_net(dims, max_steps, own.get("num_levels", 3)),
+        "GraDIRN": lambda: gradirn_net(dims, max_steps, own.get("num_levels", 3)),
+        "RIIR": lambda: riir_net(dims, max_steps),
     }
 
     def equilibrium() -> DEQRegistrationNet:

@@ -38,8 +38,7 @@ def load_ddf(path: str | Path, spatial_dims: int) -> MetaTensor:
         ``(ndim, *spatial)``, float32, with the affine of the file.
 
     Raises:
-        FileNotFoundError: When there is no such file.
-        RuntimeError: When it cannot be read.
+        FileNotFoundError, RuntimeError: When there is no such file, or it cannot be read.
         ValueError: When it holds no finite displacement field of so many dimensions.
     """
     path = existing_file(path, "displacement field")
@@ -156,7 +155,6 @@ class ResampleDDFd(MapTransform):
 
 
 def _case_and_modality(scan: str | Path) -> tuple[str, str]:
-    """The two numbers in the name of a Learn2Reg scan."""
     name = Path(scan).name.removesuffix(".gz").removesuffix(".nii")
     found = re.fullmatch(r"\w+_(\d{4})_(\d{4})", name) or re.fullmatch(r"[A-Za-z][A-Za-z0-9]*_(\d{4})()", name)
     if found is None:

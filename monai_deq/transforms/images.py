@@ -92,11 +92,8 @@ class _PerImaged(MapTransform):
 
 class DropSliceAxisd(_PerImaged):
     """
-    Drop the trailing axis of one voxel that slices have in NIfTI files, ``(C, H, W, 1)`` to ``(C, H, W)``. The 4x4
-    affine stays whole: MONAI's ``SqueezeDim`` makes that of a coronal slice singular.
-
-    Args:
-        keys, allow_missing_keys: see MONAI's ``MapTransform``.
+    Drop the trailing axis of one voxel that slices have in NIfTI files, ``(C, H, W, 1)`` to ``(C, H, W)``, of what is
+    under ``keys``. The 4x4 affine stays whole: MONAI's ``SqueezeDim`` makes that of a coronal slice singular.
     """
 
     def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
@@ -214,11 +211,8 @@ class CheckSameGridd(MapTransform):
 
 class ScaleToUnitRanged(_PerImaged):
     """
-    Scale intensities linearly from their own minimum and maximum to [0, 1], and say so in the log. An image inside
-    [0, 1] passes unchanged, whatever its largest value.
-
-    Args:
-        keys, allow_missing_keys: of the images; see MONAI's ``MapTransform``.
+    Scale intensities of the images under ``keys`` linearly from their own minimum and maximum to [0, 1], and say so in
+    the log. An image inside [0, 1] passes unchanged, whatever its largest value.
     """
 
     def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:

@@ -128,13 +128,11 @@ class SaveRegistrationd(_PairSaver):
     Args:
         output_dir: folder of the files.
         overwrite: replace existing files. Defaults to False.
-        warped_key: warped scan. Defaults to ``"warped"``.
-        ddf_key: displacement field. Defaults to ``"ddf"``.
+        warped_key, ddf_key: warped scan and displacement field. Default to ``"warped"`` and ``"ddf"``.
         label_key: warped label map, optional in the item. Defaults to ``"warped_label"``.
         name_keys: names of the moving and the fixed scan. Defaults to ``("moving_subject", "fixed_subject")``.
-        record_keys: scalars that go into the record, found in the item itself or under ``record_key``.
+        record_keys, optional_record_keys: scalars that go into the record, found in the item or under ``record_key``.
         record_key: where :py:class:`FixedPointSolverd` puts its record. Defaults to ``"record"``.
-        optional_record_keys: scalars that go into the record where they are there.
 
     Raises:
         KeyError: When the item lacks what is to be written.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from .files import json_ready, refuse_existing, replace_file, write_json
-from .mean_std import MeanStd, mean_std
 from .processes import (
     end_processes,
     gather_items,
@@ -17,10 +16,8 @@ from .processes import (
     wait_for_all,
 )
 from .settings import as_flag, refuse_unknown_settings
-from .unused import refuse_unused
 
 __all__ = [
-    "MeanStd",
     "as_flag",
     "end_processes",
     "gather_items",
@@ -29,12 +26,10 @@ __all__ = [
     "json_ready",
     "local_device",
     "mean_over_processes",
-    "mean_std",
     "process_count",
     "process_rank",
     "refuse_existing",
     "refuse_unknown_settings",
-    "refuse_unused",
     "replace_file",
     "wait_for_all",
     "write_json",

@@ -18,8 +18,7 @@ from monai.data import CacheDataset, MetaTensor
 from monai.transforms import MapTransform
 
 from monai_deq.data import PairDataset, cached_subjects, grid_of
-from monai_deq.transforms import load_subject_transforms
-from monai_deq.transforms.load_subject import LoadRegistrationImaged
+from monai_deq.transforms import LoadRegistrationImaged, load_subject_transforms
 
 # a coronal slice: its second axis is the third of the world
 AFFINE = np.array([[1.5, 0, 0, 3], [0, 0, -2, 7], [0, 0.5, 0, -4], [0, 0, 0, 1.0]])

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from monai_deq.data import find_learn2reg, keep_annotations, learn2reg_scan_pairs, split_pairs
+from monai_deq.data import (
+    Learn2RegDataset,
+    find_learn2reg,
+    keep_annotations,
+    pairs_to_register,
+    write_sample_lung_cohort,
+)
 
 KINDS = {"images": ".nii.gz", "masks": ".nii.gz", "keypoints": ".csv"}
 
@@ -245,60 +251,60 @@ def numbers(split: dict[str, list[dict[str, Any]]]) -> list[list[int]]:
 
 def test_split_by_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = find_learn2reg(write_nlst(tmp_path))
-    assert numbers(split_pairs(dataset, [2, 1, 2])) == [[1, 2], [3], [4, 999]]
+    assert numbers(dataset.split([2, 1, 2])) == [[1, 2], [3], [4, 999]]
     with caplog.at_level(logging.INFO, logger="monai_deq"):
-        assert numbers(split_pairs(dataset, [None, 1, 1])) == [[1, 2, 3], [4], [999]]
+        assert numbers(dataset.split([None, 1, 1])) == [[1, 2, 3], [4], [999]]
     assert "sizes [None, 1, 1] of 5 cases: training takes the remaining 3" in caplog.text
-    assert numbers(split_pairs(dataset, sizes=None)) == [[1, 2, 3], [4], [999]]
+    for official in (None, "official"):
+        assert numbers(dataset.split(official)) == [[1, 2, 3], [4], [999]]
     with pytest.raises(ValueError, match=r"sizes \[170, 10, 30\] .* need more cases than the 5 of NLST in "):
-        split_pairs(dataset)
-    with pytest.raises(ValueError, match="sizes must give 3 numbers"):
-        split_pairs(dataset, [4, 1])
+        dataset.split([170, 10, 30])
+    for sizes in ([4, 1], "paper"):
+        with pytest.raises(ValueError, match="sizes must give 3 numbers"):
+            dataset.split(sizes)
 
 
-def test_default_split_is_the_papers(tmp_path: Path) -> None:
-    dataset = find_learn2reg(write_nlst(tmp_path, training=209))
-    assert [len(pairs) for pairs in split_pairs(dataset).values()] == [170, 10, 30]
-
-
-def test_default_split_of_any_task(tmp_path: Path) -> None:
-    small = split_pairs(find_learn2reg(write_nlst(tmp_path / "small")), "default")
-    assert numbers(small) == [[1, 2, 3], [4], [999]]  # the official lists
-    whole = find_learn2reg(write_nlst(tmp_path / "whole", training=209))
-    assert split_pairs(whole, "default") == split_pairs(whole)
-    assert [len(pairs) for pairs in split_pairs(whole, "default").values()] == [170, 10, 30]
-    other = dataclasses.replace(whole, name="LungCT")
-    assert [len(pairs) for pairs in split_pairs(other, "default").values()] == [208, 1, 1]
+def test_default_split_is_the_papers_of_the_whole_nlst(tmp_path: Path) -> None:
+    pairs = [{"case": f"NLST_{i:04d}", "fixed": f"f{i}", "moving": f"m{i}", "fixed_keypoints": "x"} for i in range(210)]
+    whole = Learn2RegDataset("NLST", tmp_path, pairs[:208], pairs[208:209], pairs[209:])
+    assert [len(part) for part in whole.split().values()] == [170, 10, 30]
+    for sizes, dataset in (("official", whole), (None, dataclasses.replace(whole, name="LungCT"))):
+        assert [len(part) for part in dataset.split(sizes).values()] == [208, 1, 1]
 
 
 def test_split_by_lists(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = find_learn2reg(write_nlst(tmp_path))
     lists = {"training": ["0003", 1], "test": ["NLST_0999"]}
-    assert numbers(split_pairs(dataset, lists=lists)) == [[3, 1], [], [999]]
+    assert numbers(dataset.split(lists=lists)) == [[3, 1], [], [999]]
     assert not caplog.records
-    split_pairs(dataset, lists={"training": [1, 2], "test": [2]})
+    dataset.split(lists={"training": [1, 2], "test": [2]})
     assert "1 case(s) are in both training and test: NLST_0002" in caplog.text
     for lists, message in (
         ({"train": [1]}, r"unknown part\(s\) \['train'\]"),
-        ({"test": [1, 77]}, r"lists\['test'\] names 1 case\(s\) without a pair .*: 0077. Found 5 pairs: NLST_0001"),
+        (
+            {"test": [1, 77]},
+            r"lists\['test'\] names 1 case\(s\) .* the 5 of NLST .*: 0077. Found NLST_0001",
+        ),
         ({"test": [1, "0001"]}, r"lists\['test'\] names a case twice"),
     ):
         with pytest.raises(ValueError, match=message):
-            split_pairs(dataset, lists=lists)
+            dataset.split(lists=lists)
 
 
 def test_split_needs_keypoints(tmp_path: Path) -> None:
     gone = tuple(f"keypointsTs/NLST_0999_000{number}.csv" for number in (0, 1))
     dataset = find_learn2reg(write_nlst(tmp_path, remove=gone))
     with pytest.raises(ValueError, match="The test part needs keypoints, but 1 of its 2 pairs have none: NLST_0999"):
-        split_pairs(dataset, [2, 1, 2])
-    assert numbers(split_pairs(dataset, [2, 1, 2], require_keypoints=False))[2] == [4, 999]
-    assert numbers(split_pairs(dataset, [2, 1, 1]))[2] == [4]
+        dataset.split([2, 1, 2])
+    assert numbers(dataset.split([2, 1, 2], require_keypoints=False))[2] == [4, 999]
+    assert numbers(dataset.split([2, 1, 1]))[2] == [4]
 
 
 def test_only_the_annotations_needed_are_kept(tmp_path: Path) -> None:
-    pairs = split_pairs(find_learn2reg(write_nlst(tmp_path)), None)["training"]
-    plain = keep_annotations(pairs)
+    pairs = find_learn2reg(write_nlst(tmp_path)).split()["training"]
+    plain = keep_annotations(pairs, [])
+    scored = keep_annotations(pairs)
+    assert set(scored[0]) - set(plain[0]) == {"fixed_mask", "moving_mask", "fixed_keypoints", "moving_keypoints"}
     assert set(plain[0]) == {"fixed", "moving", "fixed_subject", "moving_subject", "case"}
     kept = keep_annotations(pairs, ["fixed_mask"])
     assert kept[1] == {**plain[1], "fixed_mask": pairs[1]["fixed_mask"]}
@@ -313,7 +319,11 @@ def test_only_the_annotations_needed_are_kept(tmp_path: Path) -> None:
 
 def test_scans_to_register(tmp_path: Path) -> None:
     root = write_nlst(tmp_path, remove=("keypointsTs/NLST_0999_0000.csv", "keypointsTs/NLST_0999_0001.csv"))
-    (item,) = learn2reg_scan_pairs(root, None)
+
+    def find() -> Learn2RegDataset:
+        return find_learn2reg(root)
+
+    (item,) = pairs_to_register(find)
     assert item == {
         "fixed": str(root / "imagesTs/NLST_0999_0000.nii.gz"),
         "moving": str(root / "imagesTs/NLST_0999_0001.nii.gz"),
@@ -325,7 +335,24 @@ def test_scans_to_register(tmp_path: Path) -> None:
         (root / folder).mkdir(exist_ok=True)
         for number in (0, 1):
             (root / folder / f"NLST_0001_{number:04d}.nii.gz").touch()
-    (item,) = learn2reg_scan_pairs(root, lists={"test": [1]})
+    (item,) = pairs_to_register(find, split_lists={"test": [1]})
     assert item["moving_label"] == str(root / "labelsTr/NLST_0001_0001.nii.gz")
-    with pytest.raises(ValueError, match="validation part has no pairs"):
-        learn2reg_scan_pairs(root, lists={"test": [1]}, part="validation")
+    with pytest.raises(ValueError, match="test part has no pairs"):
+        pairs_to_register(find, split_sizes=[4, 1, 0])
+
+
+def test_the_sample_cohort_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(
+        "monai_deq.data.learn2reg.write_sample_lung_cohort",
+        lambda path: write_sample_lung_cohort(path, (1, 0, 1), (16, 20, 24)),
+    )
+    for nothing in (None, ""):
+        with caplog.at_level(logging.INFO, logger="monai_deq"):
+            found = find_learn2reg(nothing)
+        assert found.is_sample and found.root == tmp_path / "monai_deq_sample_lung"
+        assert "SYNTHETIC" in caplog.messages[0] and "--dataset_dir" in caplog.messages[0]
+    assert [len(pairs) for pairs in found.split().values()] == [1, 0, 1]
+    assert not find_learn2reg(write_nlst(tmp_path / "real")).is_sample

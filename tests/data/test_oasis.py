@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from monai_deq.data import SEG24_LABELS, SEG35_LABELS, find_oasis, label_set, split_subjects
+from monai_deq.data import find_oasis, part_of, write_sample_cohort
 
 FILES = {3: ("aligned_norm.nii.gz", "aligned_seg35.nii.gz"), 2: ("slice_norm.nii.gz", "slice_seg24.nii.gz")}
 
@@ -53,56 +53,6 @@ def write_learn2reg(root, content=None, remove=()):
         (root / path).unlink()
     (root / "OASIS_dataset.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return root
-
-
-def test_label_names():
-    # numbers as in the label lists that come with the data set
-    assert list(SEG35_LABELS) == list(range(1, 36)) and list(SEG24_LABELS) == list(range(1, 25))
-    expected35 = {
-        1: "Left-Cerebral-White-Matter",
-        6: "Left-Cerebellum-Cortex",
-        11: "3rd-Ventricle",
-        12: "4th-Ventricle",
-        13: "Brain-Stem",
-        14: "Left-Hippocampus",
-        18: "Left-Vessel",
-        20: "Right-Cerebral-White-Matter",
-        29: "Right-Pallidum",
-        30: "Right-Hippocampus",
-        35: "Right-Choroid-Plexus",
-    }
-    expected24 = {
-        4: "Left-Inf-Lat-Ventricle",
-        5: "Left-Thalamus",
-        8: "Left-Pallidum",
-        9: "3rd-Ventricle",
-        10: "Brain-Stem",
-        13: "Left-Choroid-Plexus",
-        14: "Right-Cerebral-White-Matter",
-        22: "Right-Hippocampus",
-        24: "Right-Choroid-Plexus",
-    }
-    assert {k: SEG35_LABELS[k] for k in expected35} == expected35
-    assert {k: SEG24_LABELS[k] for k in expected24} == expected24
-
-
-def test_label_set():
-    assert label_set("all", 3) == list(range(1, 36))
-    assert label_set("all", 2) == list(range(1, 25))
-    reduced = label_set("voxelmorph", 3)
-    left_out = {SEG35_LABELS[i] for i in set(range(1, 36)) - set(reduced)}
-    assert left_out == {
-        "Left-Inf-Lat-Ventricle",
-        "Right-Inf-Lat-Ventricle",
-        "Left-Accumbens",
-        "Right-Accumbens",
-        "Left-Vessel",
-        "Right-Vessel",
-    }
-    with pytest.raises(ValueError, match="3-D only"):
-        label_set("voxelmorph", 2)
-    with pytest.raises(ValueError, match="'freesurfer'.*'all' or 'voxelmorph'"):
-        label_set("freesurfer", 3)
 
 
 @pytest.mark.parametrize("dim", [2, 3])
@@ -169,12 +119,6 @@ def test_learn2reg(tmp_path):
     assert found.subjects[0]["image"] == str(tmp_path / "imagesTr/OASIS_0001_0000.nii.gz")
     assert found.subjects[0]["label"] == str(tmp_path / "labelsTr/OASIS_0001_0000.nii.gz")
     assert found.subjects[-1]["label"] is None
-    # no subject of an official pair is trained on
-    assert [s["subject"] for s in found.training] == ["OASIS_0001", "OASIS_0002", "OASIS_0003"]
-    (pair,) = found.registration_val
-    assert (pair["fixed"]["subject"], pair["moving"]["subject"]) == ("OASIS_0439", "OASIS_0438")
-    assert pair["moving"]["label"] == str(tmp_path / "labelsTr/OASIS_0438_0000.nii.gz")
-    assert [p["fixed"]["subject"] for p in found.registration_test] == ["OASIS_0502"]
     with pytest.raises(ValueError, match="3-D images only"):
         find_oasis(tmp_path, 2)
 
@@ -184,8 +128,8 @@ def test_learn2reg_validation_labels_outside_the_training_list(tmp_path):
     content = json.loads((tmp_path / "OASIS_dataset.json").read_text())
     content["training"] = content["training"][:3]
     (tmp_path / "OASIS_dataset.json").write_text(json.dumps(content))
-    (pair,) = find_oasis(tmp_path).registration_val
-    assert pair["fixed"]["label"] == str(tmp_path / "labelsTr/OASIS_0439_0000.nii.gz")
+    labels = {s["subject"]: s["label"] for s in find_oasis(tmp_path).subjects}
+    assert labels["OASIS_0439"] == str(tmp_path / "labelsTr/OASIS_0439_0000.nii.gz")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +170,7 @@ def test_learn2reg_missing_parts(tmp_path):
         find_oasis(tmp_path / "label")
     write_learn2reg(tmp_path / "json")
     (tmp_path / "json" / "OASIS_dataset.json").unlink()
-    with pytest.raises(FileNotFoundError, match="OASIS_dataset.json.*found none"):
+    with pytest.raises(FileNotFoundError, match="OASIS_dataset.json; found no"):
         find_oasis(tmp_path / "json")
 
 
@@ -236,9 +180,9 @@ def ids(split):
 
 def test_split_by_sizes(tmp_path, caplog):
     dataset = find_oasis(write_neurite(tmp_path, range(1, 9), order=[8, 7, 6, 5, 4, 3, 2, 1]))
-    assert ids(split_subjects(dataset, [4, 1, 2])) == {"training": [8, 7, 6, 5], "validation": [4], "test": [3, 2]}
+    assert ids(dataset.split([4, 1, 2])) == {"training": [8, 7, 6, 5], "validation": [4], "test": [3, 2]}
     with caplog.at_level(logging.INFO, logger="monai_deq"):
-        assert ids(split_subjects(dataset, [None, 1, 2])) == {
+        assert ids(dataset.split([None, 1, 2])) == {
             "training": [8, 7, 6, 5, 4],
             "validation": [3],
             "test": [2, 1],
@@ -260,26 +204,26 @@ def test_split_by_sizes(tmp_path, caplog):
 def test_split_bad_sizes(tmp_path, sizes, message):
     dataset = find_oasis(write_neurite(tmp_path, range(1, 9)))
     with pytest.raises(ValueError, match=message):
-        split_subjects(dataset, sizes)
+        dataset.split(sizes)
 
 
 def test_split_by_lists(tmp_path, caplog):
     dataset = find_oasis(write_neurite(tmp_path, range(1, 6)))
     lists = {"training": ["0004", name(1)], "test": [5, "0004"]}
     with caplog.at_level(logging.WARNING, logger="monai_deq"):
-        assert ids(split_subjects(dataset, lists=lists)) == {"training": [4, 1], "validation": [], "test": [5, 4]}
+        assert ids(dataset.split(lists=lists)) == {"training": [4, 1], "validation": [], "test": [5, 4]}
     assert "both training and test" in caplog.text and name(4) in caplog.text
     with pytest.raises(ValueError, match="0099"):
-        split_subjects(dataset, lists={"test": ["0099"]})
+        dataset.split(lists={"test": ["0099"]})
     with pytest.raises(ValueError, match="unknown part.*'train'"):
-        split_subjects(dataset, lists={"train": ["0001"]})
+        dataset.split(lists={"train": ["0001"]})
     with pytest.raises(ValueError, match="twice"):
-        split_subjects(dataset, lists={"test": ["0001", name(1)]})
+        dataset.split(lists={"test": ["0001", name(1)]})
 
 
 def test_split_learn2reg_short_names(tmp_path):
     dataset = find_oasis(write_learn2reg(tmp_path))
-    split = split_subjects(dataset, lists={"training": ["0002"], "test": ["OASIS_0438"]})
+    split = dataset.split(lists={"training": ["0002"], "test": ["OASIS_0438"]})
     assert split["training"][0]["subject"] == "OASIS_0002" and split["test"][0]["subject"] == "OASIS_0438"
 
 
@@ -287,6 +231,37 @@ def test_split_needs_labels_to_score(tmp_path):
     without = [(1, "aligned_seg35.nii.gz"), (4, "aligned_seg35.nii.gz")]
     dataset = find_oasis(write_neurite(tmp_path, range(1, 5), without=without))
     with pytest.raises(ValueError, match=f"test part needs segmentations.*{name(4)}"):
-        split_subjects(dataset, (2, 1, 1))
-    assert ids(split_subjects(dataset, (2, 1, 1), require_labels=False))["test"] == [4]
-    assert ids(split_subjects(dataset, (2, 1, 0)))["training"] == [1, 2]  # unlabelled in training is fine
+        dataset.split((2, 1, 1))
+    assert ids(dataset.split((2, 1, 1), require_labels=False))["test"] == [4]
+    assert ids(dataset.split((2, 1, 0)))["training"] == [1, 2]  # unlabelled in training is fine
+
+
+def test_default_split(tmp_path):
+    assert len(ids(find_oasis(write_neurite(tmp_path / "a", range(1, 415)), 3).split())["test"]) == 84
+    slices = find_oasis(write_neurite(tmp_path / "b", range(1, 336), dims=(2,)), 2)
+    assert [len(part) for part in slices.split().values()] == [300, 30, 5]
+    with pytest.raises(ValueError, match=r"sizes \[300, 30, 84\] .* need more subjects than the 5 with 3-D images in"):
+        find_oasis(write_neurite(tmp_path / "c", range(1, 6)), 3).split()
+
+
+def test_part_whose_subjects_lack_labels(tmp_path):
+    dataset = find_oasis(write_neurite(tmp_path, range(1, 6), without=[(2, "aligned_seg35.nii.gz")]))
+    parts = dataset.split([2, 1, 2])
+    assert len(part_of(parts, "test", "label")) == 2
+    with pytest.raises(ValueError, match=rf"training part needs a label of each .* 1 of its 2 .* none: {name(2)}\."):
+        part_of(parts, "training", "label")
+
+
+def test_the_sample_cohort_stands_in(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MONAI_DATA_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr(
+        "monai_deq.data.oasis.write_sample_cohort",
+        lambda path: write_sample_cohort(path, 13, spatial_size_3d=(8, 8, 8), spatial_size_2d=(8, 8)),
+    )
+    for nothing in (None, ""):
+        with caplog.at_level(logging.INFO, logger="monai_deq"):
+            found = find_oasis(nothing, 2)
+        assert found.is_sample and found.root == tmp_path / "monai_deq_sample"
+        assert "SYNTHETIC" in caplog.messages[0] and "--dataset_dir" in caplog.messages[0]
+    assert [len(part) for part in found.split().values()] == [10, 2, 1]
+    assert not find_oasis(write_neurite(tmp_path / "real", [1])).is_sample

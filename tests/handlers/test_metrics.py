@@ -76,9 +76,13 @@ def fields(request: pytest.FixtureRequest) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize(("metric", "kwargs", "compute"), REGULARITY)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("keys", ["ddf", ["ddf", None], ["ddf", "mask"]])
+@pytest.mark.parametrize(
+    ("metric", "kwargs", "compute", "form", "keys"),
+    [
+        *((*REGULARITY[0], form, keys) for form in FORMS for keys in ("ddf", ["ddf", None], ["ddf", "mask"])),
+        *((*case, decollate_batch, ["ddf", "mask"]) for case in REGULARITY[1:]),
+    ],
+)
 def test_value_is_that_of_the_pure_function(metric, kwargs, compute, form, keys, fields) -> None:
     score, details = run(MetricHandler(metric(**kwargs), keys), [form(batch) for batch in fields])
     expected = torch.cat([compute(batch["ddf"], *([batch["mask"]] if "mask" in keys else [])) for batch in fields])

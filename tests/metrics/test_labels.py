@@ -36,12 +36,8 @@ def dice_brute_force(warped: np.ndarray, fixed: np.ndarray, label: int) -> float
 def surface_points(structure: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """Voxels of the structure with a face neighbour outside it or outside the image, in mm."""
     padded = np.pad(structure, 1)
-    points = []
-    for p in np.argwhere(padded):
-        steps = np.concatenate([np.eye(len(p), dtype=int), -np.eye(len(p), dtype=int)])
-        if not all(padded[tuple(p + step)] for step in steps):
-            points.append((p - 1) * spacing)
-    return np.array(points)
+    inner = np.logical_and.reduce([np.roll(padded, s, axis) for axis in range(padded.ndim) for s in (1, -1)])
+    return (np.argwhere(padded & ~inner) - 1) * np.asarray(spacing)
 
 
 def hausdorff_brute_force(warped, fixed, label: int, spacing, percentile: float = 100) -> float:
@@ -98,7 +94,7 @@ def test_a_label_lost_in_the_warp_scores_zero_when_the_moving_labels_are_known()
     ("shape", "spacing"),
     [((9, 12), None), ((9, 12), (0.7, 2.5)), ((6, 8, 7), 1.5), ((6, 8, 7), np.float32([1.5, 0.5, 3.0]))],
 )
-@pytest.mark.parametrize("percentile", [None, 95, 50.0])
+@pytest.mark.parametrize("percentile", [None, 50.0])
 def test_hausdorff_agrees_with_all_pairs(shape, spacing, percentile) -> None:
     warped, fixed = torch.zeros(2, 2, 1, *shape, dtype=torch.long)
     generator = np.random.default_rng(7)
@@ -186,8 +182,7 @@ def with_affine(label: torch.Tensor, affine: np.ndarray, ndim: int) -> MetaTenso
     return MetaTensor(label, affine=affine, spatial_ndim=ndim)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("percentile", [None, 95, 50])
+@pytest.mark.parametrize(("size", "percentile"), [(SIZES[0], 95), (SIZES[1], None)])
 def test_spacing_of_the_fixed_labels(size: tuple[int, ...], percentile: float | None) -> None:
     ndim = len(size)
     labels = (2, 1, 7, 9)

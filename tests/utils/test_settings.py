@@ -16,7 +16,10 @@ PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
 @pytest.fixture
 def files(tmp_path: Path) -> str:
-    (tmp_path / "train.json").write_text(json.dumps({"max_epochs": 3, "update": {"a": 1}}))
+    content = {"max_epochs": 3, "update": {"a": 1}, "rest": {"b": "@weight"}, "weight": 1.0}
+    content["trainer"] = {"epochs": "@max_epochs", "steps": "$2 * @max_steps", "update": "@update"}
+    content["training"] = content["run"] = ["$@trainer.run()"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
     (tmp_path / "overlay.json").write_text(json.dumps({"max_steps": 3}))
     return str([str(tmp_path / "train.json"), str(tmp_path / "overlay.json")])
 
@@ -74,3 +77,12 @@ def test_flags(value: Any, flag: bool) -> None:
 def test_anything_else_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="resume must be true or false, got"):
         as_flag(value, "resume")
+
+
+@pytest.mark.parametrize("words", [["--rest#b", "3"], ["--weight=2"], ["--max_epochs", "3", "--rest", "{'b': 2}"]])
+def test_settings_that_nothing_uses(words: list[str], files: str) -> None:
+    command = [PROGRAM, "run", "training", "--config_file", files, *words]
+    with pytest.raises(ValueError, match="has no use for (rest|weight): leave it out"):
+        refuse_unknown_settings(command)
+    # until something does
+    refuse_unknown_settings([*command, "--update", "@rest"])

@@ -10,8 +10,8 @@ from .equilibrium import (
     coarse_to_fine,
     set_coarse_solver,
 )
-from .interface import IteratedNet, RegistrationNet
-from .systems import gradirn, riir, unrolling, voxelmorph
+from .interface import IteratedNet, RegistrationNet, check_pair
+from .systems import gradirn_net, riir_net, unrolling_net, voxelmorph_net
 from .unrolled import UnrolledRegistrationNet
 
 __all__ = [
@@ -21,10 +21,11 @@ __all__ = [
     "RegistrationNet",
     "RestSettings",
     "UnrolledRegistrationNet",
+    "check_pair",
     "coarse_to_fine",
-    "gradirn",
-    "riir",
+    "gradirn_net",
+    "riir_net",
     "set_coarse_solver",
-    "unrolling",
-    "voxelmorph",
+    "unrolling_net",
+    "voxelmorph_net",
 ]

@@ -14,10 +14,10 @@ from monai_deq.networks.blocks import (
 )
 from monai_deq.networks.nets.unrolled import UnrolledRegistrationNet
 
-__all__ = ["gradirn", "riir", "unrolling", "voxelmorph"]
+__all__ = ["gradirn_net", "riir_net", "unrolling_net", "voxelmorph_net"]
 
 
-def voxelmorph(
+def voxelmorph_net(
     spatial_dims: int = 3, integration_steps: int = 0, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
     """
@@ -32,7 +32,7 @@ def voxelmorph(
     return UnrolledRegistrationNet(update, steps=1)
 
 
-def unrolling(
+def unrolling_net(
     spatial_dims: int = 3, steps: int = 3, num_levels: int = 3, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
     """
@@ -52,7 +52,7 @@ def unrolling(
     return UnrolledRegistrationNet(updates, steps=[steps] * num_levels)
 
 
-def gradirn(
+def gradirn_net(
     spatial_dims: int = 3,
     steps: int = 3,
     num_levels: int = 3,
@@ -73,7 +73,7 @@ def gradirn(
     return UnrolledRegistrationNet(updates, steps=[steps] * num_levels)
 
 
-def riir(
+def riir_net(
     spatial_dims: int = 3, steps: int = 6, similarity: nn.Module | None = None, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
     """
