@@ -14,7 +14,7 @@ from nets import deq_net, pair, rest_settings, tiny_update
 from monai_deq.losses import EquilibriumLoss, RegistrationLoss, StatesLoss
 from monai_deq.networks import compile_backbones, on_device
 from monai_deq.networks.blocks import RegistrationCNN, UNetUpdate
-from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine, voxelmorph
+from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine, voxelmorph_net
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ class TestCompileBackbones:
 class TestOnDevice:
     @pytest.mark.parametrize("ndim", [2, 3])
     def test_channels_last_on_a_cpu(self, ndim):
-        network = voxelmorph(ndim)
+        network = voxelmorph_net(ndim)
         weights = {name: value.clone() for name, value in network.state_dict().items()}
         moving, fixed = pair((16, 16, 16)[:ndim], batch=1)
         expected = network.eval()(moving, fixed)[1]
@@ -91,7 +91,7 @@ class TestOnDevice:
         torch.testing.assert_close(network(moving, fixed)[1], expected, rtol=1e-4, atol=1e-9)
 
     def test_elsewhere_the_format_stays(self):
-        network = on_device(voxelmorph(2), torch.device("meta"))
+        network = on_device(voxelmorph_net(2), torch.device("meta"))
         kernels = [p for p in network.parameters() if p.ndim == 4]
         assert all(p.device.type == "meta" and p.is_contiguous() for p in kernels)
 

@@ -11,7 +11,7 @@ import torch
 from nets import pair
 
 from monai_deq.networks.blocks import GradientUpdate, RecurrentUpdate, RegistrationCNN, UNetUpdate, VoxelMorphUpdate
-from monai_deq.networks.nets import UnrolledRegistrationNet, gradirn, riir, unrolling, voxelmorph
+from monai_deq.networks.nets import UnrolledRegistrationNet, gradirn_net, riir_net, unrolling_net, voxelmorph_net
 
 MAE = torch.nn.L1Loss()
 
@@ -24,24 +24,24 @@ def cnn_update(ndim: int) -> UNetUpdate:
 @pytest.mark.parametrize(
     ("system", "by_hand"),
     [
-        (voxelmorph, lambda n: UnrolledRegistrationNet(VoxelMorphUpdate(n), steps=1)),
+        (voxelmorph_net, lambda n: UnrolledRegistrationNet(VoxelMorphUpdate(n), steps=1)),
         (
-            partial(voxelmorph, integration_steps=3),
+            partial(voxelmorph_net, integration_steps=3),
             lambda n: UnrolledRegistrationNet(VoxelMorphUpdate(n, 3), steps=1),
         ),
-        (unrolling, lambda n: UnrolledRegistrationNet([cnn_update(n) for _ in range(3)], steps=[3, 3, 3])),
+        (unrolling_net, lambda n: UnrolledRegistrationNet([cnn_update(n) for _ in range(3)], steps=[3, 3, 3])),
         (
-            partial(unrolling, steps=2, num_levels=2),
+            partial(unrolling_net, steps=2, num_levels=2),
             lambda n: UnrolledRegistrationNet([cnn_update(n), cnn_update(n)], steps=[2, 2]),
         ),
-        (gradirn, lambda n: UnrolledRegistrationNet([GradientUpdate(n) for _ in range(3)], steps=[3, 3, 3])),
+        (gradirn_net, lambda n: UnrolledRegistrationNet([GradientUpdate(n) for _ in range(3)], steps=[3, 3, 3])),
         (
-            partial(gradirn, steps=1, num_levels=2, similarity=MAE),
+            partial(gradirn_net, steps=1, num_levels=2, similarity=MAE),
             lambda n: UnrolledRegistrationNet([GradientUpdate(n, MAE), GradientUpdate(n, MAE)], steps=[1, 1]),
         ),
-        (riir, lambda n: UnrolledRegistrationNet(RecurrentUpdate(n), steps=6, all_states=True)),
+        (riir_net, lambda n: UnrolledRegistrationNet(RecurrentUpdate(n), steps=6, all_states=True)),
         (
-            partial(riir, steps=2, similarity=MAE),
+            partial(riir_net, steps=2, similarity=MAE),
             lambda n: UnrolledRegistrationNet(RecurrentUpdate(n, MAE), steps=2, all_states=True),
         ),
     ],
@@ -67,11 +67,13 @@ def test_put_together_by_hand(
 
 
 def test_parameters_in_3d() -> None:
-    counts = {build: sum(p.numel() for p in build(3).parameters()) for build in (voxelmorph, unrolling, gradirn)}
-    assert counts == {voxelmorph: 327_331, unrolling: 3 * 89_987, gradirn: 269_964}
+    counts = {
+        build: sum(p.numel() for p in build(3).parameters()) for build in (voxelmorph_net, unrolling_net, gradirn_net)
+    }
+    assert counts == {voxelmorph_net: 327_331, unrolling_net: 3 * 89_987, gradirn_net: 269_964}
 
 
-@pytest.mark.parametrize("system", [voxelmorph, unrolling, gradirn, riir])
+@pytest.mark.parametrize("system", [voxelmorph_net, unrolling_net, gradirn_net, riir_net])
 def test_half_precision_for_the_backbones(system: Callable[..., UnrolledRegistrationNet]) -> None:
     for name in (None, "bfloat16"):
         assert {update.autocast_dtype for update in system(2, autocast_dtype=name).updates} == {name}
