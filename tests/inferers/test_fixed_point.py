@@ -3,30 +3,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nets import deq_net, tiny_recurrent_update
 from scipy import ndimage
+from torch.nn.parallel import DistributedDataParallel
 
 from monai_deq.baselines import InitialAlignment
 from monai_deq.inferers import FixedPointInferer
-from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
 
 
 class PullToBrightness(torch.nn.Module):
     """Halves the way to a constant field whose every component is the largest value of the pair's fixed image."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        return 0.5 * (fixed.amax(dim=tuple(range(1, fixed.ndim)), keepdim=True) - ddf)
+        return self.share * (fixed.amax(dim=tuple(range(1, fixed.ndim)), keepdim=True) - ddf)
 
 
 def make_network(**kwargs: Any) -> DEQRegistrationNet:
-    return DEQRegistrationNet(
-        PullToBrightness(), **{"num_states": 0, "tolerance": 0.1, "max_steps": 20, **kwargs}
-    ).eval()
+    return deq_net(PullToBrightness(), **{"num_states": 0, "tolerance": 0.1, "max_steps": 20, **kwargs}).eval()
 
 
 def make_batch(ndim: int, brightness: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,12 +93,10 @@ def test_settings_in_place_of_the_networks_own() -> None:
 @pytest.mark.parametrize("driver", ["equilibrium", "unrolled"])
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_network_with_hidden_state(ndim: int, driver: str) -> None:
-    torch.manual_seed(0)
-    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
-    update.unet = RegistrationUNet(ndim, 2 * ndim + 2, 2, (2, 2), (2,), (), flow_std=0.2)
+    update = tiny_recurrent_update(ndim)
     network: torch.nn.Module = UnrolledRegistrationNet(update, steps=2)
     if driver == "equilibrium":
-        network = DEQRegistrationNet(update, max_steps=2, num_states=0)
+        network = deq_net(update, max_steps=2, num_states=0)
     moving, fixed = torch.rand(2, 2, 1, *(7, 6, 5)[:ndim])
     out = FixedPointInferer(max_steps=4, tolerance=0.0)(moving, network.eval(), fixed)
     assert out["ddf"].shape == (2, ndim, *moving.shape[2:]) and out["steps"].tolist() == [4, 4]
@@ -109,7 +111,7 @@ def test_network_with_hidden_state(ndim: int, driver: str) -> None:
     torch.testing.assert_close(out["residual"], delta.square().sum(1).flatten(1).mean(1).sqrt(), rtol=1e-4, atol=0)
 
 
-def test_warm_start_gradients_and_wrapped_networks() -> None:
+def test_warm_start_gradients_and_wrapped_networks(tmp_path: Path) -> None:
     moving, fixed = make_batch(2, (4.0, 1.0))
     network = make_network()
     cold = FixedPointInferer()(moving, network, fixed)
@@ -117,14 +119,13 @@ def test_warm_start_gradients_and_wrapped_networks() -> None:
     assert warm["steps"].tolist() == [1, 1]
     assert not FixedPointInferer()(moving.requires_grad_(), network, fixed)["warped"].requires_grad
 
-    class Wrapped(torch.nn.Module):
-        """As DistributedDataParallel: only ``module`` can solve."""
-
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    torch.testing.assert_close(FixedPointInferer()(moving, Wrapped(network), fixed)["ddf"], cold["ddf"])
+    # a group of one process
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        parallel = DistributedDataParallel(network)
+        torch.testing.assert_close(FixedPointInferer()(moving, parallel, fixed)["ddf"], cold["ddf"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_certificate_of_each_item() -> None:

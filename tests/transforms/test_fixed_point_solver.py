@@ -12,10 +12,11 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureTyped, ScaleIntensityd
+from nets import Pull, deq_net, tiny_recurrent_update, tiny_update
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
-from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
+from monai_deq.baselines import InitialAlignment
 from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
 from monai_deq.transforms import FixedPointSolver, FixedPointSolverd
 
@@ -45,7 +46,7 @@ def image(size: tuple[int, ...], seed: int = 1) -> torch.Tensor:
 
 def known_network(size: tuple[int, ...], rate: float = 0.5, **kwargs: Any) -> tuple[DEQRegistrationNet, torch.Tensor]:
     target = field(size)
-    return DEQRegistrationNet(PullTo(target, rate), **{"num_states": 0, **kwargs}), target
+    return deq_net(PullTo(target, rate), **{"num_states": 0, **kwargs}), target
 
 
 def rms(ddf: torch.Tensor) -> float:
@@ -64,9 +65,7 @@ def scipy_warp(moving: np.ndarray, ddf: np.ndarray) -> np.ndarray:
 
 
 def unet_network(ndim: int) -> DEQRegistrationNet:
-    torch.manual_seed(0)
-    backbone = RegistrationUNet(ndim, 2 + ndim, None, (4, 4), (4,), (4,), flow_std=0.05)
-    return DEQRegistrationNet(UNetUpdate(ndim, backbone), num_states=0, max_steps=4)
+    return deq_net(tiny_update(ndim), num_states=0, max_steps=4)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -95,7 +94,7 @@ def test_network_settings_are_the_defaults_and_more_steps_than_trained_go_on() -
     _, long, record = FixedPointSolver(network, max_steps=200)(image((6, 5)), image((6, 5)))
     assert record["converged"] and 3 < record["steps"] < 200
     torch.testing.assert_close(long, target, atol=5e-3, rtol=0)
-    assert network.max_steps == 3
+    assert network.solver.max_steps == 3
 
 
 def test_tolerances_and_solver() -> None:
@@ -170,12 +169,10 @@ def test_number_types_with_a_real_network(ndim: int, kind: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_network_with_hidden_state(size: tuple[int, ...], driver: str) -> None:
     ndim = len(size)
-    torch.manual_seed(0)
-    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
-    update.unet = RegistrationUNet(ndim, 2 * ndim + 2, 2, (2, 2), (2,), (), flow_std=0.2)
+    update = tiny_recurrent_update(ndim)
     network: torch.nn.Module = UnrolledRegistrationNet(update, steps=2)
     if driver == "equilibrium":
-        network = DEQRegistrationNet(update, max_steps=2, num_states=0)
+        network = deq_net(update, max_steps=2, num_states=0)
     moving, fixed = image(size), image(size, 2)
     ddf, hidden = torch.zeros(1, ndim, *size), torch.zeros(1, 4, *size)
     trace = []
@@ -277,15 +274,35 @@ def test_certificate_in_the_record() -> None:
     assert cheap["verdict"] == "converged" and cheap["spectral_radius"] is None
 
 
+def test_evaluations_of_coarser_networks_in_the_record() -> None:
+    def net(share: float, **kwargs: Any) -> DEQRegistrationNet:
+        return deq_net(Pull(share), num_states=0, tolerance=0.0, **kwargs)
+
+    network = net(0.5, max_steps=3, coarse=net(0.5, max_steps=8, coarse=net(0.5, max_steps=16)))
+    _, _, record = FixedPointSolver(network)(image((8, 12)), image((8, 12), 2))
+    assert (record["steps"], record["coarse_steps"], record["evaluations"]) == (3, [8, 16], 3 + 8 / 4 + 16 / 16)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_a_classical_method(device: Any) -> None:
+    moving, fixed, start = image(SIZES[0]), image(SIZES[0], 2), field(SIZES[0])
+    for certificate in (None, {}):
+        solver = FixedPointSolver(InitialAlignment(), certificate=certificate, device=device)
+        warped, ddf, record = solver(moving, fixed, start)
+        assert torch.equal(ddf, start) and record["reason"] == "not iterated"
+        assert record.get("verdict") == (None if certificate is None else "not iterated")
+        np.testing.assert_allclose(warped[0], scipy_warp(moving[0].numpy(), start.numpy()), atol=1e-5)
+
+
 def test_aliases() -> None:
     assert transforms.FixedPointSolverD is transforms.FixedPointSolverd is transforms.FixedPointSolverDict
 
 
 def test_errors() -> None:
     network, _ = known_network((6, 5))
-    with pytest.raises(TypeError, match="Conv2d has none"):
+    with pytest.raises(TypeError, match="network must be a RegistrationNet, which can be solved, got Conv2d"):
         FixedPointSolver(torch.nn.Conv2d(1, 1, 1))
-    with pytest.raises(TypeError, match="Conv2d has none"):
+    with pytest.raises(TypeError, match="network must be a RegistrationNet, which can be solved, got Conv2d"):
         FixedPointSolverd(torch.nn.Conv2d(1, 1, 1))
     solver = FixedPointSolver(network)
     with pytest.raises(ValueError, match=r"moving must be a channel-first .*\(6, 5\)"):
