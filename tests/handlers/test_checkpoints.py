@@ -3,36 +3,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from ignite.metrics import Metric
 from monai.data import DataLoader
 from monai.engines import SupervisedTrainer
-from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
-from monai.networks.layers import Conv
+from monai.handlers import LrScheduleHandler, ValidationHandler
+from nets import Pull, deq_net
 
 from monai_deq.data import PairDataset, RandomPairSampler
 from monai_deq.engines import PreparePairBatch, RegistrationEvaluator
 from monai_deq.handlers import (
     EpochMeanLoss,
     GradientClipping,
-    LabelDice,
+    MetricHandler,
     SamplerEpochSetter,
     TrainingCheckpoint,
     WeightsLoader,
 )
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.losses import RegistrationLoss, StatesLoss
-from monai_deq.networks import trained_with
-from monai_deq.networks.blocks import UNetUpdate
-from monai_deq.networks.nets import DEQRegistrationNet
+from monai_deq.metrics import LabelDiceMetric
+from monai_deq.networks import NetworkRecord, describe, load_network, read_record
+from monai_deq.networks.blocks import RegistrationCNN, UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
 from monai_deq.transforms import WarpByDDFd
 
 SIZES = {2: (8, 6), 3: (4, 6, 4)}
@@ -59,15 +62,15 @@ class ScriptedScore(Metric):
         super().attach(engine, name)
 
 
-def make_network(ndim: int, channels: int = 4) -> DEQRegistrationNet:
+def drop(module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (F.dropout(args[0], 0.2, module.training),)
+
+
+def make_network(ndim: int, channels: int = 4, **kwargs: Any) -> DEQRegistrationNet:
+    backbone = RegistrationCNN(ndim, 2 + ndim, channels=(channels,), flow_std=0.1)
     # dropout draws from the global random state, which a resumed training must find as it was
-    backbone = torch.nn.Sequential(
-        torch.nn.Dropout(0.2),
-        Conv["CONV", ndim](2 + ndim, channels, 3, padding=1),
-        torch.nn.LeakyReLU(0.2),
-        Conv["CONV", ndim](channels, ndim, 1),
-    )
-    return DEQRegistrationNet(UNetUpdate(ndim, backbone), max_steps=2, num_states=1)
+    backbone.register_forward_pre_hook(drop)
+    return deq_net(UNetUpdate(ndim, backbone), max_steps=2, num_states=1, **kwargs)
 
 
 def make_subjects(ndim: int) -> list[dict[str, Any]]:
@@ -92,22 +95,23 @@ class Training:
         validate: bool = True,
         amp: bool = False,
         decay_power: float | None = None,
-        pairs_per_epoch_counted: int | None = None,
+        ema: bool = False,
         **kwargs: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.network = make_network(ndim, channels)
+        self.network = kwargs.pop("network", None) or make_network(ndim, channels)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.01)
         scheduler: Any = torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.7)
         if decay_power is not None:
             scheduler = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, max_epochs, decay_power)
         subjects = make_subjects(ndim)
         sampler = RandomPairSampler(len(subjects), pairs_per_epoch, seed=3)
-        metric = LabelDice([1], output_transform=from_engine(["warped_label", "fixed_label", "moving_label"]))
+        metric = MetricHandler(LabelDiceMetric([1]), ["warped_label", "fixed_label", "moving_label"])
+        average = EMAHandler(self.network, momentum=0.3) if ema else None
         self.validator = RegistrationEvaluator(
             device="cpu",
             val_data_loader=DataLoader(PairDataset(subjects, "cyclic"), batch_size=2),
-            network=self.network,
+            network=average.ema_model if average else self.network,
             inferer=FixedPointInferer(),
             prepare_batch=PreparePairBatch(),
             postprocessing=WarpByDDFd("moving_label", output_keys="warped_label", mode="nearest"),
@@ -118,7 +122,7 @@ class Training:
             self.network,
             {"optimizer": self.optimizer, "lr_scheduler": scheduler},
             self.validator if validate else None,
-            pairs_per_epoch=pairs_per_epoch_counted,
+            averaged=average.ema_model if average else None,
             **kwargs,
         )
         self.trainer = SupervisedTrainer(
@@ -140,6 +144,9 @@ class Training:
                 self.checkpoint,
             ],
         )
+        if average:
+            average.attach(self.trainer, event=Events.ITERATION_COMPLETED)
+        self.averaged = average and average.ema_model
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []
         self.means: list[float] = []
@@ -185,6 +192,11 @@ def assert_same(a: Any, b: Any) -> None:
             assert value == b[key], key
 
 
+def best_of(folder: Path) -> tuple[int, float]:
+    training = load(folder / "last.pt")["training"]
+    return training["best_epoch"], training["best_metric"]
+
+
 def files(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
 
@@ -200,29 +212,67 @@ def test_same_seed_same_losses(tmp_path: Path) -> None:
     assert first.means == pytest.approx([sum(first.losses[:2]) / 2, sum(first.losses[2:]) / 2])
 
 
-@pytest.mark.parametrize("how", ["clean stop", "break-down", "break-down in the first iteration", "twice"])
-@pytest.mark.parametrize("ndim", [2, 3])
-def test_resuming_is_as_good_as_never_having_stopped(tmp_path: Path, ndim: int, how: str) -> None:
-    whole = Training(tmp_path / "whole", 4, ndim).run()
-    part = tmp_path / "part"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Training, Path]]:
+    """Trainings of four epochs that nothing has stopped."""
+    folders = {ndim: tmp_path_factory.mktemp("whole") for ndim in (2, 3)}
+    return {ndim: (Training(folder, 4, ndim).run(), folder) for ndim, folder in folders.items()}
+
+
+@pytest.mark.parametrize(
+    ("ndim", "how"),
+    [
+        (2, "clean stop"),
+        (2, "break-down"),
+        (3, "break-down"),
+        (2, "break-down in the first iteration"),
+        (2, "twice"),
+    ],
+)
+def test_resuming_is_as_good_as_never_having_stopped(
+    tmp_path: Path, whole: dict[int, tuple[Training, Path]], ndim: int, how: str
+) -> None:
+    expected, folder = whole[ndim]
     if how == "clean stop":
-        Training(part, 2, ndim).run()
+        Training(tmp_path, 2, ndim).run()
     elif how == "break-down in the first iteration":
-        Training(part, 4, ndim).break_down_at(2 * ITERATIONS + 1)
+        Training(tmp_path, 4, ndim).break_down_at(2 * ITERATIONS + 1)
     else:
-        Training(part, 4, ndim).break_down_at(2 * ITERATIONS + 2)
+        Training(tmp_path, 4, ndim).break_down_at(2 * ITERATIONS + 2)
     if how == "twice":
-        Training(part, 4, ndim, seed=98, resume=True).break_down_at(3 * ITERATIONS + 2)
+        Training(tmp_path, 4, ndim, seed=98, resume=True).break_down_at(3 * ITERATIONS + 2)
     # other initial weights: all that counts comes out of the checkpoint
-    resumed = Training(part, 4, ndim, seed=99, resume=True).run()
+    resumed = Training(tmp_path, 4, ndim, seed=99, resume=True).run()
     epochs = 1 if how == "twice" else 2
     assert len(resumed.losses) == epochs * ITERATIONS
-    assert resumed.losses == whole.losses[-epochs * ITERATIONS :]
-    assert resumed.scores == whole.scores[-epochs:]
-    assert_same(load(part / "last.pt"), load(tmp_path / "whole" / "last.pt"))
-    assert_same(load(part / "model.pt"), load(tmp_path / "whole" / "model.pt"))
-    assert trained_with(part / "model.pt") == trained_with(tmp_path / "whole" / "model.pt")
+    assert resumed.losses == expected.losses[-epochs * ITERATIONS :]
+    assert resumed.scores == expected.scores[-epochs:]
+    for name in ("last.pt", "model.pt"):
+        assert_same(load(tmp_path / name), load(folder / name))
+    assert (tmp_path / "model.json").read_bytes() == (folder / "model.json").read_bytes()
     assert resumed.trainer.state.iteration == 4 * ITERATIONS
+
+
+def test_what_the_files_hold(whole: dict[int, tuple[Training, Path]]) -> None:
+    training, folder = whole[2]
+    assert files(folder) == {"last.pt", "model.pt", "model.json"}
+    last = load(folder / "last.pt")
+    assert set(last) == {"network", "averaged", "optimizer", "lr_scheduler", "training", "scaler"}
+    assert last["averaged"] == last["scaler"] == {} and last["training"]["epoch"] == 4
+    assert_same(last["network"], training.network.state_dict())
+    best_epoch, best = best_of(folder)
+    assert (best_epoch, pytest.approx(best)) == max(training.scores, key=lambda score: score[1])
+    record = read_record(folder / "model.pt")
+    assert record == NetworkRecord(
+        describe(training.network), training={"training_pairs": best_epoch * 4, "epoch": best_epoch}
+    )
+    # the network of the record with the best weights scores what the best one did
+    evaluator = training.validator
+    evaluator.network = load_network(folder / "model.pt")
+    evaluator.network.update.backbone.register_forward_pre_hook(drop)
+    evaluator.network.solver = training.network.solver
+    evaluator.run()
+    assert evaluator.state.metrics["score"] == pytest.approx(best)
 
 
 def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
@@ -237,7 +287,7 @@ def test_best_weights_survive_a_resume(tmp_path: Path, caplog: pytest.LogCapture
     states: list[dict[str, torch.Tensor]] = []
 
     def run(max_epochs: int, **kwargs: Any) -> None:
-        training = Training(tmp_path, max_epochs, scores=scores, settings={"max_steps": 3}, **kwargs)
+        training = Training(tmp_path, max_epochs, scores=scores, record={"steps": 3}, **kwargs)
         training.trainer.add_event_handler(
             Events.EPOCH_COMPLETED,
             lambda e: states.append({k: v.clone() for k, v in training.network.state_dict().items()}),
@@ -246,18 +296,19 @@ def test_best_weights_survive_a_resume(tmp_path: Path, caplog: pytest.LogCapture
 
     def best() -> tuple[int, float]:
         assert files(tmp_path) == {"last.pt", "model.pt", "model.json"}
-        checkpoint = load(tmp_path / "last.pt")
-        assert_same(load(tmp_path / "model.pt"), states[checkpoint["best_epoch"] - 1])
-        assert trained_with(tmp_path / "model.pt") == {"max_steps": 3, "epoch": checkpoint["best_epoch"]}
-        assert_same(checkpoint["network"], states[-1])
-        return checkpoint["best_epoch"], checkpoint["best_metric"]
+        epoch, metric = best_of(tmp_path)
+        assert_same(load(tmp_path / "model.pt"), states[epoch - 1])
+        record = read_record(tmp_path / "model.pt")
+        assert record.steps == 3 and record.training == {"training_pairs": epoch * 4, "epoch": epoch}
+        assert_same(load(tmp_path / "last.pt")["network"], states[-1])
+        return epoch, metric
 
     run(2)
     assert best() == (2, 0.8)
     # both epochs are worse than the best before the interruption
     run(4, resume=True)
     assert best() == (2, 0.8)
-    run(6, resume="true")
+    run(6, resume=True)
     assert best() == (5, 0.9)
     caplog.set_level(logging.WARNING, "monai_deq")
     run(6, resume=True)
@@ -269,7 +320,7 @@ def test_best_weights_that_were_moved_away_are_counted_anew(tmp_path: Path) -> N
     Training(tmp_path, 1, scores=scores).run()
     (tmp_path / "model.pt").unlink()
     Training(tmp_path, 2, scores=scores, resume=True).run()
-    assert load(tmp_path / "last.pt")["best_metric"] == 0.3 and (tmp_path / "model.pt").is_file()
+    assert best_of(tmp_path)[1] == 0.3 and (tmp_path / "model.pt").is_file()
 
 
 def test_validation_every_second_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,26 +331,26 @@ def test_validation_every_second_epoch(tmp_path: Path, caplog: pytest.LogCapture
     caplog.clear()
     Training(tmp_path, 4, scores=scores, interval=2, resume=True).run()
     assert "was not written" not in caplog.text
-    assert load(tmp_path / "last.pt")["best_epoch"] == 2 and trained_with(tmp_path / "model.pt")["epoch"] == 2
+    assert best_of(tmp_path)[0] == 2 and read_record(tmp_path / "model.pt").training["epoch"] == 2
 
 
 def test_without_a_validator_the_last_epoch_is_the_best(tmp_path: Path) -> None:
     training = Training(tmp_path, 2, validate=False).run()
     assert_same(load(tmp_path / "model.pt"), training.network.state_dict())
-    assert trained_with(tmp_path / "model.pt") == {"epoch": 2}
+    assert read_record(tmp_path / "model.pt").training == {"training_pairs": 8, "epoch": 2}
     resumed = Training(tmp_path, 3, validate=False, seed=9, resume=True).run()
-    assert len(resumed.losses) == ITERATIONS and trained_with(tmp_path / "model.pt") == {"epoch": 3}
+    assert len(resumed.losses) == ITERATIONS and read_record(tmp_path / "model.pt").training["epoch"] == 3
 
 
 @pytest.mark.parametrize("name", ["last.pt", "model.pt"])
 def test_existing_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
-    training = Training(tmp_path, 1, overwrite="false")
+    training = Training(tmp_path, 1, overwrite=False)
     with pytest.raises(FileExistsError, match=rf"{name}.*--overwrite true") as error:
         training.run()
     assert ("--resume true" in str(error.value)) == (name == "last.pt")
     assert training.losses == [] and files(tmp_path) == {name} and (tmp_path / name).read_text() == "precious"
-    assert len(Training(tmp_path, 1, overwrite="true").run().losses) == ITERATIONS
+    assert len(Training(tmp_path, 1, overwrite=True).run().losses) == ITERATIONS
     assert_same(load(tmp_path / "last.pt")["network"], load(tmp_path / "model.pt"))
 
 
@@ -314,14 +365,13 @@ def test_overwrite_starts_from_the_beginning(tmp_path: Path) -> None:
     first = Training(tmp_path, 2, scores=(0.1, 0.9)).run()
     again = Training(tmp_path, 1, scores=(0.2,), overwrite=True).run()
     assert again.losses == first.losses[:ITERATIONS]
-    assert load(tmp_path / "last.pt")["best_metric"] == 0.2 and trained_with(tmp_path / "model.pt")["epoch"] == 1
+    assert best_of(tmp_path)[1] == 0.2 and read_record(tmp_path / "model.pt").training["epoch"] == 1
 
 
 def test_pairs_are_counted_up_to_the_weights_that_are_kept(tmp_path: Path) -> None:
     def run(folder: str, *args: Any, **kwargs: Any) -> int:
-        count = {"pairs_per_epoch_counted": 2 * ITERATIONS}
-        Training(tmp_path / folder, *args, **{**count, **kwargs}).run()
-        return trained_with(tmp_path / folder / "model.pt")["training_pairs"]
+        Training(tmp_path / folder, *args, **kwargs).run()
+        return read_record(tmp_path / folder / "model.pt").training["training_pairs"]
 
     # two batches of two pairs an epoch; the second of three epochs is the best
     assert run("a", 3, scores=(0.1, 0.9, 0.2)) == 2 * 4
@@ -330,14 +380,18 @@ def test_pairs_are_counted_up_to_the_weights_that_are_kept(tmp_path: Path) -> No
     assert run("c", 1, scores=(0.1,), weights=tmp_path / "a" / "last.pt") == 3 * 4 + 4
     # a resumed training knows what it started from
     assert run("b", 2, scores=(0.1, 0.2, 0.3), resume=True) == 8 + 2 * 4
-    # checkpoints did not say it at first
-    last = tmp_path / "b" / "last.pt"
-    checkpoint = load(last)
-    del checkpoint["training_pairs"]
-    torch.save(checkpoint, last)
-    assert run("b", 3, scores=(0.1, 0.2, 0.3), resume=True, weights=weights) == 8 + 3 * 4
-    Training(tmp_path / "uncounted", 1).run()
-    assert "training_pairs" not in trained_with(tmp_path / "uncounted" / "model.pt")
+    # nothing is known of weights without a record
+    weights.with_suffix(".json").unlink()
+    assert run("d", 1, scores=(0.1,), weights=weights) == 4
+    # those of version 0.1.0 say it in theirs
+    weights.with_suffix(".json").write_text('{"max_steps": 2, "training_pairs": 100}')
+    assert run("e", 1, scores=(0.1,), weights=weights) == 100 + 4
+
+
+def test_pairs_of_all_processes_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_deq.handlers.checkpoints.process_count", lambda: 3)
+    Training(tmp_path, 1).run()
+    assert read_record(tmp_path / "model.pt").training["training_pairs"] == 3 * 4
 
 
 def test_start_from_weights(tmp_path: Path) -> None:
@@ -360,12 +414,12 @@ def test_start_from_weights(tmp_path: Path) -> None:
 def fail_in_call(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     calls = []
 
-    def failing(obj: Any, path: Any) -> None:
-        calls.append(path)
+    def failing(obj: Any, file: Any, **kwargs: Any) -> None:
+        calls.append(file)
         if len(calls) == number:
-            Path(path).write_bytes(b"half of a check")
+            file.write(b"half of a check")
             raise OSError("no space left on device")
-        function(obj, path)
+        function(obj, file, **kwargs)
 
     return failing
 
@@ -404,17 +458,14 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_resume_with_other_numbers_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = {"smoothness_weight": 0.1, "window": (0, 1)}
-    Training(tmp_path, 1, settings=settings).run()
-    Training(tmp_path, 2, settings=settings, resume=True).run()
+    record = {"training": {"smoothness_weight": 0.1}, "preprocessing": {"window": (0, 1)}, "spatial_size": (8, 6)}
+    Training(tmp_path, 1, record=record).run()
+    Training(tmp_path, 2, record=record, resume=True).run()
     assert "other settings" not in caplog.text
-    Training(tmp_path, 3, settings={**settings, "smoothness_weight": 0.2}, resume=True).run()
-    assert "begun with other settings: smoothness_weight 0.1 (now 0.2)." in caplog.text
-    # which checkpoints did not have at first
-    checkpoint = load(tmp_path / "last.pt")
-    del checkpoint["settings"]
-    torch.save(checkpoint, tmp_path / "last.pt")
-    Training(tmp_path, 4, settings=settings, resume=True).run()
+    other = {**record, "training": {"smoothness_weight": 0.2}, "steps": 96}
+    Training(tmp_path, 3, record=other, network=make_network(2, relaxation=0.5), resume=True).run()
+    words = "begun with other settings: network.rest.relaxation 1.0 (now 0.5), steps 48 (now 96), "
+    assert words + "training.smoothness_weight 0.1 (now 0.2)." in caplog.text
 
 
 def test_resume_at_the_end_of_the_schedule_is_refused(tmp_path: Path) -> None:
@@ -453,7 +504,7 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     Training(tmp_path, 1).run()
     last = tmp_path / "last.pt"
     checkpoint = load(last)
-    for absent in ("network", "optimizer", "lr_scheduler", "trainer", "best_epoch", "best_metric", "rng_state"):
+    for absent in ("network", "averaged", "optimizer", "lr_scheduler", "training", "scaler"):
         torch.save({k: v for k, v in checkpoint.items() if k != absent}, last)
         with pytest.raises(ValueError, match=rf"last.pt cannot be resumed from: it has no \['{absent}'\]"):
             Training(tmp_path, 2, resume=True).run()
@@ -480,16 +531,95 @@ def test_gradient_scaler_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Training(tmp_path / "part", 4, resume=True).run()
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_running_mean_of_the_weights(tmp_path: Path, validate: bool) -> None:
+    whole = Training(tmp_path / "whole", 2, ema=True, validate=validate).run()
+    last, best = load(tmp_path / "whole" / "last.pt"), load(tmp_path / "whole" / "model.pt")
+    assert_same(last["averaged"], whole.averaged.state_dict())
+    assert not torch.equal(*(next(iter(state.values())) for state in (last["averaged"], last["network"])))
+    if not validate:
+        assert_same(best, last["averaged"])
+    Training(tmp_path / "part", 1, ema=True, validate=validate).run()
+    resumed = Training(tmp_path / "part", 2, seed=7, ema=True, validate=validate, resume=True).run()
+    assert resumed.losses == whole.losses[ITERATIONS:] and resumed.scores == whole.scores[1:]
+    assert_same(load(tmp_path / "part" / "last.pt")["averaged"], last["averaged"])
+    assert_same(load(tmp_path / "part" / "model.pt"), best)
+
+
+def test_running_mean_that_starts_later(tmp_path: Path) -> None:
+    Training(tmp_path / "resumed", 1, validate=False).run()
+    state = load(tmp_path / "resumed" / "last.pt")["network"]
+    torch.save(state, tmp_path / "weights.pt")
+    for name, epoch, arguments in (("resumed", 2, {"resume": True}), ("anew", 1, {"weights": tmp_path / "weights.pt"})):
+        training = Training(tmp_path / name, 2, seed=7, ema=True, validate=False, **arguments)
+        training.trainer.add_event_handler(
+            Events.EPOCH_STARTED(once=epoch), lambda e, mean=training.averaged: assert_same(mean.state_dict(), state)
+        )
+        training.run()
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     network = make_network(2)
     with pytest.raises(ValueError, match="exclude each other"):
-        TrainingCheckpoint(tmp_path, network, resume=True, overwrite="true")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="resume must be true or false"):
-        TrainingCheckpoint(tmp_path, network, resume="yes")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="trainer"):
-        TrainingCheckpoint(tmp_path, network, {"trainer": torch.optim.SGD(network.parameters())})
-    with pytest.raises(TypeError, match="settings"):
-        TrainingCheckpoint(tmp_path, network, settings={"size": torch.tensor([1, 2])})
+        TrainingCheckpoint(tmp_path, network, resume=True, overwrite=True)
+    for name in ("network", "averaged", "scaler", "training"):
+        with pytest.raises(ValueError, match=rf"objects must not be called \['{name}'\]"):
+            TrainingCheckpoint(tmp_path, network, {name: torch.optim.SGD(network.parameters())})
+    with pytest.raises(TypeError, match="JSON knows no function"):
+        TrainingCheckpoint(tmp_path, network, record={"training": {"size": make_network}})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epochs'"):
+        TrainingCheckpoint(tmp_path, network, record={"epochs": 3})
+
+
+class Own(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+
+@pytest.mark.parametrize(
+    ("update", "words"), [(Pull(), r"the record names '.*Pull'"), (Own(drop), "JSON knows no function")]
+)
+def test_a_network_of_ones_own_has_no_description(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, update: torch.nn.Module, words: str
+) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path, deq_net(update), record={"method": "own"})
+    assert checkpoint.record == NetworkRecord(None, "own")
+    assert caplog.records[-1].levelname == "WARNING"
+    message = caplog.records[-1].getMessage()
+    assert re.match("the record of the weights will not have their network: " + words, message), message
+
+
+def test_coarser_networks_that_nothing_has_trained_are_refused(tmp_path: Path) -> None:
+    def network() -> DEQRegistrationNet:
+        return coarse_to_fine(make_network(2), 2, 3)
+
+    with pytest.raises(ValueError, match="coarser_levels needs the coarser networks trained: give --coarse_weights"):
+        Training(tmp_path, 1, network=network()).run()
+    assert files(tmp_path) == set()
+    half = Training(tmp_path / "half", 1).run()
+    coarse = tmp_path / "half" / "model.pt"
+    finest = coarse_to_fine(make_network(2), 2, 3, weights=coarse)
+    training = Training(tmp_path / "full", 1, network=finest, coarse_weights=coarse).run()
+    for name, value in half.network.update.state_dict().items():
+        assert torch.equal(training.network.coarse.update.state_dict()[name], value)
+    loaded = load_network(tmp_path / "full" / "model.pt")
+    assert_same(loaded.state_dict(), load(tmp_path / "full" / "model.pt"))
+    assert loaded.coarse.solver.max_steps == 3
+    # it goes on without them being named again, and others begin with the weights of all
+    Training(tmp_path / "full", 2, network=network(), resume=True).run()
+    weights = tmp_path / "full" / "model.pt"
+    again = Training(tmp_path / "again", 1, network=network(), weights=weights).run()
+    assert_same(again.network.coarse.state_dict(), training.network.coarse.state_dict())
+    # where both are named each gives what it is for
+    other = Training(tmp_path / "other", 1, seed=8).run()
+    finest = coarse_to_fine(make_network(2), 2, 3, weights=tmp_path / "other" / "model.pt")
+    both = {"weights": weights, "coarse_weights": tmp_path / "other" / "model.pt"}
+    mixed = Training(tmp_path / "mixed", 0, network=finest, **both)
+    mixed.checkpoint.started(mixed.trainer)
+    assert_same(mixed.network.coarse.update.state_dict(), other.network.update.state_dict())
+    expected = {k.removeprefix("update."): v for k, v in load(weights).items() if k.startswith("update.")}
+    assert_same(mixed.network.update.state_dict(), expected)
 
 
 def test_weights_loader(tmp_path: Path) -> None:
@@ -511,7 +641,34 @@ def test_weights_loader(tmp_path: Path) -> None:
             engine.run([0])
 
 
-def test_settings_are_read_back(tmp_path: Path) -> None:
-    settings = {"spatial_size": [8, 6], "tolerance": 1e-3, "none": None}
-    Training(tmp_path, 1, settings=settings).run()
-    assert json.loads((tmp_path / "model.json").read_text()) == {**settings, "epoch": 1}
+def test_record_is_read_back(tmp_path: Path) -> None:
+    record = {
+        "method": "own",
+        "spatial_size": torch.Size([8, 6]),
+        "steps": 5,
+        "preprocessing": {"window": (0.0, 1.0)},
+        "training": {"smoothness_weight": 0.1, "nothing": None},
+    }
+    Training(tmp_path, 1, record=record).run()
+    assert read_record(tmp_path / "model.pt") == NetworkRecord(
+        describe(make_network(2)),
+        "own",
+        [8, 6],
+        5,
+        {"window": [0.0, 1.0]},
+        {"smoothness_weight": 0.1, "nothing": None, "training_pairs": 4, "epoch": 1},
+    )
+    # of the last epoch too
+    assert read_record(tmp_path / "last.pt") == read_record(tmp_path / "model.pt")
+
+
+def test_processes_that_see_different_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_deq.handlers.checkpoints.gather_items", lambda items: [*items, not items[0]])
+    with pytest.raises(FileNotFoundError, match=r"last\.pt is seen by some of the processes alone: name a --ckpt_dir"):
+        Training(tmp_path, 1).run()
+
+
+def test_other_processes_write_nothing_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monai_deq.handlers.checkpoints.process_rank", lambda: 1)
+    Training(tmp_path, 1).run()
+    assert not (tmp_path / "model.json").exists()
