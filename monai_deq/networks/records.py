@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from pydoc import locate
@@ -197,17 +197,18 @@ class NetworkRecord:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(path: str | Path | None) -> NetworkRecord:
+def read_record(path: str | Path | None, spatial_dims: int | None = None) -> NetworkRecord:
     """
     Read the record of a checkpoint.
 
     Args:
         path: checkpoint file, whose record lies beside it (``model.pt`` -> ``model.json``; that of ``last.pt``, the
             last epoch of the same training, too), or ``None`` for a method that has none.
+        spatial_dims: 2 or 3, what the network should be for. Defaults to ``None``: either.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.
-        ValueError: When the file holds no record.
+        ValueError: When the file holds no record, or that of a network for images of other dimensions.
     """
     if path is None:
         return NetworkRecord()
@@ -226,11 +227,28 @@ def read_record(path: str | Path | None) -> NetworkRecord:
     except ValueError as e:
         raise ValueError(f"{file} is not readable JSON ({e}): restore it.") from e
     if isinstance(content, dict) and "network" not in content and "max_steps" in content:
-        return _from_settings(content)
-    known = {f.name for f in fields(NetworkRecord)}
-    if not isinstance(content, dict) or not isinstance(content.get("network"), (dict, type(None))):
+        record = _from_settings(content)
+    elif isinstance(content, dict) and isinstance(content.get("network"), (dict, type(None))):
+        known = {f.name for f in fields(NetworkRecord)}
+        record = NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    else:
         raise ValueError(f"{file} holds no record of a network.")
-    return NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    own = _spatial_dims(record.network)
+    if spatial_dims is not None and own not in (None, spatial_dims):
+        raise ValueError(
+            f"{path} is of a {own}-D network, spatial_dims is {spatial_dims}: use the configuration it was trained "
+            "with, for slices with slices.json, for volumes without."
+        )
+    return record
+
+
+def _spatial_dims(description: Any) -> int | None:
+    """The first one in the description of a network."""
+    if isinstance(description, Mapping) and isinstance(description.get("spatial_dims"), int):
+        return description["spatial_dims"]  # type: ignore[no-any-return]
+    parts: Iterable[Any] = description.values() if isinstance(description, Mapping) else ()
+    parts = description if isinstance(description, list) else parts
+    return next((dims for dims in map(_spatial_dims, parts) if dims is not None), None)
 
 
 def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
