@@ -30,6 +30,7 @@ _ANNOTATIONS = {"mask": "mask", "keypoint": "keypoints", "label": "label"}
 _ROLES = ("fixed", "moving")
 _ANNOTATION_KEYS = tuple(f"{role}_{key}" for key in _ANNOTATIONS.values() for role in _ROLES)
 _PAPER = (170, 10, 30)  # of NLST
+_Sizes = Sequence[int | None] | Literal["official"] | None
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,7 @@ class Learn2RegDataset:
         """Name for tables."""
         return f"Learn2Reg {self.name}" + (" (synthetic sample)" if self.is_sample else "")
 
-    def split(
-        self,
-        sizes: Sequence[int | None] | Literal["official"] | None = None,
-        lists: Lists | None = None,
-        require_keypoints: bool = True,
-    ) -> Parts:
+    def split(self, sizes: _Sizes = None, lists: Lists | None = None, require_keypoints: bool = True) -> Parts:
         """Split the pairs into training, validation and test. That a case is in several parts is logged.
 
         Args:
@@ -96,16 +92,15 @@ class Learn2RegDataset:
         if sizes is None:
             sizes = _PAPER if self.name == "NLST" and len(pairs) >= sum(_PAPER) else "official"
             if lists is None:
-                words = "the official lists" if sizes == "official" else sizes
-                logger.info("pairs of %s are split by %s", self.name, words)
+                logger.info(
+                    "pairs of %s are split by %s", self.name, "the official lists" if sizes == "official" else sizes
+                )
         official = {"training": self.training, "validation": self.registration_val, "test": self.registration_test}
-        required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else None
+        required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else ()
         where = f"of {self.name} in {str(self.root)!r}"
         return split_items(pairs, "case", where, official if sizes == "official" else sizes, lists, required)
 
-    def test_pairs(
-        self, sizes: Sequence[int | None] | Literal["official"] | None = None, lists: Lists | None = None
-    ) -> Items:
+    def test_pairs(self, sizes: _Sizes = None, lists: Lists | None = None) -> Items:
         """The test part for :py:func:`monai_deq.data.pairs_to_register`, with the moving scan's label map or mask.
 
         Arguments as in ``split``; keypoints are not needed, but a pair is (ValueError).
@@ -129,8 +124,7 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
         task: the ``<NAME>``, where the folder holds several such files. Defaults to None: the only one.
 
     Raises:
-        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, or one scan of a pair lacks
-            what the other one has.
+        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, of one scan perhaps.
         ValueError: When the JSON file is malformed, lacks a list, has an unknown one, or names no pair.
     """
     expected = "a Learn2Reg task with <NAME>_dataset.json, such as Learn2Reg NLST"
@@ -239,10 +233,10 @@ class Learn2RegLists:
             words = f"has the unknown list(s) {unknown}; expected {_KNOWN_LISTS}."
             raise ValueError(f"{self.file} {words} Correct the name or remove the list.")
         if not set(_PAIR_LISTS) & set(content) or (content.get("training") and _PAIR_LISTS[0] not in content):
+            expected = "'training_paired_images' where there is 'training', 'registration_val', 'registration_test'"
             raise ValueError(
-                f"{self.file} lacks a list of pairs: expected 'training_paired_images' where there is 'training', "
-                f"'registration_val', 'registration_test'; it holds {sorted(content)}. An unpaired task has no such "
-                "lists and cannot be read here."
+                f"{self.file} lacks a list of pairs: expected {expected}; it holds {sorted(content)}. An unpaired task "
+                "has no such lists and cannot be read here."
             )
 
     def _entries(self, key: str) -> Iterator[tuple[str, dict[str, str]]]:

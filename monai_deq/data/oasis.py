@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -19,7 +18,7 @@ from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS, check_spatial_dims
 from monai_deq.data.learn2reg import Learn2RegLists, find_json, scan_name
 from monai_deq.data.pairs import pair_indices
 from monai_deq.data.sample_cohorts import is_sample, sample_dataset_dir, write_sample_cohort
-from monai_deq.data.split import Items, Lists, Parts, dataset_folder, listing, shorten, split_items
+from monai_deq.data.split import Items, Lists, Parts, Sizes, dataset_folder, listing, shorten, split_items
 
 __all__ = ["OasisDataset", "find_oasis"]
 
@@ -62,9 +61,7 @@ class OasisDataset:
         """The labels of a set, see :py:func:`monai_deq.data.label_set`."""
         return label_set(name, self.spatial_dims)
 
-    def split(
-        self, sizes: Sequence[int | None] | None = None, lists: Lists | None = None, require_labels: bool = True
-    ) -> Parts:
+    def split(self, sizes: Sizes | None = None, lists: Lists | None = None, require_labels: bool = True) -> Parts:
         """Split the subjects into training, validation and test. That one is in several parts is logged.
 
         Args:
@@ -80,10 +77,10 @@ class OasisDataset:
         if sizes is None:
             sizes = _SAMPLE if self.is_sample else _PAPER[self.spatial_dims]
         where = f"with {self.spatial_dims}-D images in {str(self.root)!r}"
-        required = ("label", "segmentations", "require_labels") if require_labels else None
+        required = ("label", "segmentations", "require_labels") if require_labels else ()
         return split_items(self.subjects, "subject", where, sizes, lists, required)
 
-    def test_pairs(self, sizes: Sequence[int | None] | None = None, lists: Lists | None = None) -> Items:
+    def test_pairs(self, sizes: Sizes | None = None, lists: Lists | None = None) -> Items:
         """The test part's cyclic pairs for :py:func:`monai_deq.data.pairs_to_register`; arguments as in ``split``."""
         subjects = self.split(sizes, lists, require_labels=False)["test"]
         items = []

@@ -193,7 +193,7 @@ class PairSampler(Sampler, ABC):
 
 
 class RandomPairSampler(PairSampler):
-    """Ordered pairs of two different subjects out of ``num_subjects``; see :py:class:`PairSampler`."""
+    """Ordered pairs of two different subjects out of at least 2; see :py:class:`PairSampler`."""
 
     def __init__(
         self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None

@@ -102,7 +102,7 @@ class PooledSampler(Sampler[PooledIndex]):
 
 
 class PooledDataset(Dataset):
-    """A pair data set for the indices of a :py:class:`PooledSampler`: items have ``"slot"`` and ``"ticket"`` besides."""
+    """A pair data set for the indices of a :py:class:`PooledSampler`; items have ``"slot"`` and ``"ticket"`` too."""
 
     def __init__(self, dataset: PairDataset | GivenPairDataset) -> None:
         self.dataset = dataset

@@ -19,6 +19,7 @@ PARTS = ("training", "validation", "test")
 
 Items = list[dict[str, Any]]
 Parts = dict[str, Items]
+Sizes = Sequence[int | None]
 Lists = Mapping[str, Sequence[str | int]]
 
 
@@ -49,12 +50,7 @@ def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: 
 
 
 def split_items(
-    items: Items,
-    thing: str,
-    where: str,
-    sizes: Sequence[int | None] | Parts,
-    lists: Lists | None = None,
-    required: tuple[str, str, str] | None = None,
+    items: Items, thing: str, where: str, sizes: Sizes | Parts, lists: Lists | None, required: tuple[str, ...]
 ) -> Parts:
     """Split the items of a data set into training, validation and test, and log what is in several of them.
 
@@ -64,7 +60,7 @@ def split_items(
         where: what was found in what folder, to follow "the 8" in a message.
         sizes: number of items for each part, taken in order; one may be None: all that remain. Or the parts themselves.
         lists: names for each part instead of sizes, or the four digits in them (``"0001"`` or 1).
-        required: what validation and test items need: the key, what to call it, and the option that needs it.
+        required: what validation and test items need: the key, what to call it, and the option that needs it; or empty.
     """
     if lists is not None:
         split = _by_lists(items, thing, where, lists)
@@ -81,7 +77,7 @@ def split_items(
     return split
 
 
-def _by_sizes(items: Items, thing: str, where: str, sizes: Sequence[int | None]) -> Parts:
+def _by_sizes(items: Items, thing: str, where: str, sizes: Sizes) -> Parts:
     if isinstance(sizes, str) or len(sizes) != len(PARTS):
         raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {sizes!r}.")
     if any(size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0) for size in sizes):
