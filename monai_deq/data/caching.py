@@ -105,13 +105,9 @@ def cached_pairs(
     cache: Mapping[str, Any] | None = None,
     label_key: str | None = "label",
 ) -> PairDataset:
-    """The cyclic pairs of subjects that are read once.
+    """The cyclic pairs of subjects that are read once; ``cache``: further arguments of :py:func:`cached_subjects`.
 
-    Args:
-        subjects: see :py:func:`cached_subjects`, as ``transform``.
-        transform: loading transforms.
-        cache: further arguments of :py:func:`cached_subjects`.
-        label_key: see :py:class:`PairDataset`; with None segmentations are not even read. Defaults to ``"label"``.
+    With ``label_key=None``, see :py:class:`PairDataset`, segmentations are not even read.
     """
     if label_key is None:
         subjects = [{k: v for k, v in subject.items() if k != "label"} for subject in subjects]

@@ -65,8 +65,8 @@ def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, 
     """Refuse a pair that does not lie on one voxel grid; warn of another origin, which affine alignment may leave.
 
     Args:
-        fixed: ``(C, *spatial)``; size alone is compared where either tensor has no affine.
-        moving: ``(C, *spatial)``.
+        fixed: ``(C, *spatial)``, as ``moving``; size alone is compared where either tensor has no affine.
+        moving: the moving image.
         fixed_name: how to call the fixed image in messages, e.g. its subject or file.
         moving_name: the same for the moving image.
 

@@ -282,8 +282,8 @@ def pairs_to_register(
         initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it.
         pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
             ``"initial_ddf"``. Relative files are relative to the list.
-        split_sizes: see ``split`` of the data set.
-        split_lists: see ``split`` of the data set.
+        split_sizes: ``sizes`` of the data set's ``split``.
+        split_lists: ``lists`` of the same.
 
     Returns:
         Items of these files, with names for the results: ``"fixed_subject"`` and ``"moving_subject"``.

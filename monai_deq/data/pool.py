@@ -188,14 +188,9 @@ class StatePool:
         return ddf.to(like.device)
 
     def put(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> None:
-        """Keep where a batch of pairs stands.
+        """Keep where a batch of pairs stands: ``ddf (B, ndim, *spatial)`` in voxels; the others as in :py:meth:`get`.
 
         One that is lost, not finite or with a displacement longer than the image, is let go: its pair starts anew.
-
-        Args:
-            slots: slot of each pair.
-            tickets: ticket of each pair.
-            ddf: ``(B, ndim, *spatial)`` in voxels, of the same size each time.
         """
         visits = self._visits(slots, tickets, ddf)
         ddf = ddf.detach().to(device="cpu", dtype=torch.float32)

@@ -134,13 +134,7 @@ def refuse_lacking(
 
 
 def part_of(parts: Mapping[str, Items], name: str, required: str | None = None) -> Items:
-    """One part of a split; ValueError when there is no such part, or a subject lacks what is required.
-
-    Args:
-        parts: what ``split`` of a data set returned.
-        name: ``"training"``, ``"validation"`` or ``"test"``.
-        required: what each of its subjects must have, e.g. ``"label"``. Defaults to None: nothing.
-    """
+    """The part ``"training"``, ``"validation"`` or ``"test"`` of a split, whose items must have ``required``."""
     if name not in parts:
         raise ValueError(f"split must be one of {', '.join(map(repr, parts))}, got {name!r}.")
     if required:

@@ -17,11 +17,7 @@ __all__ = ["json_ready", "refuse_existing", "replace_file", "write_json"]
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Write a file under a temporary name (which is given) and move it into place when the block ends well.
-
-    Args:
-        path: where the file goes; its folder is made. The temporary name keeps the suffixes.
-    """
+    """Write a file under a temporary name, of its suffixes, and move it into place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix
@@ -45,12 +41,9 @@ def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """A value as JSON takes it; other types raise TypeError.
+    """Numbers, texts, paths, mappings and sequences as JSON takes them; what else there is raises TypeError.
 
-    Numbers of NumPy and PyTorch become Python's, paths text, and NaN and infinity, which JSON does not know, None.
-
-    Args:
-        value: numbers, texts, and mappings and sequences of them.
+    NumPy's and PyTorch's numbers and arrays become Python's; NaN and infinity, which JSON does not know, None.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()

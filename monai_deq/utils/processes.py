@@ -48,9 +48,6 @@ def init_processes(device: torch.device | str) -> None:
     """Join the other processes of ``torchrun``, by NCCL for tensors on a GPU and by Gloo for those on the CPU.
 
     All processes but the first log warnings and errors only. RuntimeError when ``torchrun`` did not start this one.
-
-    Args:
-        device: where this process computes.
     """
     device = torch.device(device)
     if not _in_group():

@@ -20,12 +20,7 @@ __all__ = ["as_flag", "refuse_unknown_settings"]
 
 
 def as_flag(value: Any, name: str) -> bool:
-    """A flag of a configuration: ``--resume false`` arrives as text, which Python takes for true; else ValueError.
-
-    Args:
-        value: a bool, or the text ``"true"`` or ``"false"`` in any case.
-        name: name of the flag, for the error.
-    """
+    """A flag of a configuration; from the command line it is text, ``"true"`` or ``"false"`` in any case."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
