@@ -19,7 +19,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 
 from monai_deq.data import check_same_grid, source_of
 
-from .images import existing_file
+from .images import PerKeyd, existing_file
 from .warping import on_grid_of, require_keys
 
 __all__ = ["LoadDDFD", "LoadDDFDict", "LoadDDFd", "learn2reg_ddf_name", "load_ddf", "load_learn2reg_ddf"]
@@ -38,8 +38,8 @@ def load_ddf(path: str | Path, spatial_dims: int) -> MetaTensor:
         ``(ndim, *spatial)``, float32, with the affine of the file.
 
     Raises:
-        FileNotFoundError, RuntimeError: When there is no such file, or it cannot be read.
-        ValueError: When it holds no finite displacement field of so many dimensions.
+        FileNotFoundError, RuntimeError, ValueError: When there is no such file, it cannot be read, or holds no finite
+            displacement field of so many dimensions.
     """
     path = existing_file(path, "displacement field")
     try:
@@ -58,37 +58,26 @@ def load_ddf(path: str | Path, spatial_dims: int) -> MetaTensor:
     return tensor
 
 
-class LoadDDFd(MapTransform):
+class LoadDDFd(PerKeyd):
     """
-    Dictionary-based wrapper of :py:func:`load_ddf`.
-
-    Args:
-        ddf_key: key of the file name, and of the field.
-        reference_key: image ``(C, *spatial)`` on whose grid the field must lie.
-        spatial_dims: 2 or 3.
-        allow_missing_keys: leave an item without a field as it is. Defaults to False.
-
-    Raises:
-        ValueError: When the field lies on another grid.
+    Dictionary-based wrapper of :py:func:`load_ddf`, from the file name under ``ddf_key``, if any with
+    ``allow_missing_keys``. Raises ``ValueError`` when the field lies on another grid than the image ``(C, *spatial)``
+    under ``reference_key``.
     """
 
     def __init__(self, ddf_key: str, reference_key: str, spatial_dims: int, allow_missing_keys: bool = False) -> None:
         super().__init__((ddf_key,), allow_missing_keys)
-        self.reference_key = reference_key
-        self.spatial_dims = spatial_dims
+        self.reference_key, self.spatial_dims = reference_key, spatial_dims
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            reference, file = d[self.reference_key], d[key]
-            d[key] = load_ddf(file, self.spatial_dims)
-            try:
-                check_same_grid(reference, d[key], source_of(reference, self.reference_key), str(file))
-            except ValueError as e:
-                raise ValueError(
-                    f"{file}: the displacement field to start from must lie on the grid of the fixed scan. {e}"
-                ) from e
-        return d
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        reference, file = item[self.reference_key], item[key]
+        item[key] = load_ddf(file, self.spatial_dims)
+        try:
+            check_same_grid(reference, item[key], source_of(reference, self.reference_key), str(file))
+        except ValueError as e:
+            raise ValueError(
+                f"{file}: the displacement field to start from must lie on the grid of the fixed scan. {e}"
+            ) from e
 
 
 class ResampleDDF(Transform):
@@ -100,17 +89,7 @@ class ResampleDDF(Transform):
     backend = [TransformBackends.TORCH]
 
     def __call__(self, ddf: NdarrayOrTensor, spatial_size: Sequence[int]) -> torch.Tensor:  # type: ignore[override]
-        """
-        Args:
-            ddf: ``(ndim, *spatial)``, voxels of its own grid.
-            spatial_size: size of the grid wanted.
-
-        Returns:
-            ``(ndim, *spatial_size)``, voxels of the grid wanted.
-
-        Raises:
-            ValueError: When the number of axes does not fit.
-        """
+        """The field ``(ndim, *spatial)``, voxels of its own grid, as ``(ndim, *spatial_size)``, voxels of that grid."""
         field = convert_to_tensor(ddf, track_meta=False)
         if not field.is_floating_point():
             field = field.to(torch.float32)
@@ -128,20 +107,15 @@ class ResampleDDF(Transform):
 
 class ResampleDDFd(MapTransform):
     """
-    Dictionary-based wrapper of :py:class:`ResampleDDF`: bring the field to the grid of an image of the item.
-
-    Args:
-        reference_key: image ``(C, *spatial)`` on the grid wanted; a MetaTensor gives the field its affine.
-        ddf_key: the field. Defaults to ``"ddf"``.
-        allow_missing_keys: leave an item without a field as it is. Defaults to False.
+    Dictionary-based wrapper of :py:class:`ResampleDDF`: bring the field, if any with ``allow_missing_keys``, to the
+    grid of the image ``(C, *spatial)`` under ``reference_key``; a MetaTensor gives it its affine.
     """
 
     backend = ResampleDDF.backend
 
     def __init__(self, reference_key: str, ddf_key: str = "ddf", allow_missing_keys: bool = False) -> None:
         super().__init__((ddf_key, reference_key), allow_missing_keys)
-        self.reference_key = reference_key
-        self.ddf_key = ddf_key
+        self.reference_key, self.ddf_key = reference_key, ddf_key
         self.resample = ResampleDDF()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -178,32 +152,20 @@ def learn2reg_ddf_name(fixed: str | Path, moving: str | Path) -> str:
 
     Args:
         fixed, moving: files or names of the scans, ``TASK_CCCC_MMMM`` with the number of the case and of the modality;
-            ``TASK_CCCC`` stands for modality 0000.
+            ``TASK_CCCC`` stands for modality 0000; ``ValueError`` for others.
 
     Returns:
         ``disp_FFFF_MMMM.nii.gz``, the numbers of the cases, where the modalities are 0000 and 0001 (NLST);
         ``disp_FFFF_0000_MMMM_0000.nii.gz``, numbers and modalities, for all others (OASIS).
-
-    Raises:
-        ValueError: When a scan is not named so.
     """
     return _learn2reg_names(fixed, moving)[0]
 
 
 def load_learn2reg_ddf(output_dir: str | Path, fixed: str | Path, moving: str | Path) -> MetaTensor:
     """
-    Read the displacement field of a pair from the folder of a Learn2Reg submission; the name that Learn2Reg expects is
-    looked for first, then the other of the short and the long one.
-
-    Args:
-        output_dir: folder of the submission.
-        fixed, moving: files or names of the scans, see :py:func:`learn2reg_ddf_name`.
-
-    Returns:
-        ``(3, *spatial)``, float32, voxels of the fixed scan.
-
-    Raises:
-        FileNotFoundError, RuntimeError, ValueError: see :py:func:`load_ddf` and :py:func:`learn2reg_ddf_name`.
+    Read the displacement field of a pair from the folder of a Learn2Reg submission, ``(3, *spatial)``, float32, voxels
+    of the fixed scan. The name that Learn2Reg expects is looked for first, then the other of the short and the long
+    one; for scans and errors see :py:func:`learn2reg_ddf_name` and :py:func:`load_ddf`.
     """
     folder, names = Path(output_dir).expanduser(), _learn2reg_names(fixed, moving)
     for name in names:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and segmentations to be registered: read, checked, scaled to [0, 1]."""
+"""Images, segmentations and keypoints to be registered: read, checked, images scaled to [0, 1]."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -15,9 +17,13 @@ from monai.transforms import LoadImage, MapTransform, ScaleIntensity, ScaleInten
 from monai.utils import ensure_tuple
 
 from monai_deq.data import check_same_grid, grid_of, source_of
+from monai_deq.networks.blocks import OutsidePoints, check_outside, points_outside
 
 __all__ = ["CheckLabeld", "CheckRegistrationImaged", "CheckSameGridd", "DropSliceAxisd", "LoadRegistrationImaged"]
+__all__ += ["CheckSameKeypointsD", "CheckSameKeypointsDict", "CheckSameKeypointsd", "LoadKeypointsD"]
+__all__ += ["LoadKeypointsDict", "LoadKeypointsd", "ResizeKeypointsD", "ResizeKeypointsDict", "ResizeKeypointsd"]
 __all__ += ["ScaleToUnitRanged", "WindowToUnitRangeD", "WindowToUnitRangeDict", "WindowToUnitRanged"]
+__all__ += ["load_keypoints", "resize_keypoints"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -30,21 +36,37 @@ def existing_file(path: str | Path, name: str) -> Path:
     return path
 
 
-def one_image_each(keys: Sequence[Hashable], image_keys: KeysCollection) -> tuple[Hashable, ...]:
-    """Keys of the images that what is under ``keys`` belongs to; ``ValueError`` unless there are as many."""
-    images = ensure_tuple(image_keys)
-    if len(images) != len(keys):
-        raise ValueError(f"image_keys must name one image for each of {tuple(keys)}, got {images}.")
-    return images
+class PerKeyd(MapTransform):
+    """Base of what treats an item key by key: ``treat`` changes the item, its own copy."""
+
+    #: what goes with each of ``keys``, given to ``treat`` behind the key
+    beside: tuple[Sequence[Any], ...] = ()
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for _, key, *args in self.key_iterator(d, self.keys, *self.beside):
+            self.treat(d, key, *args)
+        return d
 
 
-class LoadRegistrationImaged(MapTransform):
+class _PerKeyOfImaged(PerKeyd):
+    """Base where to each of ``keys`` belongs an image of the item, the one of that place in ``image_keys``."""
+
+    def __init__(self, keys: KeysCollection, image_keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        images = ensure_tuple(image_keys)
+        if len(images) != len(self.keys):
+            raise ValueError(f"image_keys must name one image for each of {tuple(self.keys)}, got {images}.")
+        self.beside = (images,)
+
+
+class LoadRegistrationImaged(PerKeyd):
     """
-    Load image files by nibabel to channel-first float32 ``MetaTensor``.
-
-    Args:
-        keys: keys of the file names.
-        allow_missing_keys: leave out keys that are absent or whose value is None. Defaults to False.
+    Load the image files under ``keys`` by nibabel to channel-first float32 ``MetaTensor``. With ``allow_missing_keys``
+    those that are absent or None are left out.
 
     Raises:
         FileNotFoundError, RuntimeError: When there is no such file, or it cannot be read: its download was cut off.
@@ -56,65 +78,43 @@ class LoadRegistrationImaged(MapTransform):
         # LoadImage would fall back on the other readers it finds, and ITK makes an image of half a file
         self.loader.readers = self.loader.readers[-1:]
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            file = d[key]
-            if file is None and self.allow_missing_keys:
-                d.pop(key)
-                continue
-            if not isinstance(file, (str, Path)):
-                raise ValueError(f"{key!r} must be the name of an image file, got {file!r}.")
-            existing_file(file, repr(key))
-            try:
-                d[key] = self.loader(str(file))
-            except Exception as e:  # readers raise whatever their file format's library does: EOFError, zlib.error, ...
-                reason = next(iter(str(e).strip().splitlines()), "")
-                raise RuntimeError(
-                    f"{key!r}: cannot read {str(file)!r} ({type(e).__name__}: {reason}). "
-                    "The file is damaged, incomplete or no NIfTI image; download it again."
-                ) from e
-        return d
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        file = item[key]
+        if file is None and self.allow_missing_keys:
+            del item[key]
+            return
+        if not isinstance(file, (str, Path)):
+            raise ValueError(f"{key!r} must be the name of an image file, got {file!r}.")
+        existing_file(file, repr(key))
+        try:
+            item[key] = self.loader(str(file))
+        except Exception as e:  # readers raise whatever their file format's library does: EOFError, zlib.error, ...
+            reason = next(iter(str(e).strip().splitlines()), "")
+            raise RuntimeError(
+                f"{key!r}: cannot read {str(file)!r} ({type(e).__name__}: {reason}). "
+                "The file is damaged, incomplete or no NIfTI image; download it again."
+            ) from e
 
 
-class _PerImaged(MapTransform):
-    """Base of what treats images one by one; ``apply`` is given an image and the name of its file, else its key."""
-
-    def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
-        raise NotImplementedError
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.apply(d[key], source_of(d[key], str(key)))
-        return d
-
-
-class DropSliceAxisd(_PerImaged):
+class DropSliceAxisd(PerKeyd):
     """
     Drop the trailing axis of one voxel that slices have in NIfTI files, ``(C, H, W, 1)`` to ``(C, H, W)``, of what is
     under ``keys``. The 4x4 affine stays whole: MONAI's ``SqueezeDim`` makes that of a coronal slice singular.
     """
 
-    def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
-        if image.ndim != 4 or image.shape[-1] != 1:
-            return image
-        image = image.squeeze(-1)
-        if isinstance(image, MetaTensor):
-            image.spatial_ndim = 2
-        return image
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        if item[key].ndim == 4 and item[key].shape[-1] == 1:
+            item[key] = item[key].squeeze(-1)
+            if isinstance(item[key], MetaTensor):
+                item[key].spatial_ndim = 2
 
 
-class CheckRegistrationImaged(_PerImaged):
+class CheckRegistrationImaged(PerKeyd):
     """
-    Refuse images that cannot be registered; the message names the file.
-
-    Args:
-        keys, allow_missing_keys: of the images, ``(1, *spatial)``; see MONAI's ``MapTransform``.
-        spatial_dims: number of spatial dimensions expected, 2 or 3.
+    Refuse images ``(1, *spatial)`` under ``keys`` that cannot be registered; the message names the file.
 
     Raises:
-        ValueError: When an image has other dimensions or several channels, NaN or infinity, or one value everywhere.
+        ValueError: When an image has not ``spatial_dims`` (2 or 3) axes, or several channels, NaN, or one value only.
     """
 
     def __init__(self, keys: KeysCollection, spatial_dims: int, allow_missing_keys: bool = False) -> None:
@@ -123,8 +123,9 @@ class CheckRegistrationImaged(_PerImaged):
             raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
         self.spatial_dims = spatial_dims
 
-    def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
-        dims, spatial = self.spatial_dims, tuple(image.shape[1:])
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        image, dims = item[key], self.spatial_dims
+        name, spatial = source_of(image, str(key)), tuple(image.shape[1:])
         if image.shape[0] != 1:
             raise ValueError(
                 f"{name}: expected one {dims}-D image, got a 4-D file or one of several channels: {image.shape[0]} "
@@ -144,55 +145,41 @@ class CheckRegistrationImaged(_PerImaged):
         if low == float(image.max()):
             what = "is zero everywhere" if low == 0 else f"has the value {low:g} everywhere"
             raise ValueError(f"{name}: the image {what}; there is nothing to register. Check the file or its export.")
-        return image
 
 
-class CheckLabeld(MapTransform):
+class CheckLabeld(_PerKeyOfImaged):
     """
-    Refuse segmentations that do not fit their image; the message names the file.
-
-    Args:
-        keys, allow_missing_keys: of the segmentations, ``(1, *spatial)``; see MONAI's ``MapTransform``.
-        image_keys: keys of the images they belong to, one for each of ``keys``.
+    Refuse segmentations ``(1, *spatial)`` under ``keys`` that do not fit their image, of ``image_keys`` in the same
+    order; the message names the file.
 
     Raises:
         ValueError: When a segmentation has another shape than its image, or values other than 0, 1, 2, ...
     """
 
-    def __init__(self, keys: KeysCollection, image_keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.image_keys = one_image_each(self.keys, image_keys)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key, image_key in self.key_iterator(d, self.image_keys):
-            label, image = d[key], d[image_key]
-            name, image_name = source_of(label, str(key)), source_of(image, str(image_key))
-            if label.shape != image.shape:
-                raise ValueError(
-                    f"{name}: a segmentation must have the shape of its image, {tuple(image.shape)} ({image_name}), "
-                    f"got {tuple(label.shape)}. Resample it by the nearest neighbour first."
-                )
-            wrong = ~((label >= 0) & (label == label.round()))  # so that NaN counts as wrong
-            if wrong.any():
-                raise ValueError(
-                    f"{name}: a segmentation must hold label numbers 0, 1, 2, ..., but {int(wrong.sum())} voxels have "
-                    f"others, e.g. {float(label[wrong].flatten()[0]):g}. It may have been resampled by linear "
-                    "interpolation, or be a probability map."
-                )
-            a, b = grid_of(label), grid_of(image)
-            if a is not None and b is not None and a.orientation != b.orientation:
-                message = "%s has orientation %s, its image %s has %s; they are taken to match voxel by voxel"
-                logger.warning(message, name, a.orientation, image_name, b.orientation)
-        return d
+    def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
+        label, image = item[key], item[image_key]
+        name, image_name = source_of(label, str(key)), source_of(image, str(image_key))
+        if label.shape != image.shape:
+            raise ValueError(
+                f"{name}: a segmentation must have the shape of its image, {tuple(image.shape)} ({image_name}), "
+                f"got {tuple(label.shape)}. Resample it by the nearest neighbour first."
+            )
+        wrong = ~((label >= 0) & (label == label.round()))  # so that NaN counts as wrong
+        if wrong.any():
+            raise ValueError(
+                f"{name}: a segmentation must hold label numbers 0, 1, 2, ..., but {int(wrong.sum())} voxels have "
+                f"others, e.g. {float(label[wrong].flatten()[0]):g}. It may have been resampled by linear "
+                "interpolation, or be a probability map."
+            )
+        a, b = grid_of(label), grid_of(image)
+        if a is not None and b is not None and a.orientation != b.orientation:
+            message = "%s has orientation %s, its image %s has %s; they are taken to match voxel by voxel"
+            logger.warning(message, name, a.orientation, image_name, b.orientation)
 
 
 class CheckSameGridd(MapTransform):
     """
-    Refuse images of different size, spacing or orientation; log a warning where merely the origin differs.
-
-    Args:
-        keys, allow_missing_keys: of the images, each compared with the first. Defaults to ``("fixed", "moving")``.
+    Refuse images of other size, spacing or orientation than the first; log a warning where merely the origin differs.
 
     Raises:
         ValueError: When two images do not lie on one voxel grid; it names both files and both values.
@@ -209,27 +196,24 @@ class CheckSameGridd(MapTransform):
         return d
 
 
-class ScaleToUnitRanged(_PerImaged):
+class ScaleToUnitRanged(PerKeyd):
     """
     Scale intensities of the images under ``keys`` linearly from their own minimum and maximum to [0, 1], and say so in
     the log. An image inside [0, 1] passes unchanged, whatever its largest value.
     """
 
-    def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
-        low, high = float(image.min()), float(image.max())
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        low, high = float(item[key].min()), float(item[key].max())
         if low < 0.0 or high > 1.0:
+            name = source_of(item[key], str(key))
             logger.info("%s: intensities scaled linearly from [%g, %g] to [0, 1]", name, low, high)
-            image = ScaleIntensity(minv=0.0, maxv=1.0)(image)  # type: ignore[assignment]
-        return image
+            item[key] = ScaleIntensity(minv=0.0, maxv=1.0)(item[key])
 
 
-class WindowToUnitRanged(_PerImaged):
+class WindowToUnitRanged(PerKeyd):
     """
-    Clip intensities to a window and scale the window linearly to [0, 1], the same for all images.
-
-    Args:
-        keys, allow_missing_keys: of the images; see MONAI's ``MapTransform``.
-        window: lower and upper end, e.g. Hounsfield units of CT.
+    Clip intensities of the images under ``keys`` to a window, e.g. ``(-1200, 400)`` Hounsfield units, and scale it
+    linearly to [0, 1], the same for all images.
 
     Raises:
         ValueError: When an image lies outside of the window, or has been scaled to [0, 1] already.
@@ -242,8 +226,9 @@ class WindowToUnitRanged(_PerImaged):
         self.low, self.high = (float(end) for end in window)
         self.scaler = ScaleIntensityRange(self.low, self.high, b_min=0.0, b_max=1.0, clip=True)
 
-    def apply(self, image: torch.Tensor, name: str) -> torch.Tensor:
-        low, high, window = float(image.min()), float(image.max()), f"[{self.low:g}, {self.high:g}]"
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        low, high = float(item[key].min()), float(item[key].max())
+        name, window = source_of(item[key], str(key)), f"[{self.low:g}, {self.high:g}]"
         if high <= self.low or low >= self.high:
             raise ValueError(
                 f"{name}: no intensity is inside the window {window}, they go from {low:g} to {high:g}. Give a window "
@@ -254,7 +239,136 @@ class WindowToUnitRanged(_PerImaged):
                 f"{name}: the intensities, from {low:g} to {high:g}, are scaled to [0, 1] already; the window {window} "
                 "would flatten them. Give no window."
             )
-        return self.scaler(image)  # type: ignore[return-value]
+        item[key] = self.scaler(item[key])
 
 
+def load_keypoints(path: str | Path, spatial_dims: int) -> torch.Tensor:
+    """
+    Read keypoints as the Learn2Reg challenge stores them: one point a line, its voxel coordinates in the order of the
+    array axes, separated by commas, no header. The same line of two files is the same point of the body.
+
+    Args:
+        path: ``.csv`` file; ``FileNotFoundError`` without it, ``ValueError`` for anything but such lines, or none.
+        spatial_dims: 2 or 3.
+
+    Returns:
+        ``(N, spatial_dims)``, float32, voxels; the first voxel's centre is 0.
+    """
+    path = existing_file(path, "keypoints")
+    expected = f"{path}: expected lines of {spatial_dims} voxel coordinates separated by commas, without a header"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, of an empty file
+            points = np.loadtxt(path, delimiter=",", ndmin=2)
+    except (ValueError, UnicodeDecodeError) as e:
+        raise ValueError(f"{expected}; cannot read it ({e}).") from e
+    if not points.size:
+        raise ValueError(f"{expected}; the file is empty.")
+    if points.shape[1] != spatial_dims:
+        raise ValueError(f"{expected}; got {points.shape[1]} column(s).")
+    if not np.isfinite(points).all():
+        line = 1 + int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+        raise ValueError(f"{expected}; point {line} has NaN or infinity.")
+    return torch.from_numpy(points.astype(np.float32))
+
+
+def resize_keypoints(points: torch.Tensor, old_size: Sequence[int], new_size: Sequence[int]) -> torch.Tensor:
+    """
+    The same points ``(..., ndim)``, in voxels, on the grid of the image after MONAI's ``Resize`` from ``old_size`` to
+    ``new_size``, where voxel borders, not centres, coincide.
+    """
+    scale = points.new_tensor(new_size) / points.new_tensor(old_size)
+    return (points + 0.5) * scale - 0.5
+
+
+class LoadKeypointsd(_PerKeyOfImaged):
+    """
+    Dictionary-based wrapper of :py:func:`load_keypoints`, with a check that the points lie in their image.
+
+    Args:
+        keys, allow_missing_keys: of the file names, and of the points ``(N, ndim)``; see MONAI's ``MapTransform``.
+        image_keys: keys of the images ``(C, *spatial)`` they belong to, one for each of ``keys``.
+        outside: ``"refuse"`` points outside the image, or ``"clamp"``: they are kept, for a metric that clamps, and
+            their number is logged.
+
+    Raises:
+        ValueError: When an argument is wrong, a file holds no points, or a point lies outside and is refused.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_keys: KeysCollection,
+        outside: OutsidePoints = "refuse",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, image_keys, allow_missing_keys)
+        check_outside(outside)
+        self.outside = outside
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
+        file, image = item[key], item[image_key]
+        spatial = tuple(image.shape[1:])
+        item[key] = points = load_keypoints(file, len(spatial))
+        beyond = points_outside(points, spatial)
+        if not beyond.any():
+            return
+        line = 1 + int(beyond.nonzero()[0])
+        message = (
+            f"{file}: {int(beyond.sum())} of {len(points)} keypoints lie outside the image of size {spatial} "
+            f"({source_of(image, str(image_key))}), e.g. line {line}: "
+            f"{[round(value, 4) for value in points[line - 1].tolist()]}"
+        )
+        if self.outside == "refuse":
+            raise ValueError(
+                f"{message}. They must be voxel coordinates in the order of the image's axes; remove the "
+                "points from both files of the pair, or choose outside='clamp'."
+            )
+        logger.warning("%s; they are kept", message)
+
+
+class CheckSameKeypointsd(MapTransform):
+    """Refuse (``ValueError``) sets of keypoints ``(N, ndim)`` of other length than the first: they must correspond."""
+
+    def __init__(
+        self, keys: KeysCollection = ("fixed_keypoints", "moving_keypoints"), allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        first, *others = list(self.key_iterator(d)) or [None]
+        for key in others:
+            if d[key].shape != d[first].shape:
+                names = " and ".join(str(d[name]) for name in ("fixed_subject", "moving_subject") if name in d)
+                raise ValueError(
+                    f"Keypoints must correspond line by line, but {first!r} has {len(d[first])} points and {key!r} has "
+                    f"{len(d[key])}{f' ({names})' if names else ''}. Take both files from the same release of the data."
+                )
+        return d
+
+
+class ResizeKeypointsd(_PerKeyOfImaged):
+    """
+    Dictionary-based wrapper of :py:func:`resize_keypoints`, to the ``spatial_size`` that their images will have; let it
+    come before these, ``(C, *spatial)`` under ``image_keys``, one for each of ``keys``, are resized.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_keys: KeysCollection,
+        spatial_size: Sequence[int],
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, image_keys, allow_missing_keys)
+        self.spatial_size = tuple(spatial_size)
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
+        item[key] = resize_keypoints(item[key], item[image_key].shape[1:], self.spatial_size)
+
+
+CheckSameKeypointsD = CheckSameKeypointsDict = CheckSameKeypointsd
+LoadKeypointsD = LoadKeypointsDict = LoadKeypointsd
+ResizeKeypointsD = ResizeKeypointsDict = ResizeKeypointsd
 WindowToUnitRangeD = WindowToUnitRangeDict = WindowToUnitRanged

@@ -17,12 +17,14 @@ from .images import (
     CheckLabeld,
     CheckRegistrationImaged,
     CheckSameGridd,
+    CheckSameKeypointsd,
     DropSliceAxisd,
+    LoadKeypointsd,
     LoadRegistrationImaged,
+    ResizeKeypointsd,
     ScaleToUnitRanged,
     WindowToUnitRanged,
 )
-from .keypoints import CheckSameKeypointsd, LoadKeypointsd, ResizeKeypointsd
 
 __all__ = ["CheckedCompose", "load_annotated_pair_transforms", "load_pair_transforms", "load_subject_transforms"]
 
@@ -92,11 +94,7 @@ def load_subject_transforms(
     Args:
         spatial_dims: 2 or 3.
         spatial_size: size to resize to in voxels, ``spatial_dims`` numbers. Defaults to None: as in the files.
-        image_keys: keys of the images. Defaults to ``("image",)``.
-        label_keys: keys of their segmentations in the same order, absent or None where there is none.
-
-    Raises:
-        ValueError: When ``spatial_dims`` or ``spatial_size`` is wrong.
+        image_keys, label_keys: keys of the images, and of their segmentations, absent or None where there is none.
     """
     images, labels = ensure_tuple(image_keys), ensure_tuple(label_keys)
     transforms = [
@@ -120,9 +118,6 @@ def load_pair_transforms(
         spatial_dims: 2 or 3.
         spatial_size: size the network works at, ``spatial_dims`` numbers. Defaults to None: the scans' own.
         window: see :py:class:`WindowToUnitRanged`. Defaults to None: see :py:class:`ScaleToUnitRanged`.
-
-    Raises:
-        ValueError: When an argument is wrong.
     """
     label = ("moving_label",)
     transforms = [
@@ -151,16 +146,12 @@ def load_annotated_pair_transforms(
     ``(1, *spatial)``, resized as by :py:func:`load_subject_transforms`, and keypoints ``(N, ndim)`` in voxels of them.
 
     Args:
-        spatial_dims: 2 or 3. Defaults to 3.
-        spatial_size: size to resize to in voxels, ``spatial_dims`` numbers. Defaults to None: as in the files.
+        spatial_dims, spatial_size: see :py:func:`load_subject_transforms`.
         window: see :py:class:`WindowToUnitRanged`; None: see :py:class:`ScaleToUnitRanged`. Defaults to (-1200, 400),
             Hounsfield units that keep the contrast inside the lung.
         keep_scans: also give the scans as they are in the files, ``"fixed_scan"`` and ``"moving_scan"``, and leave
-            masks, labels and keypoints on their grid, to judge there what a network finds. Defaults to False.
-        outside: keypoints outside their image, see :py:class:`LoadKeypointsd`. Defaults to ``"refuse"``.
-
-    Raises:
-        ValueError: When an argument is wrong.
+            masks, labels and keypoints on their grid, to judge there what a network finds.
+        outside: keypoints outside their image, see :py:class:`LoadKeypointsd`.
     """
     labels = tuple(f"{image}_{kind}" for kind in ("mask", "label") for image in _PAIR)
     keypoints = tuple(f"{image}_keypoints" for image in _PAIR)

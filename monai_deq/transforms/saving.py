@@ -34,12 +34,8 @@ def save_nifti(path: str | Path, image: NdarrayOrTensor, affine: np.ndarray | No
 
     Args:
         path: ``.nii`` or ``.nii.gz`` file.
-        image: ``(C, *spatial)``.
-        affine: ``(4, 4)``, or ``(3, 3)`` of a 2-D image; identity when ``None``.
-        spatial_dims: 2 or 3.
-
-    Raises:
-        ValueError: When the image has another number of axes.
+        image: ``(C, *spatial)``, with as many spatial axes as ``spatial_dims`` says, 2 or 3.
+        affine: ``(4, 4)``, or ``(3, 3)`` of a 2-D image; identity when None.
     """
     if image.ndim != spatial_dims + 1:
         raise ValueError(f"expected a channel-first {spatial_dims}-D image for {path}, got shape {tuple(image.shape)}.")
@@ -73,17 +69,13 @@ def save_learn2reg_ddf(
 
     Args:
         ddf: ``(3, *spatial)`` in voxels on the grid of the fixed scan as it lies in the data set.
-        output_dir: folder of the file, which is called by :py:func:`learn2reg_ddf_name`.
+        output_dir: folder of the file that is written and returned, called by :py:func:`learn2reg_ddf_name`.
         fixed, moving: files or names of the scans, e.g. ``"NLST_0001_0000"``.
         affine: ``(4, 4)`` of the fixed scan. Defaults to that of ``ddf``, or the identity.
-        overwrite: replace an existing file. Defaults to False.
-
-    Returns:
-        The file.
+        overwrite: replace an existing file, which is ``FileExistsError`` else.
 
     Raises:
         ValueError: When the field is not 3-D or not finite, or a scan is not named as Learn2Reg's are.
-        FileExistsError: When the file is there already and ``overwrite`` is not set.
     """
     path = Path(output_dir) / learn2reg_ddf_name(fixed, moving)
     if not overwrite:
@@ -104,9 +96,7 @@ class _PairSaver(MapTransform):
         super().__init__(keys)
         if not isinstance(overwrite, bool):  # the text "false" would be taken for true
             raise ValueError(f"overwrite must be true or false, got {overwrite!r}.")
-        self.output_dir = Path(output_dir)
-        self.overwrite = overwrite
-        self.name_keys = tuple(name_keys)
+        self.output_dir, self.overwrite, self.name_keys = Path(output_dir), overwrite, tuple(name_keys)
 
     def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         """Files of an item with the names, by what is in them."""
@@ -127,16 +117,14 @@ class SaveRegistrationd(_PairSaver):
 
     Args:
         output_dir: folder of the files.
-        overwrite: replace existing files. Defaults to False.
-        warped_key, ddf_key: warped scan and displacement field. Default to ``"warped"`` and ``"ddf"``.
-        label_key: warped label map, optional in the item. Defaults to ``"warped_label"``.
-        name_keys: names of the moving and the fixed scan. Defaults to ``("moving_subject", "fixed_subject")``.
+        overwrite: replace existing files.
+        warped_key, ddf_key, label_key: warped scan, displacement field, and warped label map, optional in the item.
+        name_keys: names of the moving and the fixed scan.
         record_keys, optional_record_keys: scalars that go into the record, found in the item or under ``record_key``.
-        record_key: where :py:class:`FixedPointSolverd` puts its record. Defaults to ``"record"``.
+        record_key: where :py:class:`FixedPointSolverd` puts its record.
 
     Raises:
-        KeyError: When the item lacks what is to be written.
-        FileExistsError: When a file is there already and ``overwrite`` is not set.
+        KeyError, FileExistsError: When the item lacks what is to be written, or a file is there already.
     """
 
     def __init__(
@@ -158,12 +146,8 @@ class SaveRegistrationd(_PairSaver):
     def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         require_keys(data, self.name_keys, "SaveRegistrationd")
         name = "_to_".join(str(data[key]) for key in self.name_keys)
-        return {
-            "warped": self.output_dir / f"{name}_warped.nii.gz",
-            "ddf": self.output_dir / f"{name}_ddf.nii.gz",
-            "label": self.output_dir / f"{name}_warped_label.nii.gz",
-            "record": self.output_dir / f"{name}_record.json",
-        }
+        ends = {"warped": "warped.nii.gz", "ddf": "ddf.nii.gz", "label": "warped_label.nii.gz", "record": "record.json"}
+        return {what: self.output_dir / f"{name}_{end}" for what, end in ends.items()}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -187,12 +171,11 @@ class SaveLearn2RegDDFd(_PairSaver):
     Dictionary-based wrapper of :py:func:`save_learn2reg_ddf`.
 
     Args:
-        output_dir: folder of the files.
-        overwrite: replace existing files. Defaults to False.
-        ddf_key: displacement field ``(3, *spatial)``. Defaults to ``"ddf"``.
-        name_keys: files or names of the fixed and the moving scan. Defaults to ``("fixed_subject", "moving_subject")``.
+        output_dir, overwrite: see :py:func:`save_learn2reg_ddf`.
+        ddf_key: displacement field ``(3, *spatial)``.
+        name_keys: files or names of the fixed and the moving scan.
         reference_key: the fixed scan as it lies in the data set, ``(C, *spatial)``, whose size the field must have;
-            None for no check. Defaults to ``"fixed_scan"``.
+            None for no check.
 
     Raises:
         KeyError, ValueError, FileExistsError: see :py:func:`save_learn2reg_ddf`; also when the item lacks something.
@@ -209,8 +192,7 @@ class SaveLearn2RegDDFd(_PairSaver):
         super().__init__((ddf_key,), output_dir, overwrite, name_keys)
         if len(name_keys) != 2:
             raise ValueError(f"name_keys must name the fixed and the moving scan, got {name_keys!r}.")
-        self.ddf_key = ddf_key
-        self.reference_key = reference_key
+        self.ddf_key, self.reference_key = ddf_key, reference_key
 
     def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
         require_keys(data, self.name_keys, "SaveLearn2RegDDFd")
