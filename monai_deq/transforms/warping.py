@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images, label maps and keypoints of an item warped by the displacement in it."""
+"""Images, label maps and keypoints of an item warped by the displacement in it, and what all transforms share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import Transform
+from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
 from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_by_ddf, warp_points_by_ddf
-
-from .images import PerKeyd
 
 __all__ = ["WarpByDDFD", "WarpByDDFDict", "WarpByDDFd"]
 __all__ += ["WarpPointsByDDF", "WarpPointsByDDFD", "WarpPointsByDDFDict", "WarpPointsByDDFd"]
@@ -33,6 +31,22 @@ def require_keys(data: Mapping[Hashable, Any], keys: Sequence[Hashable], transfo
     absent = [key for key in keys if key not in data]
     if absent:
         raise KeyError(f"{transform} finds no {absent} in the item, which has {sorted(map(str, data))}.")
+
+
+class PerKeyd(MapTransform):
+    """Base of what treats an item key by key: ``treat`` changes the item, its own copy."""
+
+    #: what goes with each of ``keys``, given to ``treat`` behind the key
+    beside: tuple[Sequence[Any], ...] = ()
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for _, key, *args in self.key_iterator(d, self.keys, *self.beside):
+            self.treat(d, key, *args)
+        return d
 
 
 class WarpByDDFd(PerKeyd):
