@@ -7,18 +7,16 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
 from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record
 from monai_deq.networks.nets import IteratedNet
 from monai_deq.utils import gather_items, process_count, process_rank, refuse_existing
-
-if TYPE_CHECKING:
-    from ignite.engine import Engine
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
@@ -31,38 +29,31 @@ class TrainingCheckpoint:
     After each epoch writes ``last.pt`` by Ignite's :py:class:`ignite.handlers.Checkpoint`, all that is needed to go on
     (network, optimizer and what else is named, state of the trainer and of its gradient scaler, best validation score,
     random state of the CPU), and, when the validation score is the best so far, ``model.pt``, the weights of the
-    network alone, or those of its running mean, with their record ``model.json``, see
-    :py:class:`monai_deq.networks.NetworkRecord`.
+    network or of its running mean, with their record ``model.json``, see :py:class:`monai_deq.networks.NetworkRecord`.
 
-    Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
+    Unlike with :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
     resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of a learning rate
-    schedule a training is not resumed with a schedule of another length. Place it after the validation handler and
-    after the handler that steps the learning rate.
-
-    Of several processes the first one writes, and all of them read: the folder must be one that they share.
-    ``state_dict`` of the objects is called in all processes, so that it may gather what each of them has, as that of
-    :py:class:`monai_deq.data.StatePool` does.
+    schedule a training is not resumed with one of another length. Place it after the validation handler and the one
+    that steps the learning rate. Of several processes the first one writes and all read: the folder must be shared.
+    ``state_dict`` of the objects is called in all of them, so that it may gather what each has.
 
     Args:
         save_dir: folder of the checkpoints.
         network: the network, without ``DistributedDataParallel`` around it.
         objects: other objects with ``state_dict``/``load_state_dict``, by name (optimizer, scheduler).
         validator: engine whose key metric decides on ``model.pt``; without one the last epoch is the best.
-        resume: go on from ``last.pt`` where there is one. Defaults to ``False``.
-        overwrite: start anew over an existing checkpoint. Defaults to ``False``.
-        weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
-        coarse_weights: checkpoint that the coarser networks have their weights from already; ``weights`` leave them as
-            they are. Defaults to none.
+        resume: go on from ``last.pt`` where there is one.
+        overwrite: start anew over an existing checkpoint.
+        weights: checkpoint whose weights the network starts from, when it does not resume.
+        coarse_weights: checkpoint that the coarser networks have their weights from already; ``weights`` leave them.
         averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it
-            starts from the same weights, and ``model.pt`` has its weights. The validator should score it. Defaults to
-            none.
-        record: fields of the :py:class:`monai_deq.networks.NetworkRecord` but the network's own. Those that are others
-            than the training began with are named in a warning when it is resumed.
+            starts from the same weights, and ``model.pt`` has its weights. The validator should score it.
+        record: fields of the record but the network's own; ``TypeError`` for what JSON does not know. Those that are
+            others than the training began with are named in a warning when it is resumed.
 
     Raises:
         ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
             checkpoint's own; when a training starts with coarser networks that nothing has trained.
-        TypeError: When the record holds what JSON does not know.
     """
 
     def __init__(
@@ -81,14 +72,10 @@ class TrainingCheckpoint:
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other.")
         self.resume, self.overwrite = resume, overwrite
-        self.last_path = Path(save_dir) / "last.pt"
-        self.best_path = Path(save_dir) / "model.pt"
-        self.network = network
+        self.last_path, self.best_path = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
+        self.network, self.averaged, self.validator = network, averaged, validator
+        self.weights, self.coarse_weights = weights, coarse_weights
         self.objects = dict(objects or {})
-        self.validator = validator
-        self.weights = weights
-        self.coarse_weights = coarse_weights
-        self.averaged = averaged
         taken = {"network", "averaged", "scaler", "training"} & set(self.objects)
         if taken:
             raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
@@ -103,10 +90,7 @@ class TrainingCheckpoint:
         self.earlier_pairs = 0
 
     def attach(self, engine: Engine) -> None:
-        """
-        Args:
-            engine: the trainer.
-        """
+        """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
@@ -173,8 +157,7 @@ class TrainingCheckpoint:
         if scaler is not None and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         self.earlier_pairs = training["earlier_pairs"]
-        engine.state.epoch = training["epoch"]
-        engine.state.iteration = training["iteration"]
+        engine.state.epoch, engine.state.iteration = training["epoch"], training["iteration"]
         if self.validator is not None and training["best_epoch"] >= 0:
             if self.best_path.is_file():
                 state: Any = self.validator.state
@@ -225,13 +208,8 @@ class TrainingCheckpoint:
             "pairs": self.earlier_pairs + engine.state.epoch * _pairs_per_epoch(engine),
             "record": asdict(self.record),
         }
-        objects = {
-            "network": self.network,
-            "averaged": self.averaged or _State({}),
-            **self.objects,
-            "training": _State(training),
-            "scaler": getattr(engine, "scaler", None) or _State({}),
-        }
+        objects = {"network": self.network, "averaged": self.averaged or _part({}), **self.objects}
+        objects |= {"training": _part(training), "scaler": getattr(engine, "scaler", None) or _part({})}
         saver = DiskSaver(str(self.last_path.parent), atomic=True, create_dir=True, require_empty=False)
         if best_epoch == engine.state.epoch:
             best = {"network": self.averaged or self.network}
@@ -251,14 +229,9 @@ class TrainingCheckpoint:
             )
 
 
-class _State:
+def _part(state: dict[str, Any]) -> Any:
     """A part of a checkpoint that no object keeps."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
+    return SimpleNamespace(state_dict=lambda: state)
 
 
 def _param_groups(state: Any) -> list[Mapping[str, Any]]:
@@ -292,23 +265,13 @@ def _pairs_behind(weights: str | Path) -> int:
 
 
 class WeightsLoader:
-    """
-    Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error.
-
-    Args:
-        network: the network.
-        path: checkpoint file.
-    """
+    """Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error."""
 
     def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
-        self.network = network
-        self.path = Path(path)
+        self.network, self.path = network, Path(path)
 
     def attach(self, engine: Engine) -> None:
-        """
-        Args:
-            engine: the engine that uses the network.
-        """
+        """Attach to the engine that uses the network."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:

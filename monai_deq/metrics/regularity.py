@@ -15,16 +15,9 @@ from monai.utils import MetricReduction, convert_to_tensor
 
 from monai_deq.metrics.base import ReducedIterationMetric, check_ddf
 
-__all__ = [
-    "FoldedVoxelsMetric",
-    "NonDiffeomorphicVolumeMetric",
-    "StdLogJacobianForm",
-    "StdLogJacobianMetric",
-    "compute_folded_voxels",
-    "compute_non_diffeomorphic_volume",
-    "compute_std_log_jacobian",
-    "jacobian_determinant",
-]
+__all__ = ["FoldedVoxelsMetric", "NonDiffeomorphicVolumeMetric", "StdLogJacobianForm", "StdLogJacobianMetric"]
+__all__ += ["compute_folded_voxels", "compute_non_diffeomorphic_volume", "compute_std_log_jacobian"]
+__all__ += ["jacobian_determinant"]
 
 StdLogJacobianForm = Literal["paper", "learn2reg"]
 
@@ -68,11 +61,9 @@ def _determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 def _jacobian(ddf: torch.Tensor) -> torch.Tensor:
     """|J| of a checked field, shape ``(B, 1, *spatial)``."""
-    spatial_dims = ddf.shape[1]
-    matrix = [list(torch.gradient(ddf[:, i], dim=tuple(range(1, spatial_dims + 1)))) for i in range(spatial_dims)]
-    for i in range(spatial_dims):
-        matrix[i][i] = matrix[i][i] + 1
-    return _determinant(matrix).unsqueeze(1)
+    axes = range(ddf.shape[1])
+    rows = [torch.gradient(ddf[:, i], dim=tuple(axis + 1 for axis in axes)) for i in axes]
+    return _determinant([[rows[i][j] + 1 if i == j else rows[i][j] for j in axes] for i in axes]).unsqueeze(1)
 
 
 def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
@@ -84,12 +75,10 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; channel i displaces array axis i.
+            ``ValueError`` unless it is finite and has at least 2 voxels along each axis.
 
     Returns:
         shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field of at least 2 voxels along each axis.
     """
     return _jacobian(check_ddf(ddf))
 
@@ -123,12 +112,8 @@ def compute_std_log_jacobian(
       Learn2Reg evaluation (Hering et al., IEEE TMI 2023).
 
     Args:
-        ddf: displacement field, ``(B, ndim, *spatial)``, voxel units; 2 voxels or more an axis, 5 for ``"learn2reg"``.
-        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
-
-    Raises:
-        ValueError: when ``form`` is unknown, ``ddf`` is not a finite field, or ``mask`` does not fit it.
+        ddf, mask: see :py:func:`compute_folded_voxels`, errors too; 5 voxels or more an axis for ``"learn2reg"``.
+        form: ``"paper"`` or ``"learn2reg"``.
     """
     _check_form(form)
     crop, offset = _FORMS[form]
@@ -171,11 +156,7 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
     the border the displacement goes on unchanged, as in the authors' program.
 
     Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
-        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
+        ddf, mask: see :py:func:`compute_folded_voxels`, errors too.
     """
     ddf = check_ddf(ddf)
     mask = _check_mask(mask, ddf)
@@ -210,14 +191,7 @@ class NonDiffeomorphicVolumeMetric(ReducedIterationMetric):
 
 
 class StdLogJacobianMetric(ReducedIterationMetric):
-    """
-    Cumulative form of :py:func:`compute_std_log_jacobian`: ``metric(ddf)`` or ``metric(ddf, mask)``.
-
-    Args:
-        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
-        reduction: see :py:class:`ReducedIterationMetric`.
-        get_not_nans: see :py:class:`ReducedIterationMetric`.
-    """
+    """Cumulative form of :py:func:`compute_std_log_jacobian`: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     def __init__(
         self, form: StdLogJacobianForm = "paper", reduction: MetricReduction | str = "mean", get_not_nans: bool = False
