@@ -93,16 +93,25 @@ def _target(component: Any) -> str:
     return f"{home}.{cls.__qualname__}"
 
 
+def _made_with(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with; neither what it has learned, nor its mode, nor whether it is compiled."""
+    plain, state = nn.Module(), module.state_dict()
+    return {
+        "weights": {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)},
+        "buffers": {k: v for k, v in module.named_buffers() if k not in state},
+        "children": dict(module.named_children()),
+        **{k: v for k, v in vars(module).items() if not hasattr(plain, k)},
+    }
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Whether two modules differ in what they have learned at most."""
-    if isinstance(a, nn.Parameter):
-        return isinstance(b, nn.Parameter) and a.shape == b.shape
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return isinstance(b, torch.Tensor) and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
     if isinstance(a, nn.Module):
-        return type(a) is type(b) and _alike(a.__dict__, b.__dict__)
+        return type(a) is type(b) and _alike(_made_with(a), _made_with(b))
     return bool(a == b) or (callable(a) and callable(b))
 
 
@@ -274,7 +283,8 @@ def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
 def _from_settings(settings: Mapping[str, Any]) -> NetworkRecord:
     """The record of weights of version 0.1.0, which kept the settings of the training in its place."""
     method, max_steps = settings.get("method", "DEQReg"), settings["max_steps"]
-    if settings.get("unwarped_moving"):
+    # flags of the command line came as text
+    if str(settings.get("unwarped_moving", False)).lower() == "true":
         raise ValueError("weights trained with unwarped_moving need version 0.1.0: the option is no more.")
     dims, own = settings.get("spatial_dims", 3), settings.get("method_settings", {})
     systems = {
