@@ -82,7 +82,7 @@ class TrainingCheckpoint:
         self.logger = logging.getLogger("monai_deq")
         try:
             description = describe(network)
-        except ValueError as e:
+        except (TypeError, ValueError) as e:
             self.logger.warning(f"the record of the weights will not have their network: {e}")
             description = None
         self.record = NetworkRecord(network=description, **describe(dict(record or {})))

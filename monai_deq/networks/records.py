@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from pydoc import locate
@@ -93,16 +93,25 @@ def _target(component: Any) -> str:
     return f"{home}.{cls.__qualname__}"
 
 
+def _made_with(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with; neither what it has learned, nor its mode, nor whether it is compiled."""
+    plain, state = nn.Module(), module.state_dict()
+    return {
+        "weights": {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)},
+        "buffers": {k: v for k, v in module.named_buffers() if k not in state},
+        "children": dict(module.named_children()),
+        **{k: v for k, v in vars(module).items() if not hasattr(plain, k)},
+    }
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Whether two modules differ in what they have learned at most."""
-    if isinstance(a, nn.Parameter):
-        return isinstance(b, nn.Parameter) and a.shape == b.shape
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+        return isinstance(b, torch.Tensor) and torch.equal(a.cpu(), b.cpu())
     if isinstance(a, Mapping):
         return isinstance(b, Mapping) and a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
     if isinstance(a, nn.Module):
-        return type(a) is type(b) and _alike(a.__dict__, b.__dict__)
+        return type(a) is type(b) and _alike(_made_with(a), _made_with(b))
     return bool(a == b) or (callable(a) and callable(b))
 
 
@@ -197,17 +206,18 @@ class NetworkRecord:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(path: str | Path | None) -> NetworkRecord:
+def read_record(path: str | Path | None, spatial_dims: int | None = None) -> NetworkRecord:
     """
     Read the record of a checkpoint.
 
     Args:
         path: checkpoint file, whose record lies beside it (``model.pt`` -> ``model.json``; that of ``last.pt``, the
             last epoch of the same training, too), or ``None`` for a method that has none.
+        spatial_dims: 2 or 3, what the network should be for. Defaults to ``None``: either.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.
-        ValueError: When the file holds no record.
+        ValueError: When the file holds no record, or that of a network for images of other dimensions.
     """
     if path is None:
         return NetworkRecord()
@@ -226,11 +236,28 @@ def read_record(path: str | Path | None) -> NetworkRecord:
     except ValueError as e:
         raise ValueError(f"{file} is not readable JSON ({e}): restore it.") from e
     if isinstance(content, dict) and "network" not in content and "max_steps" in content:
-        return _from_settings(content)
-    known = {f.name for f in fields(NetworkRecord)}
-    if not isinstance(content, dict) or not isinstance(content.get("network"), (dict, type(None))):
+        record = _from_settings(content)
+    elif isinstance(content, dict) and isinstance(content.get("network"), (dict, type(None))):
+        known = {f.name for f in fields(NetworkRecord)}
+        record = NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    else:
         raise ValueError(f"{file} holds no record of a network.")
-    return NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    own = _spatial_dims(record.network)
+    if spatial_dims is not None and own not in (None, spatial_dims):
+        raise ValueError(
+            f"{path} is of a {own}-D network, spatial_dims is {spatial_dims}: use the configuration it was trained "
+            "with, for slices with slices.json, for volumes without."
+        )
+    return record
+
+
+def _spatial_dims(description: Any) -> int | None:
+    """The first one in the description of a network."""
+    if isinstance(description, Mapping) and isinstance(description.get("spatial_dims"), int):
+        return description["spatial_dims"]  # type: ignore[no-any-return]
+    parts: Iterable[Any] = description.values() if isinstance(description, Mapping) else ()
+    parts = description if isinstance(description, list) else parts
+    return next((dims for dims in map(_spatial_dims, parts) if dims is not None), None)
 
 
 def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
@@ -256,7 +283,8 @@ def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
 def _from_settings(settings: Mapping[str, Any]) -> NetworkRecord:
     """The record of weights of version 0.1.0, which kept the settings of the training in its place."""
     method, max_steps = settings.get("method", "DEQReg"), settings["max_steps"]
-    if settings.get("unwarped_moving"):
+    # flags of the command line came as text
+    if str(settings.get("unwarped_moving", False)).lower() == "true":
         raise ValueError("weights trained with unwarped_moving need version 0.1.0: the option is no more.")
     dims, own = settings.get("spatial_dims", 3), settings.get("method_settings", {})
     systems = {

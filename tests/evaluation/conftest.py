@@ -27,10 +27,10 @@ def deqreg(spatial_dims: int, max_steps: int, num_states: int = 0, checkpointed:
 
 
 SYSTEMS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
-    "voxelmorph": ("VoxelMorph", lambda spatial_dims, _: nets.voxelmorph(spatial_dims)),
-    "unrolling": ("Unrolling", nets.unrolling),
-    "gradirn": ("GraDIRN", nets.gradirn),
-    "riir": ("RIIR", nets.riir),
+    "voxelmorph": ("VoxelMorph", lambda spatial_dims, _: nets.voxelmorph_net(spatial_dims)),
+    "unrolling": ("Unrolling", nets.unrolling_net),
+    "gradirn": ("GraDIRN", nets.gradirn_net),
+    "riir": ("RIIR", nets.riir_net),
     "deqreg12": ("DEQReg-12", deqreg),
     "deqreg": ("DEQReg", deqreg),
     "deqreg_pool": ("DEQReg-pool", deqreg),

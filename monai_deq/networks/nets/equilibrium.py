@@ -68,6 +68,8 @@ class GradientSettings:
             raise ValueError(f"gradient damping must be in (0, 1], got {self.damping}.")
         if self.num_states < 0:
             raise ValueError(f"num_states must not be negative, got {self.num_states}.")
+        if not isinstance(self.checkpointed, bool):
+            raise ValueError(f"checkpointed must be True or False, got {self.checkpointed!r}.")
         if self.implicit_max_steps < 1:
             raise ValueError(f"implicit_max_steps must be at least 1, got {self.implicit_max_steps}.")
         if not self.implicit_tolerance >= 0:
@@ -104,11 +106,10 @@ class RestSettings:
             0.2.
         random_start_share: share of the fresh pairs that start from a random smooth displacement. Defaults to 0.4.
         random_start_rms: its largest RMS length in voxels. Defaults to 3.
-        enabled: ``False`` for the paper's own recipe: nothing of all this, whatever the other arguments are. Defaults
-            to ``True``.
+        enabled: ``False`` for the paper's own recipe: nothing of all this. Defaults to ``True``.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: When an argument is out of its range, or would do nothing as ``enabled`` is ``False``.
     """
 
     relaxation: float = 0.5
@@ -122,8 +123,15 @@ class RestSettings:
     enabled: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise ValueError(f"enabled must be True or False, got {self.enabled!r}.")
         if not self.enabled:
             for name, value in _PAPERS_OWN.items():
+                # what was not given has its default
+                if getattr(self, name) not in (value, getattr(RestSettings, name)):
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} does nothing unless rest is enabled: leave it out, or set enabled."
+                    )
                 object.__setattr__(self, name, value)
         if not 0 < self.relaxation <= 1:
             raise ValueError(f"relaxation must be in (0, 1], got {self.relaxation}.")

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state and the map that the drivers share."""
+"""What the drivers share: state, map, and displacements at half and at twice the size."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from monai_deq.networks.nets.iteration import check_pair, hidden_channels, initial_state, state_map
+from monai_deq.networks.nets.iteration import (
+    checkpointed_map,
+    downsample_ddf,
+    hidden_channels,
+    initial_state,
+    proximal_map,
+    relaxed_map,
+    state_map,
+    upsample_state,
+)
 
 SIZES = [(3, 5), (2, 4, 3)]
 
@@ -78,22 +87,63 @@ def test_initial_state(size: tuple[int, ...], image: torch.dtype, hidden: int) -
         initial_state(fixed, torch.zeros(1, len(size), *size), hidden)
 
 
-@pytest.mark.parametrize(
-    ("moving", "fixed", "words"),
-    [
-        ((1, 1, 4, 5), (1, 1, 5, 4), r"\(1, 1, 4, 5\) and \(1, 1, 5, 4\)"),
-        ((1, 2, 4, 5), (1, 2, 4, 5), r"\(B, 1, H, W\[, D\]\)"),
-        ((1, 1, 4), (1, 1, 4), r"\(1, 1, 4\)"),
-    ],
-)
-def test_pairs_that_do_not_fit(moving: tuple[int, ...], fixed: tuple[int, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        check_pair(torch.zeros(moving), torch.zeros(fixed))
+def test_relaxed_and_proximal_maps() -> None:
+    x, center = torch.rand(2, 5, 3, 4, dtype=torch.float64), torch.rand(2, 2, 3, 4)
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        return 3 * x - 1
+
+    assert relaxed_map(g, 1.0) is g
+    torch.testing.assert_close(relaxed_map(g, 0.25)(x), x + 0.25 * (2 * x - 1))
+    pulled = proximal_map(g, 0.2, center)
+    # a hidden part is left as it is
+    torch.testing.assert_close(pulled(x)[:, 2:], 3 * x[:, 2:] - 1)
+    for state in (x, x[:, :2]):
+        expected = 3 * x[:, :2] - 1 - 0.2 * (x[:, :2] - center.double())
+        torch.testing.assert_close(pulled(state)[:, :2], expected)
+        assert pulled(state).shape == state.shape and pulled(state).dtype == torch.float64
 
 
-def test_whole_numbers() -> None:
-    image = torch.zeros(1, 1, 4, 5)
-    with pytest.raises(ValueError, match=r"floating point .*torch.uint8 and torch.float32"):
-        check_pair(image.byte(), image)
-    with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.int64"):
-        check_pair(image, image.long())
+def test_checkpointed_map_keeps_its_argument_alone() -> None:
+    calls = []
+
+    def g(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return torch.sin(x).exp()
+
+    x = torch.rand(1, 2, 3, requires_grad=True)
+    with torch.no_grad():
+        expected = checkpointed_map(g)(x)
+    assert calls == [False] and torch.equal(expected, g(x).detach())
+    calls.clear()
+    y = checkpointed_map(g)(x)
+    assert len(calls) == 1 and torch.equal(y, expected)
+    y.sum().backward()
+    # evaluated again
+    assert len(calls) == 2
+    torch.testing.assert_close(x.grad, (torch.cos(x) * expected).detach())
+
+
+@pytest.mark.parametrize("size", [(9, 14), (16, 12), (5, 8, 7), (1, 6), (4, 1, 3)])
+def test_displacements_halve_and_double(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    values = torch.arange(1.0, 1 + ndim).view(1, ndim, *[1] * ndim)
+    shift = values.expand(2, ndim, *size)
+    coarse = downsample_ddf(shift)
+    assert coarse.shape[2:] == tuple(-(-n // 2) for n in size)
+    # an axis of one voxel is not halved
+    halves = torch.tensor([1.0 if n == 1 else 0.5 for n in size]).view(1, ndim, *[1] * ndim)
+    torch.testing.assert_close(coarse, (values * halves).expand_as(coarse))
+    torch.testing.assert_close(upsample_state(coarse, size), shift)
+
+
+@pytest.mark.parametrize("size", [(16, 12), (8, 6, 4)])
+def test_a_linear_displacement_is_that_of_the_coarse_points(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    grid = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in size], indexing="ij"))
+    matrix = torch.randn(ndim, ndim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ddf = torch.einsum("ij,j...->i...", matrix, grid)[None]
+    coarse_grid = torch.stack(torch.meshgrid(*[torch.arange(n // 2, dtype=torch.float64) for n in size], indexing="ij"))
+    # the centre of coarse voxel i lies at 2 i + 1/2
+    expected = torch.einsum("ij,j...->i...", matrix, 2 * coarse_grid + 0.5)[None] / 2
+    torch.testing.assert_close(downsample_ddf(ddf), expected)

@@ -8,58 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Pull, deq_net, pair, tiny_update
 
-from monai_deq.networks.blocks import RegistrationUNet, UNetUpdate
-from monai_deq.networks.nets import DEQRegistrationNet, coarse_to_fine
-from monai_deq.networks.nets.pyramid import coarser, coarser_ddf, finer
-from monai_deq.solvers import certified_solve, certify, starting_point
+from monai_deq.certificates import certified_solve, certify, starting_point
+from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet, coarse_to_fine, set_coarse_solver
+from monai_deq.networks.nets.iteration import downsample, downsample_ddf, upsample_state
+from monai_deq.solvers import SolverSettings
 
 SIZES = [(9, 14), (16, 12), (5, 8, 7)]
 
 
-class Pull(torch.nn.Module):
-    """Moves the displacement a share of the way to ``fixed - moving``, or not at all."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = torch.nn.Parameter(torch.tensor(share))
-
-    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        return self.share * (fixed - moving - ddf)
-
-
 def net(share: float, coarse: DEQRegistrationNet | None = None, **kwargs: Any) -> DEQRegistrationNet:
     settings = {"max_steps": 60, "tolerance": 1e-6, "num_states": 0, **kwargs}
-    return DEQRegistrationNet(Pull(share), coarse=coarse, **settings)
-
-
-def pair(size: tuple[int, ...], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.rand(2, batch, 1, *size, generator=torch.Generator().manual_seed(3)))  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("size", [*SIZES, (1, 6), (4, 1, 3)])
-def test_displacements_halve_and_double(size: tuple[int, ...]) -> None:
-    ndim = len(size)
-    values = torch.arange(1.0, 1 + ndim).view(1, ndim, *[1] * ndim)
-    shift = values.expand(2, ndim, *size)
-    coarse = coarser_ddf(shift)
-    assert coarse.shape[2:] == tuple(-(-n // 2) for n in size)
-    # an axis of one voxel is not halved
-    halves = torch.tensor([1.0 if n == 1 else 0.5 for n in size]).view(1, ndim, *[1] * ndim)
-    torch.testing.assert_close(coarse, (values * halves).expand_as(coarse))
-    torch.testing.assert_close(finer(coarse, size), shift)
-
-
-@pytest.mark.parametrize("size", [(16, 12), (8, 6, 4)])
-def test_a_linear_displacement_is_that_of_the_coarse_points(size: tuple[int, ...]) -> None:
-    ndim = len(size)
-    grid = torch.stack(torch.meshgrid(*[torch.arange(n, dtype=torch.float64) for n in size], indexing="ij"))
-    matrix = torch.randn(ndim, ndim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ddf = torch.einsum("ij,j...->i...", matrix, grid)[None]
-    coarse_grid = torch.stack(torch.meshgrid(*[torch.arange(n // 2, dtype=torch.float64) for n in size], indexing="ij"))
-    # the centre of coarse voxel i lies at 2 i + 1/2
-    expected = torch.einsum("ij,j...->i...", matrix, 2 * coarse_grid + 0.5)[None] / 2
-    torch.testing.assert_close(coarser_ddf(ddf), expected)
+    return deq_net(Pull(share), coarse=coarse, **settings)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -68,13 +29,15 @@ def test_starts_where_the_coarser_networks_come_to_rest(size: tuple[int, ...], t
     ndim = len(size)
     moving, fixed = pair(size)
     network = net(0.0, net(0.5), phantom_steps=1).train(training)
-    expected = finer((coarser(fixed) - coarser(moving)).expand(-1, ndim, *coarser(fixed).shape[2:]), size)
+    expected = upsample_state(
+        (downsample(fixed) - downsample(moving)).expand(-1, ndim, *downsample(fixed).shape[2:]), size
+    )
     torch.testing.assert_close(network(moving, fixed)[1], expected, rtol=0, atol=1e-5)
     # a third level: its solution is the start of the second, which does not move
     network = net(0.0, net(0.0, net(0.5)), phantom_steps=1).train(training)
-    small = coarser(coarser(fixed)) - coarser(coarser(moving))
+    small = downsample(downsample(fixed)) - downsample(downsample(moving))
     small = small.expand(-1, ndim, *small.shape[2:])
-    expected = finer(finer(small, coarser(fixed).shape[2:]), size)
+    expected = upsample_state(upsample_state(small, downsample(fixed).shape[2:]), size)
     torch.testing.assert_close(network(moving, fixed)[1], expected, rtol=0, atol=1e-5)
 
 
@@ -91,20 +54,20 @@ def test_a_given_start_leaves_the_coarser_networks_out(size: tuple[int, ...], tr
 def test_a_start_for_the_coarsest(size: tuple[int, ...]) -> None:
     moving, fixed = pair(size)
     start = torch.randn(2, len(size), *size, generator=torch.Generator().manual_seed(1))
-    assert net(0.0).coarse_solution(moving, fixed, start) is start
-    assert net(0.0).coarse_solution(moving, fixed) is None
-    kept = net(0.5, net(0.0, net(0.0))).coarse_solution(moving, fixed, start)
-    coarse = coarser_ddf(start)
-    torch.testing.assert_close(kept, finer(finer(coarser_ddf(coarse), coarse.shape[2:]), size))
+    assert net(0.0).coarse_start(moving, fixed, start) == (start, ())
+    assert net(0.0).coarse_start(moving, fixed) == (None, ())
+    kept = net(0.5, net(0.0, net(0.0))).coarse_start(moving, fixed, start)[0]
+    coarse = downsample_ddf(start)
+    torch.testing.assert_close(kept, upsample_state(upsample_state(downsample_ddf(coarse), coarse.shape[2:]), size))
     with pytest.raises(ValueError, match="shape"):
-        net(0.5, net(0.0)).coarse_solution(moving, fixed, start[:, :1])
+        net(0.5, net(0.0)).coarse_start(moving, fixed, start[:, :1])
 
 
 def test_random_starts_of_a_certificate_begin_with_the_coarsest() -> None:
     moving, fixed = pair((16, 12))
     for network, low, high in ((net(0.0), 2.9, 3.1), (net(0.0, net(0.5)), 0.0, 1e-4)):
         state, record = network.solve_state(moving, fixed)
-        certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
+        certificates = certify(network, moving, fixed, state, record, {"tolerance": 0.01, "random_starts": 1})
         assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]
 
 
@@ -118,7 +81,7 @@ def test_proximal_term_pulls_to_the_coarser_solution(size: tuple[int, ...], solv
     network = net(share, net(share, net(share, **settings), **settings), **settings).train(training)
     levels = [(moving, fixed)]
     for _ in range(2):
-        levels.append((coarser(levels[-1][0]), coarser(levels[-1][1])))
+        levels.append((downsample(levels[-1][0]), downsample(levels[-1][1])))
     center: Any = 0.0
     for k in (2, 1, 0):
         target = levels[k][1] - levels[k][0]
@@ -126,9 +89,9 @@ def test_proximal_term_pulls_to_the_coarser_solution(size: tuple[int, ...], solv
         solution = (share * target + weight * center) / (share + weight)
         solution = solution.expand(-1, ndim, *target.shape[2:])
         if k:
-            center = finer(solution, levels[k - 1][0].shape[2:])
+            center = upsample_state(solution, levels[k - 1][0].shape[2:])
     torch.testing.assert_close(network(moving, fixed)[1], solution, rtol=0, atol=2e-5)
-    torch.testing.assert_close(network.coarse_solution(moving, fixed), center, rtol=0, atol=2e-5)
+    torch.testing.assert_close(network.coarse_start(moving, fixed)[0], center, rtol=0, atol=2e-5)
     # a start of its own changes the way, and not where it ends; what it is pulled to may be given
     start = torch.randn(2, ndim, *size, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(network(moving, fixed, start)[1], solution, rtol=0, atol=2e-5)
@@ -150,10 +113,10 @@ def test_a_start_for_all_levels_of_a_proximal_network(size: tuple[int, ...]) -> 
     # the updates do nothing: one step at each level, from the start towards what the level before has left
     single = {"proximal_weight": 0.25, "max_steps": 1}
     network = net(0.0, net(0.0, net(0.0, **single), **single), **single)
-    half = coarser_ddf(start)
-    quarter = 0.75 * coarser_ddf(half)
-    half = 0.75 * half + 0.25 * finer(quarter, half.shape[2:])
-    center = finer(half, size)
+    half = downsample_ddf(start)
+    quarter = 0.75 * downsample_ddf(half)
+    half = 0.75 * half + 0.25 * upsample_state(quarter, half.shape[2:])
+    center = upsample_state(half, size)
     initial, given = starting_point(network, moving, fixed, start)
     assert initial is start
     torch.testing.assert_close(given, {"proximal_center": center})
@@ -162,11 +125,11 @@ def test_a_start_for_all_levels_of_a_proximal_network(size: tuple[int, ...]) -> 
     # and with none of its own at the coarser solution
     initial, given = starting_point(net(0.0, net(0.5, **single), **single), moving, fixed)
     assert initial is given["proximal_center"]
-    torch.testing.assert_close(initial, net(0.0, net(0.5, **single)).coarse_solution(moving, fixed))
+    torch.testing.assert_close(initial, net(0.0, net(0.5, **single)).coarse_start(moving, fixed)[0])
     # without the proximal term the start is the coarsest network's alone, and without coarser ones its own
     plain = net(0.0, net(0.0, net(0.0)))
     initial, given = starting_point(plain, moving, fixed, start)
-    torch.testing.assert_close(initial, plain.coarse_solution(moving, fixed, start))
+    torch.testing.assert_close(initial, plain.coarse_start(moving, fixed, start)[0])
     assert given == {} and starting_point(net(0.0, **single), moving, fixed, start) == (start, {})
 
 
@@ -177,7 +140,7 @@ def test_random_starts_of_a_certificate_enter_at_each_level_with_a_proximal_term
     for steps, low, high in ((2, 0.3, 3.0), (60, 0.0, 1e-4)):
         network = net(0.5, net(0.5, **settings), max_steps=steps, **settings)
         state, record = network.solve_state(moving, fixed)
-        certificates = certify(network, moving, fixed, state, record, 0.01, random_starts=1)
+        certificates = certify(network, moving, fixed, state, record, {"tolerance": 0.01, "random_starts": 1})
         assert all(low <= c.start_distance <= high for c in certificates)  # type: ignore[operator]
 
 
@@ -199,16 +162,15 @@ def test_a_certified_solve_solves_the_coarser_levels_once(start: float | None) -
     assert all(c.verdict == "converged" and c.residual < 1e-6 for c in certificates)
 
 
-def unet(ndim: int) -> DEQRegistrationNet:
-    backbone = RegistrationUNet(ndim, 2 + ndim, None, (2, 3), (3,), (2,), flow_std=0.05)
-    return DEQRegistrationNet(UNetUpdate(ndim, backbone), max_steps=4, num_states=0)
+def unet(ndim: int, **settings: Any) -> DEQRegistrationNet:
+    return deq_net(tiny_update(ndim), **{"max_steps": 4, "num_states": 0, **settings})
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_finest_network_alone_is_trained(size: tuple[int, ...]) -> None:
     network = coarse_to_fine(unet(len(size)), 3, 5).train()
-    assert network.coarse.max_steps == network.coarse.coarse.max_steps == 5 and network.coarse.coarse.coarse is None
-    assert network.max_steps == 4
+    assert network.coarse.solver.max_steps == network.coarse.coarse.solver.max_steps == 5
+    assert network.coarse.coarse.coarse is None and network.solver.max_steps == 4
     assert all(p.requires_grad == (not n.startswith("coarse.")) for n, p in network.named_parameters())
     moving, fixed = pair(size)
     _, ddf, _ = network(moving, fixed)
@@ -250,7 +212,7 @@ def test_steps_of_all_sizes_are_counted(size: tuple[int, ...]) -> None:
     assert quarter.tolist() == [4, 4]
     for i, steps in enumerate(half.tolist()):
         single = net(0.5, net(0.5, max_steps=4, tolerance=0.0), tolerance=1e-3)
-        pairs = coarser(moving[i : i + 1]), coarser(fixed[i : i + 1])
+        pairs = downsample(moving[i : i + 1]), downsample(fixed[i : i + 1])
         assert single.solve(*pairs)[1].steps.tolist() == [steps]
     expected = 1 + half.double() / 2 ** len(size) + 4 / 4 ** len(size)
     torch.testing.assert_close(record.evaluations(len(size)), expected)
@@ -258,25 +220,53 @@ def test_steps_of_all_sizes_are_counted(size: tuple[int, ...]) -> None:
     assert network.solve(moving, fixed, torch.zeros(2, len(size), *size))[1].coarse_steps == ()
 
 
-def test_solver_and_tolerance_of_the_coarser_networks() -> None:
-    network = coarse_to_fine(unet(2), 3, tolerance=0.02, solver="anderson")
+def test_coarser_networks_are_of_the_same_kind() -> None:
+    settings = {"relaxation": 0.5, "proximal_weight": 0.2, "phantom_steps": 3, "tolerance": 0.02, "num_states": 2}
+    network = coarse_to_fine(unet(2, solver="anderson", solver_options={"window": 2}, **settings), 3, 7)
+    assert network.gradient.num_states == 2
     for coarse in (network.coarse, network.coarse.coarse):
-        assert (coarse.tolerance, coarse.solver, coarse.solver_options) == (0.02, "anderson", {})
-    assert (network.tolerance, network.solver) == (1e-3, "plain")
-    own = coarse_to_fine(DEQRegistrationNet(unet(2).update, solver="anderson", solver_options={"window": 2}), 2)
-    assert (own.coarse.tolerance, own.coarse.solver_options) == (1e-3, {"window": 2})
+        assert coarse.solver == SolverSettings("anderson", 7, 0.02, 0.0, {"window": 2})
+        assert coarse.rest == network.rest and coarse.proximal_weight == 0.2
+        assert (coarse.gradient.steps, coarse.gradient.num_states) == (3, 0)
+        assert torch.equal(coarse.update.backbone.flow.weight, network.update.backbone.flow.weight)
+        assert coarse.update.backbone.flow.weight is not network.update.backbone.flow.weight
+    # in the mode of the network
+    assert coarse_to_fine(unet(2).eval(), 2).coarse.training is False and coarse_to_fine(unet(2), 2).coarse.training
+
+
+def test_set_coarse_solver() -> None:
+    network = coarse_to_fine(unet(2, solver_options={"patience": 3}), 3, 5)
+    own = network.solver
+    assert set_coarse_solver(network, name=None, tolerance=None) is network
+    assert network.coarse.solver == network.coarse.coarse.solver == own.changed(max_steps=5)
+    set_coarse_solver(network, name="anderson", tolerance=0.02, max_steps=9)
+    for coarse in (network.coarse, network.coarse.coarse):
+        assert coarse.solver == SolverSettings("anderson", 9, 0.02)
+    assert network.solver == own
+    # the solve really is another: of a quarter of the way a step, until a step is at most a voxel
+    moving, fixed = pair((16, 12))
+    two = net(0.0, net(0.5, tolerance=1e-6))
+    steps = [int(two.solve(10 * moving, 10 * fixed)[1].coarse_steps[0].max())]
+    for changes in ({"tolerance": 1.0}, {"max_steps": 1}):
+        steps.append(int(set_coarse_solver(two, **changes).solve(10 * moving, 10 * fixed)[1].coarse_steps[0].max()))
+    assert steps[0] > steps[1] > steps[2] == 1
+    # without coarser networks there is nothing to change
+    for alone in (unet(2), UnrolledRegistrationNet(spatial_dims=2), torch.nn.Linear(2, 2)):
+        assert set_coarse_solver(alone, name="anderson") is alone
+    assert unet(2).solver.name == "plain"
+    with pytest.raises(ValueError, match="unknown solver 'newton'"):
+        set_coarse_solver(network, name="newton")
+    with pytest.raises(TypeError, match="the solver has the settings .* got max_iter"):
+        set_coarse_solver(network, max_iter=3)
 
 
 def test_refuses() -> None:
     plain = unet(2)
     assert coarse_to_fine(plain) is plain and plain.coarse is None
-    with pytest.raises(ValueError, match="num_levels must be a whole number of at least 1, got 0"):
-        coarse_to_fine(plain, 0)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match=f"num_levels must be a whole number of at least 1, got {wrong}"):
+            coarse_to_fine(plain, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, got 2.5"):
         coarse_to_fine(plain, 2, 2.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="tolerance must not be negative, got -1"):
-        coarse_to_fine(plain, 2, tolerance=-1)
-    with pytest.raises(ValueError, match="unknown solver 'newton'"):
-        coarse_to_fine(plain, 2, solver="newton")
     with pytest.raises(ValueError, match="num_levels is 1"):
         coarse_to_fine(plain, 1, weights="half.pt")

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from monai_deq.networks import load_checkpoint, load_weights, trained_with
+from monai_deq.networks import load_checkpoint, load_weights
 from monai_deq.networks.blocks import RegistrationUNet
 
 
@@ -104,32 +103,3 @@ def test_not_a_dictionary(tmp_path: Path) -> None:
     torch.save({"network": 3}, path)
     with pytest.raises(ValueError, match=r'model\.pt holds a int under "network"'):
         load_weights(unet(), path)
-
-
-def test_trained_with(tmp_path: Path) -> None:
-    path = tmp_path / "models" / "model.pt"
-    assert trained_with(path) == {}
-    path.parent.mkdir()
-    settings = {"spatial_size": [160, 192], "max_steps": 48}
-    (path.parent / "model.json").write_text(json.dumps(settings))
-    assert trained_with(path) == trained_with(str(path)) == settings
-    (path.parent / "model.json").write_text('{"max_steps": 4')
-    with pytest.raises(ValueError, match=r"model\.json is not readable JSON"):
-        trained_with(path)
-    (path.parent / "model.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"model\.json holds a list, expected a dictionary of settings"):
-        trained_with(path)
-
-
-def test_trained_with_of_the_last_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    last, renamed = tmp_path / "last.pt", tmp_path / "renamed.pt"
-    for path in (last, renamed):
-        torch.save({}, path)
-        assert trained_with(path) == {}
-        assert f"beside {path}" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "WARNING"
-    caplog.clear()
-    (tmp_path / "model.json").write_text(json.dumps({"relaxation": 0.5}))
-    assert trained_with(last) == {"relaxation": 0.5}
-    assert not caplog.records
-    (tmp_path / "last.json").write_text(json.dumps({"relaxation": 0.25}))
-    assert trained_with(last) == {"relaxation": 0.25}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Phantom and implicit gradients against closed forms (paper, Eq. 6-8).
+Phantom and implicit gradients against closed forms (paper, Eq. 6-8), and what is evaluated again in the backward pass.
 
 The update is affine, ``f(phi) = A phi + theta - phi`` over the flattened voxels, so that the equilibrium
 ``(I - A)^-1 theta`` and the exact gradient of a loss ``v = (I - A)^-T dL/dphi*`` (by theta) and ``v phi*^T`` (by A) are
@@ -9,10 +9,15 @@ known.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from nets import deq_net, pair, rest_settings, tiny_update
 
+from monai_deq.losses import EquilibriumLoss, RegistrationLoss, StatesLoss
 from monai_deq.networks.nets import DEQRegistrationNet
 
 SIZES = [(3, 4), (2, 3, 2)]
@@ -40,11 +45,11 @@ def problem(size: tuple[int, ...], norm: float = 0.6) -> tuple[Affine, torch.Ten
 
 
 def gradients(
-    update: Affine, moving: torch.Tensor, fixed: torch.Tensor, **settings: object
+    update: Affine, moving: torch.Tensor, fixed: torch.Tensor, **settings: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradient of ``sum |phi - fixed|^2 / 2`` by the offset and the matrix."""
     arguments = {"max_steps": 120, "num_states": 0, "tolerance": 1e-14, **settings}
-    net = DEQRegistrationNet(update, **arguments)  # type: ignore[arg-type]
+    net = deq_net(update, **arguments)
     update.zero_grad()
     _, ddf, _ = net.train()(moving, fixed)
     (0.5 * (ddf - fixed).square().sum()).backward()
@@ -118,15 +123,13 @@ def test_implicit_gradient_within_its_tolerance() -> None:
     update, moving, fixed = problem((3, 4))
     exact = closed_form(update, fixed, None, 1.0)[0]
 
-    def error(**settings: object) -> float:
+    def error(**settings: Any) -> float:
         got = gradients(update, moving, fixed, gradient="implicit", **settings)[0]
         return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
 
     assert error() < 1e-3  # the default, 1e-4 a step
     # ... relative to the gradient, however small the loss makes it
-    _, ddf, _ = DEQRegistrationNet(update, max_steps=120, num_states=0, tolerance=1e-14, gradient="implicit")(
-        moving, fixed
-    )
+    _, ddf, _ = deq_net(update, max_steps=120, num_states=0, tolerance=1e-14, gradient="implicit")(moving, fixed)
     update.zero_grad()
     (1e-9 * 0.5 * (ddf - fixed).square().sum()).backward()
     assert update.offset.grad is not None
@@ -150,7 +153,7 @@ def test_implicit_gradient_of_a_nonlinear_map() -> None:
     torch.manual_seed(0)
     moving, fixed = torch.rand(2, 2, 1, 3, 4, dtype=torch.float64)
     update = Cosine()
-    net = DEQRegistrationNet(
+    net = deq_net(
         update,
         num_states=0,
         max_steps=400,
@@ -216,7 +219,7 @@ def test_gradient_with_hidden_state(size: tuple[int, ...], gradient: str) -> Non
     errors = []
     for steps in (1, 3, 10, 60) if gradient == "phantom" else (1,):
         update = AffineWithHidden(matrix.clone(), offset.clone(), hidden)
-        net = DEQRegistrationNet(
+        net = deq_net(
             update,
             max_steps=150,
             num_states=0,
@@ -243,9 +246,7 @@ def test_gradient_with_hidden_state(size: tuple[int, ...], gradient: str) -> Non
 def test_intermediate_states_have_phantom_gradients(gradient: str) -> None:
     # phi_t after T / 2 steps from zero; two steps further its gradient by theta is (I + A)
     update, moving, fixed = problem((3, 4))
-    net = DEQRegistrationNet(
-        update, max_steps=8, num_states=1, tolerance=0.0, phantom_steps=2, gradient=gradient
-    ).train()
+    net = deq_net(update, max_steps=8, num_states=1, tolerance=0.0, phantom_steps=2, gradient=gradient).train()
     _, _, states = net(moving, fixed)
     weights = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (states[0].flatten(1) * weights).sum().backward()
@@ -259,3 +260,124 @@ def test_intermediate_states_have_phantom_gradients(gradient: str) -> None:
     np.testing.assert_allclose(
         update.matrix.grad, np.outer(v @ a, phi[4]) + np.outer(v, phi[5]), rtol=1e-10, atol=1e-12
     )
+
+
+# --- what is evaluated again ------------------------------------------------------------------------------------------
+
+
+IMAGES = [(12, 9), (6, 4, 5)]
+
+
+def network(ndim: int, checkpointed: bool, **settings: Any) -> DEQRegistrationNet:
+    widths = {"encoder_channels": (4, 3, 5), "decoder_channels": (5, 3), "final_channels": (4,)}
+    update = tiny_update(ndim, checkpoint_parts=3 if checkpointed else 0, **widths)
+    settings = {"max_steps": 5, "num_states": 2, "tolerance": 0.0, "phantom_steps": 2, **settings}
+    return deq_net(update, checkpointed=checkpointed, **settings)
+
+
+def loss_and_gradients(
+    size: tuple[int, ...], checkpointed: bool, contraction_weight: float = 0.0, bf16: bool = False, **settings: Any
+) -> list[torch.Tensor]:
+    dtype = torch.float32 if bf16 else torch.float64
+    net = network(len(size), checkpointed, **settings).to(dtype).train()
+    rest = rest_settings(contraction_weight=contraction_weight)
+    loss = EquilibriumLoss(StatesLoss(RegistrationLoss(len(size)), checkpointed=checkpointed), net, rest)
+    moving, fixed = pair(size, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        value = loss(net(moving, fixed), {"moving": moving, "fixed": fixed})
+    value.backward()
+    return [value.detach(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("size", IMAGES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"phantom_damping": 0.5},
+        {"relaxation": 0.5, "proximal_weight": 0.1, "contraction_weight": 0.2},
+        {"gradient": "implicit", "implicit_max_steps": 3},
+    ],
+)
+def test_loss_and_gradients_stay(size: tuple[int, ...], settings: dict[str, Any]) -> None:
+    plain = loss_and_gradients(size, False, **settings)
+    again = loss_and_gradients(size, True, **settings)
+    assert len(plain) == len(again) == 1 + len(list(network(len(size), False).parameters()))
+    assert all(g.abs().max() > 0 for g in plain)
+    for got, expected in zip(again, plain, strict=True):
+        # the order of the sums alone
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
+
+
+def test_gradients_under_autocast() -> None:
+    plain, again = (loss_and_gradients((12, 9), use, bf16=True) for use in (False, True))
+    exact = loss_and_gradients((12, 9), False)
+    for got, expected, reference in zip(again, plain, exact, strict=True):
+        # no further from each other than bfloat16 is from the exact gradient, on that scale
+        rounding = (expected - reference).abs().max() + 0.01 * reference.abs().max()
+        assert (got - expected).abs().max() <= 2 * rounding
+
+
+def test_gradients_add_up_over_batches() -> None:
+    moving, fixed = pair((12, 9), dtype=torch.float64)
+    grads = []
+    for checkpointed in (False, True):
+        net = network(2, checkpointed).double().train()
+        loss = StatesLoss(RegistrationLoss(2), checkpointed=checkpointed)
+        for i in range(2):
+            item = {"moving": moving[i : i + 1], "fixed": fixed[i : i + 1]}
+            (loss(net(item["moving"], item["fixed"]), item) / 2).backward()
+        grads.append([p.grad for p in net.parameters()])
+    for got, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
+
+
+def saved(size: tuple[int, ...], checkpointed: bool, max_steps: int, num_states: int, phantom_steps: int) -> float:
+    """Peak of what autograd keeps, in images."""
+    from monai_deq.evaluation import saved_for_backward
+
+    net = network(len(size), checkpointed, max_steps=max_steps, num_states=num_states, phantom_steps=phantom_steps)
+    loss = StatesLoss(RegistrationLoss(len(size)), checkpointed=checkpointed)
+    moving, fixed = pair(size)
+    with saved_for_backward([*net.parameters(), *net.buffers()]) as account:
+        loss(net.train()(moving, fixed), {"moving": moving, "fixed": fixed}).backward()
+    return account.peak_bytes / fixed.nbytes
+
+
+@pytest.mark.parametrize("size", [(24, 32), (8, 12, 8)])
+def test_memory_is_that_of_one_step_and_does_not_grow(size: tuple[int, ...]) -> None:
+    one, plain, again = saved(size, False, 1, 0, 1), saved(size, False, 8, 3, 2), saved(size, True, 8, 3, 2)
+    assert plain > 4 * one
+    # beyond the largest of a step and a loss there are the states themselves: four, and two of each chain
+    assert again < one + len(size) * 4 * 2
+    assert saved(size, True, 16, 3, 2) == again
+
+
+def test_nothing_is_evaluated_twice_without_gradients() -> None:
+    moving, fixed = pair((12, 9), dtype=torch.float64)
+    net = network(2, True).double().eval()
+    calls = []
+    net.update.register_forward_hook(lambda *_: calls.append(1))
+    net(moving, fixed)
+    plain = network(2, False).double().eval()(moving, fixed)
+    assert len(calls) == 5
+    torch.testing.assert_close(net(moving, fixed), plain, rtol=0, atol=0)
+
+
+def test_gradients_under_distributed_data_parallel(tmp_path: Path) -> None:
+    # a group of one process: its hooks see every use of a parameter in the backward pass
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        moving, fixed = pair((12, 9), dtype=torch.float64)
+        grads = []
+        for checkpointed in (False, True):
+            net = network(2, checkpointed).double().train()
+            loss = StatesLoss(RegistrationLoss(2), checkpointed=checkpointed)
+            parallel = torch.nn.parallel.DistributedDataParallel(net)
+            loss(parallel(moving, fixed), {"moving": moving, "fixed": fixed}).backward()
+            grads.append([p.grad for p in net.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    alone = loss_and_gradients((12, 9), False)[1:]
+    for got, plain, expected in zip(grads[1], grads[0], alone, strict=True):
+        torch.testing.assert_close(got, plain, rtol=0, atol=1e-11 * float(plain.abs().max()))
+        torch.testing.assert_close(plain, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))

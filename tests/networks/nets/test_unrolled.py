@@ -12,32 +12,33 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
+from nets import Pull, pair, tiny_recurrent_update, tiny_unet
 from scipy.ndimage import map_coordinates
 from torch.func import functional_call
 
-from monai_deq.losses import RegistrationLoss, StatesLoss, exponential_state_weights
-from monai_deq.networks.blocks import GradientUpdate, RecurrentUpdate, RegistrationCNN, RegistrationUNet, UNetUpdate
+from monai_deq.losses import RegistrationLoss, StatesLoss
+from monai_deq.networks.blocks import GradientUpdate, RegistrationCNN, UNetUpdate
 from monai_deq.networks.nets import UnrolledRegistrationNet
+from monai_deq.solvers import SolverSettings
 
 SIZES = [(9, 7), (5, 3, 6)]
 KINDS = ["unet", "gradient", "recurrent"]
 
 
-def tiny_update(kind: str, ndim: int, seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    unet = {"encoder_channels": (2, 2), "decoder_channels": (2,), "final_channels": (), "flow_std": 0.2}
+def update_of(kind: str, ndim: int, seed: int = 0) -> torch.nn.Module:
+    """In double precision, other weights for each seed."""
     if kind == "unet":
-        return UNetUpdate(ndim, RegistrationUNet(ndim, 2 + ndim, **unet)).double()  # type: ignore[arg-type]
-    if kind == "gradient":
-        return GradientUpdate(ndim, backbone=RegistrationCNN(ndim, 2 + ndim, channels=(3,), flow_std=0.1)).double()
-    update = RecurrentUpdate(ndim, hidden_size=2, flow_std=0.3)
-    update.unet = RegistrationUNet(ndim, 2 + 2 * ndim, 2, **unet)  # type: ignore[arg-type]
+        update: torch.nn.Module = UNetUpdate(ndim, tiny_unet(2 + ndim, ndim, 0.2))
+    elif kind == "gradient":
+        update = GradientUpdate(ndim, backbone=RegistrationCNN(ndim, 2 + ndim, channels=(3,), flow_std=0.1))
+    else:
+        update = tiny_recurrent_update(ndim)
+    torch.manual_seed(seed)
+    for parameter in update.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data[torch.randperm(len(parameter))]
+            parameter.data *= 0.8 + 0.4 * torch.rand(())
     return update.double()
-
-
-def pair(size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    moving, fixed = torch.rand(2, 2, 1, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    return moving, fixed
 
 
 def coarser_by_hand(image: np.ndarray) -> np.ndarray:
@@ -111,8 +112,8 @@ def level_sizes(size: tuple[int, ...], levels: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("size", [*SIZES, (2, 2), (1, 6), (3, 4, 1)])
 @pytest.mark.parametrize("steps", [(3,), (2, 1, 3)])
 def test_loop_by_hand(size: tuple[int, ...], steps: tuple[int, ...], kind: str) -> None:
-    moving, fixed = pair(size)
-    updates = [tiny_update(kind, len(size), seed) for seed in range(len(steps))]
+    moving, fixed = pair(size, dtype=torch.float64)
+    updates = [update_of(kind, len(size), seed) for seed in range(len(steps))]
     net = UnrolledRegistrationNet(updates, steps=steps, all_states=True)
     expected = run_by_hand(updates, steps, moving, fixed)
     assert np.std(expected[-1][:, : len(size)]) > 0.01
@@ -135,8 +136,8 @@ def test_loop_by_hand(size: tuple[int, ...], steps: tuple[int, ...], kind: str) 
 
 
 def test_states_on_demand_only() -> None:
-    net = UnrolledRegistrationNet(tiny_update("unet", 2), steps=(2, 2)).train()
-    _, ddf, states = net(*pair((5, 4)))
+    net = UnrolledRegistrationNet(update_of("unet", 2), steps=(2, 2)).train()
+    _, ddf, states = net(*pair((5, 4), dtype=torch.float64))
     assert states == [] and ddf.requires_grad
 
 
@@ -155,7 +156,7 @@ class Given(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [(9, 7), (13, 8), (5, 4, 7)])
 def test_pyramid_by_hand(size: tuple[int, ...]) -> None:
-    moving, fixed = pair(size)
+    moving, fixed = pair(size, dtype=torch.float64)
     update = Given(torch.zeros(()))
     UnrolledRegistrationNet(update, steps=(1, 2, 1, 1)).train()(moving, fixed)
     assert [tuple(m.shape[2:]) for m, _, _ in update.seen] == [
@@ -171,7 +172,7 @@ def test_pyramid_by_hand(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("size", [(24, 11), (20, 12, 9)])
 def test_translation_doubles_from_level_to_level(size: tuple[int, ...]) -> None:
     # four voxels of the finest level are one of the coarsest: the images match on every level
-    moving, _ = pair(size)
+    moving, _ = pair(size, dtype=torch.float64)
     fixed = moving.roll(-4, dims=2)
     coarse = torch.zeros(len(size), dtype=torch.float64)
     coarse[0] = 1
@@ -199,14 +200,14 @@ def test_affine_field_is_kept(size: tuple[int, ...]) -> None:
 
     coarse = field(np.indices(level_sizes(size, 2)[0]).astype(float), offset)
     update = Given(torch.from_numpy(coarse)[None])
-    _, ddf = UnrolledRegistrationNet(update, steps=(1, 1)).eval()(*pair(size))
+    _, ddf = UnrolledRegistrationNet(update, steps=(1, 1)).eval()(*pair(size, dtype=torch.float64))
     expected = field(np.indices(size) - 0.5, 2 * offset)
     inner = (..., *(slice(1, -1) for _ in size))
     np.testing.assert_allclose(ddf[0][inner], expected[inner], rtol=0, atol=1e-12)
 
 
 def test_whose_weights() -> None:
-    moving, fixed = pair((9, 7))
+    moving, fixed = pair((9, 7), dtype=torch.float64)
 
     class Tag(torch.nn.Module):
         def __init__(self) -> None:
@@ -231,6 +232,29 @@ def test_whose_weights() -> None:
     assert len(UnrolledRegistrationNet([shared], steps=(2, 1, 3)).updates) == 1
 
 
+def test_updates_of_the_levels_and_steps_before_the_finest() -> None:
+    updates = [Pull(0.1), Pull(0.2), Pull(0.3)]
+    net = UnrolledRegistrationNet(updates, steps=(2, 1, 3))
+    assert net.update == updates and net.coarse is None and net.proximal_weight == 0
+    assert UnrolledRegistrationNet(updates[0], steps=(2, 1)).update is updates[0]
+    _, record = net.solve(*pair((9, 7)))
+    # from the finest of the smaller sizes to the coarsest
+    assert [steps.tolist() for steps in record.coarse_steps] == [[1, 1], [2, 2]]
+    assert record.evaluations(2).tolist() == [3 + 1 / 4 + 2 / 16] * 2
+    assert net.solve(*pair((9, 7)), torch.zeros(2, 2, 9, 7))[1].coarse_steps == ()
+
+
+@pytest.mark.parametrize("kind", ["unet", "recurrent"])
+def test_map_of_the_finest_level(kind: str) -> None:
+    moving, fixed = pair((9, 7), dtype=torch.float64)
+    net = UnrolledRegistrationNet([update_of(kind, 2, seed) for seed in range(2)], steps=(1, 2)).eval()
+    state, _ = net.solve_state(moving, fixed)
+    after, _ = net.solve_state(moving, fixed, max_steps=3)
+    torch.testing.assert_close(net.fixed_point_map(moving, fixed)(state), after, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        net.fixed_point_map(moving, fixed[..., :-1])
+
+
 def test_number_of_parameters() -> None:
     def count(net: torch.nn.Module) -> int:
         return sum(p.numel() for p in net.parameters())
@@ -239,7 +263,7 @@ def test_number_of_parameters() -> None:
     assert count(UnrolledRegistrationNet()) == 328_627
     net = UnrolledRegistrationNet(spatial_dims=2).eval()
     assert net.steps == (6,)
-    moving, fixed = (image.float() for image in pair((9, 7)))
+    moving, fixed = pair((9, 7))
     warped, ddf = net(moving, fixed)
     assert warped.shape == moving.shape and ddf.shape == (2, 2, 9, 7) and 0 < ddf.abs().max() < 1e-2
 
@@ -250,8 +274,8 @@ def test_number_of_parameters() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [(5, 4), (3, 4, 5)])
 def test_gradient_through_time(size: tuple[int, ...], kind: str) -> None:
-    moving, fixed = pair(size)
-    updates = [tiny_update(kind, len(size), seed) for seed in range(2)]
+    moving, fixed = pair(size, dtype=torch.float64)
+    updates = [update_of(kind, len(size), seed) for seed in range(2)]
     net = UnrolledRegistrationNet(updates, steps=(1, 2), all_states=True).train()
     names = [name for name, _ in net.named_parameters()]
 
@@ -265,8 +289,8 @@ def test_gradient_through_time(size: tuple[int, ...], kind: str) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_all_parameters(size: tuple[int, ...], kind: str) -> None:
-    moving, fixed = pair(size)
-    net = UnrolledRegistrationNet([tiny_update(kind, len(size), seed) for seed in range(2)], steps=(2, 2)).train()
+    moving, fixed = pair(size, dtype=torch.float64)
+    net = UnrolledRegistrationNet([update_of(kind, len(size), seed) for seed in range(2)], steps=(2, 2)).train()
     net(moving, fixed)[0].square().sum().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()), name
@@ -279,11 +303,11 @@ def test_loss_of_all_states(size: tuple[int, ...]) -> None:
         def forward(self, ddf: torch.Tensor) -> torch.Tensor:
             return ddf.square().mean()
 
-    moving, fixed = pair(size)
-    update = tiny_update("recurrent", len(size))
+    moving, fixed = pair(size, dtype=torch.float64)
+    update = update_of("recurrent", len(size))
     net = UnrolledRegistrationNet(update, steps=5, all_states=True).train()
     one = RegistrationLoss(len(size), 0.3, torch.nn.MSELoss(), Square())
-    loss = StatesLoss(one, exponential_state_weights(4))
+    loss = StatesLoss(one, "exponential")
     value = loss(net(moving, fixed), {"fixed": fixed, "moving": moving})
 
     total = 0.0
@@ -302,8 +326,8 @@ def test_loss_of_all_states(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_steps_on_the_finest_level(size: tuple[int, ...], kind: str, n: int) -> None:
-    moving, fixed = pair(size)
-    updates = [tiny_update(kind, len(size), seed) for seed in range(2)]
+    moving, fixed = pair(size, dtype=torch.float64)
+    updates = [update_of(kind, len(size), seed) for seed in range(2)]
     net = UnrolledRegistrationNet(updates, steps=(2, 3))
     for mode in (True, False):
         ddf, record = net.train(mode).solve(moving, fixed, max_steps=n)
@@ -323,8 +347,8 @@ def test_steps_on_the_finest_level(size: tuple[int, ...], kind: str, n: int) -> 
 @pytest.mark.parametrize("kind", ["unet", "gradient"])
 @pytest.mark.parametrize("size", SIZES)
 def test_warm_start_goes_on(size: tuple[int, ...], kind: str) -> None:
-    moving, fixed = pair(size)
-    net = UnrolledRegistrationNet([tiny_update(kind, len(size), s) for s in range(3)], steps=(1, 2, 2))
+    moving, fixed = pair(size, dtype=torch.float64)
+    net = UnrolledRegistrationNet([update_of(kind, len(size), s) for s in range(3)], steps=(1, 2, 2))
     whole, _ = net.solve(moving, fixed, max_steps=5)
     first, _ = net.solve(moving, fixed, max_steps=2)
     rest, record = net.solve(moving, fixed, first, max_steps=3)
@@ -341,7 +365,7 @@ def test_warm_start_goes_on(size: tuple[int, ...], kind: str) -> None:
 
 
 def test_warm_start_leaves_the_coarser_levels_out() -> None:
-    moving, fixed = pair((9, 7))
+    moving, fixed = pair((9, 7), dtype=torch.float64)
     update = Given(torch.zeros(()))
     net = UnrolledRegistrationNet(update, steps=(1, 1, 2))
     start = torch.full((2, 2, 9, 7), 0.5, dtype=torch.float64)
@@ -352,11 +376,7 @@ def test_warm_start_leaves_the_coarser_levels_out() -> None:
 
 
 def test_settings_of_one_solve() -> None:
-    class Pull(torch.nn.Module):
-        def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-            return 0.5 * (fixed - moving - ddf)
-
-    moving, fixed = pair((5, 4))
+    moving, fixed = pair((5, 4), dtype=torch.float64)
     net = UnrolledRegistrationNet(Pull(), steps=4)
     target = (fixed - moving).expand(-1, 2, -1, -1)
     ddf, record = net.solve(moving, fixed)
@@ -364,18 +384,19 @@ def test_settings_of_one_solve() -> None:
     assert record.reason == ("step limit",) * 2
     ddf, record = net.solve(moving, fixed, max_steps=60, tolerance=1e-3)
     assert record.converged.all() and 4 < int(record.steps.max()) < 20
+    assert net.solver == SolverSettings(max_steps=4, tolerance=0.0)
     torch.testing.assert_close(ddf, target, rtol=0, atol=2e-3)
     _, record = net.solve(moving, fixed, max_steps=60, relative_tolerance=0.2)
     assert record.reason == ("relative tolerance",) * 2
-    ddf, _ = net.solve(moving, fixed, max_steps=3, solver="anderson", solver_options={"window": 2})
+    ddf, _ = net.solve(moving, fixed, max_steps=3, name="anderson", options={"window": 2})
     torch.testing.assert_close(ddf, target, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [False, True])
 def test_state_is_float32_under_autocast(training: bool, kind: str) -> None:
-    moving, fixed = (image.float() for image in pair((6, 5)))
-    net = UnrolledRegistrationNet(tiny_update(kind, 2).float(), steps=(2, 2), all_states=True).train(training)
+    moving, fixed = pair((6, 5))
+    net = UnrolledRegistrationNet(update_of(kind, 2).float(), steps=(2, 2), all_states=True).train(training)
     with torch.autocast("cpu", torch.bfloat16):
         warped, ddf, *states = net(moving, fixed)
     assert ddf.dtype == torch.float32 and all(s.dtype == torch.float32 for s in sum(states, []))
@@ -387,8 +408,8 @@ def test_state_is_float32_under_autocast(training: bool, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_meta_tensors(kind: str) -> None:
-    moving, fixed = pair((6, 5))
-    net = UnrolledRegistrationNet(tiny_update(kind, 2), steps=(1, 2))
+    moving, fixed = pair((6, 5), dtype=torch.float64)
+    net = UnrolledRegistrationNet(update_of(kind, 2), steps=(1, 2))
     for mode in (True, False):
         expected = net.train(mode)(moving, fixed)[:2]
         for got, value in zip(net(MetaTensor(moving), MetaTensor(fixed))[:2], expected, strict=True):
@@ -450,7 +471,7 @@ def test_wrong_types_and_steps() -> None:
     for mode in (True, False):
         with pytest.raises(ValueError, match=r"floating point .*torch.uint8 and torch.float32"):
             net.train(mode)(image.byte(), image)
-    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, got 0"):
         net.solve(image, image, max_steps=0)
     with pytest.raises(ValueError, match="unknown solver 'newton'"):
-        net.solve(image, image, solver="newton")
+        net.solve(image, image, name="newton")

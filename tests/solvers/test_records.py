@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from monai_deq.solvers import SolverRecord, StopReason, solve_fixed_point
+from monai_deq.solvers import SolverRecord, SolverSettings, StopReason, solve_fixed_point
 
 
 def record() -> SolverRecord:
@@ -70,7 +70,7 @@ def test_evaluations_at_smaller_sizes_count_by_their_voxels() -> None:
 def test_items_of_real_solves(solver: str) -> None:
     # one converges, one goes to zero at once (residual relative to nothing), one fails at the door
     scale = torch.tensor([0.5, 0.0, float("nan")]).view(3, 1, 1)
-    _, r = solve_fixed_point(lambda x: scale * x, torch.ones(3, 2, 3), solver, max_steps=20)
+    _, r = solve_fixed_point(lambda x: scale * x, torch.ones(3, 2, 3), SolverSettings(solver, 20))
     items = [r.item(i) for i in range(3)]
     for item in items:
         json.dumps(item, allow_nan=False)

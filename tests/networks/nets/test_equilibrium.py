@@ -12,23 +12,13 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.blocks import Warp
+from nets import Pull, deq_net, pair, tiny_recurrent_update, tiny_update
 
-from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
-from monai_deq.networks.nets import DEQRegistrationNet
-from monai_deq.solvers import spectral_radius
+from monai_deq.networks.blocks import UNetUpdate
+from monai_deq.networks.nets import DEQRegistrationNet, GradientSettings, RestSettings
+from monai_deq.solvers import SolverSettings
 
 SIZES = [(9, 7), (5, 3, 4)]
-
-
-class Pull(torch.nn.Module):
-    """Moves the displacement a share of the way to ``fixed - moving``: the fixed point is known."""
-
-    def __init__(self, share: float = 0.5) -> None:
-        super().__init__()
-        self.share = torch.nn.Parameter(torch.tensor(share))
-
-    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        return self.share * (fixed - moving - ddf)
 
 
 class Push(torch.nn.Module):
@@ -53,35 +43,8 @@ class Counter(torch.nn.Module):
         return torch.ones_like(ddf), hidden + 1
 
 
-def tiny_update(spatial_dims: int) -> UNetUpdate:
-    torch.manual_seed(0)
-    backbone = RegistrationUNet(
-        spatial_dims,
-        2 + spatial_dims,
-        encoder_channels=(2, 3),
-        decoder_channels=(3,),
-        final_channels=(2,),
-        flow_std=0.05,
-    )
-    return UNetUpdate(spatial_dims, backbone)
-
-
 def tiny_net(spatial_dims: int, **kwargs: Any) -> DEQRegistrationNet:
-    settings = {"max_steps": 8, "num_states": 1, "tolerance": 0.0, **kwargs}
-    return DEQRegistrationNet(tiny_update(spatial_dims), **settings)
-
-
-def tiny_recurrent_update(spatial_dims: int) -> RecurrentUpdate:
-    """Hidden states of 2 channels each."""
-    torch.manual_seed(0)
-    update = RecurrentUpdate(spatial_dims, hidden_size=2, flow_std=0.3)
-    update.unet = RegistrationUNet(spatial_dims, 2 + 2 * spatial_dims, 2, (2, 2), (2,), (), flow_std=0.2)
-    return update
-
-
-def pair(size: tuple[int, ...], batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    moving, fixed = torch.rand(2, batch, 1, *size, generator=torch.Generator().manual_seed(4))
-    return moving, fixed
+    return deq_net(tiny_update(spatial_dims), **{"max_steps": 8, "num_states": 1, "tolerance": 0.0, **kwargs})
 
 
 def iterate(g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, steps: int) -> torch.Tensor:
@@ -92,9 +55,7 @@ def iterate(g: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, steps: i
 
 @pytest.mark.parametrize("size", SIZES)
 def test_builds_from_spatial_dims_alone(size: tuple[int, ...]) -> None:
-    net = DEQRegistrationNet(spatial_dims=len(size))
-    if len(size) == 3:
-        assert sum(p.numel() for p in net.parameters()) == 328_627
+    net = DEQRegistrationNet(spatial_dims=len(size), solver=SolverSettings(max_steps=4))
     moving, fixed = pair(size)
     warped, ddf = net.eval()(moving, fixed)
     assert warped.shape == moving.shape and ddf.shape == (2, len(size), *size)
@@ -103,7 +64,9 @@ def test_builds_from_spatial_dims_alone(size: tuple[int, ...]) -> None:
 
 def test_default_settings() -> None:
     net = DEQRegistrationNet()
-    assert net.max_steps == 48
+    assert net.solver == SolverSettings() and net.gradient == GradientSettings()
+    assert net.rest == RestSettings(enabled=False) and net.coarse is None
+    assert sum(p.numel() for p in net.parameters()) == 328_627
     warped, ddf, states = tiny_net(2, max_steps=48, num_states=3).train()(*pair((5, 4)))
     assert len(states) == 3 and isinstance(states, list)
 
@@ -141,9 +104,7 @@ def test_states_in_training(
 @pytest.mark.parametrize(("solver", "options"), [("plain", {}), ("anderson", {"window": 1})])
 def test_final_state_where_the_residual_grows(solver: str, options: dict[str, Any]) -> None:
     # phi_n = (rate^n - 1) / (rate - 1): the first state has the lowest residual
-    net = DEQRegistrationNet(
-        Push(1.5), max_steps=8, num_states=3, phantom_steps=2, solver=solver, solver_options=options
-    )
+    net = deq_net(Push(1.5), max_steps=8, num_states=3, phantom_steps=2, solver=solver, solver_options=options)
     moving, fixed = (image.double() for image in pair((3, 4)))
     _, ddf, states = net.train()(moving, fixed)
     for state, n in zip([*states, ddf], (4, 6, 8, 10), strict=True):
@@ -154,7 +115,7 @@ def test_final_state_where_the_residual_grows(solver: str, options: dict[str, An
 
 def test_states_where_all_stop_early() -> None:
     moving, fixed = pair((3, 4))
-    net = DEQRegistrationNet(Pull(1.0), max_steps=48, num_states=3, phantom_steps=1)
+    net = deq_net(Pull(1.0), max_steps=48, num_states=3, phantom_steps=1)
     _, ddf, states = net.train()(moving, fixed)
     assert len(states) == 3
     for state in (*states, ddf):
@@ -165,7 +126,7 @@ def test_states_where_all_stop_early() -> None:
 @pytest.mark.parametrize("solver", ["plain", "anderson"])
 def test_known_fixed_point(size: tuple[int, ...], solver: str) -> None:
     moving, fixed = pair(size)
-    net = DEQRegistrationNet(Pull(), solver=solver, tolerance=1e-5).eval()
+    net = deq_net(Pull(), solver=solver, tolerance=1e-5).eval()
     warped, ddf = net(moving, fixed)
     expected = (fixed - moving).expand(-1, len(size), *size)
     torch.testing.assert_close(ddf, expected, rtol=0, atol=2e-5)
@@ -186,7 +147,7 @@ def test_batch_is_its_items(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_warm_start(training: bool) -> None:
     moving, fixed = pair((5, 4))
-    net = DEQRegistrationNet(Pull(), tolerance=1e-4, phantom_steps=1).train(training)
+    net = deq_net(Pull(), tolerance=1e-4, phantom_steps=1).train(training)
     solution, cold = net.solve(moving, fixed)
     assert cold.steps.min() > 5
     again, warm = net.solve(moving, fixed, solution)
@@ -194,7 +155,7 @@ def test_warm_start(training: bool) -> None:
     torch.testing.assert_close(again, solution, rtol=0, atol=1e-4)
     # one step from elsewhere: the start is really used
     start = torch.ones(2, 2, 5, 4, dtype=torch.float16)
-    net = DEQRegistrationNet(Pull(), max_steps=1, num_states=0, tolerance=0.0, phantom_steps=1).train(training)
+    net = deq_net(Pull(), max_steps=1, num_states=0, tolerance=0.0, phantom_steps=1).train(training)
     ddf = net(moving, fixed, start)[1]
     steps = 2 if training else 1
     expected = iterate(lambda x: 0.5 * (x + fixed - moving), start.float(), steps)
@@ -203,19 +164,17 @@ def test_warm_start(training: bool) -> None:
 
 def test_settings_of_one_solve() -> None:
     moving, fixed = (image.double() for image in pair((5, 4)))
-    net = DEQRegistrationNet(
-        Pull(), solver="plain", solver_options={"damping": 0.5}, tolerance=0.0, max_steps=3, num_states=0
-    )
+    net = deq_net(Pull(), solver="plain", solver_options={"damping": 0.5}, tolerance=0.0, max_steps=3, num_states=0)
     net = net.double()
     target = (fixed - moving).expand(-1, 2, -1, -1)
     # share 0.5, damping 0.5: a quarter of the way at each step
     torch.testing.assert_close(net.solve(moving, fixed)[0], (1 - 0.75**3) * target)
     torch.testing.assert_close(net.solve(moving, fixed, max_steps=5)[0], (1 - 0.75**5) * target)
     # another solver does not get the options of the first
-    ddf, record = net.solve(moving, fixed, solver="anderson", max_steps=20, tolerance=1e-12)
+    ddf, record = net.solve(moving, fixed, name="anderson", max_steps=20, tolerance=1e-12)
     assert record.converged.all()
     torch.testing.assert_close(ddf, target, rtol=0, atol=1e-10)
-    ddf, record = net.solve(moving, fixed, solver_options={}, relative_tolerance=0.2, max_steps=20)
+    ddf, record = net.solve(moving, fixed, options={}, relative_tolerance=0.2, max_steps=20)
     # |g - x| / |g| = 0.5^k / (1 - 0.5^k) is 1/3 at the second step and 1/7 at the third
     assert record.reason == ("relative tolerance",) * 2 and record.steps.tolist() == [3, 3]
     with pytest.raises(TypeError, match="max_iter"):
@@ -228,9 +187,9 @@ def test_relaxed_steps_lead_to_the_same_fixed_point(size: tuple[int, ...], solve
     moving, fixed = (image.double() for image in pair(size))
     target = (fixed - moving).expand(-1, len(size), *size)
     # full steps overshoot by their own length and more: they never come to rest
-    overshooting = DEQRegistrationNet(Pull(2.1), max_steps=60, tolerance=1e-9).double().eval()
-    assert overshooting.solve(moving, fixed, solver="plain")[1].residual[:, -1].min() > 1
-    network = DEQRegistrationNet(Pull(2.1), max_steps=60, tolerance=1e-9, relaxation=0.6, solver=solver)
+    overshooting = deq_net(Pull(2.1), max_steps=60, tolerance=1e-9).double().eval()
+    assert overshooting.solve(moving, fixed)[1].residual[:, -1].min() > 1
+    network = deq_net(Pull(2.1), max_steps=60, tolerance=1e-9, relaxation=0.6, solver=solver)
     network = network.double().eval()
     ddf, record = network.solve(moving, fixed)
     assert record.converged.all()
@@ -249,10 +208,10 @@ def test_proximal_term_bounds_what_a_step_leaves(size: tuple[int, ...]) -> None:
     moving, fixed = (image.double() for image in pair(size))
     start = torch.randn(2, len(size), *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     settings: dict[str, Any] = {"num_states": 0, "tolerance": 0.0, "proximal_weight": 0.3}
-    silent = DEQRegistrationNet(Pull(0.0), max_steps=5, **settings).double().eval()
+    silent = deq_net(Pull(0.0), max_steps=5, **settings).double().eval()
     torch.testing.assert_close(silent.solve(moving, fixed, start)[0], 0.7**5 * start)
-    assert float(spectral_radius(silent.fixed_point_map(moving, fixed), start, 4)[0]) == pytest.approx(0.7, rel=1e-6)
-    hidden = DEQRegistrationNet(Counter(), max_steps=3, **settings).double().eval()
+    torch.testing.assert_close(silent.fixed_point_map(moving, fixed)(start), 0.7 * start)
+    hidden = deq_net(Counter(), max_steps=3, **settings).double().eval()
     state, _ = hidden.solve_state(moving, fixed, start)
     ndim = len(size)
     torch.testing.assert_close(state[:, :ndim], 0.7**3 * start + 0.7**2 + 0.7 + 1)
@@ -263,9 +222,7 @@ def test_proximal_term_bounds_what_a_step_leaves(size: tuple[int, ...]) -> None:
 def test_phantom_steps_are_full_steps(size: tuple[int, ...]) -> None:
     moving, fixed = (image.double() for image in pair(size))
     target = (fixed - moving).expand(-1, len(size), *size)
-    network = DEQRegistrationNet(
-        Pull(0.5), max_steps=4, num_states=1, tolerance=0.0, phantom_steps=2, relaxation=0.4
-    ).double()
+    network = deq_net(Pull(0.5), max_steps=4, num_states=1, tolerance=0.0, phantom_steps=2, relaxation=0.4).double()
     warped, ddf, states = network.train()(moving, fixed)
     # 0.8 of the distance is left by a short step, 0.5 by a full one
     torch.testing.assert_close(ddf, (1 - 0.8**4 * 0.5**2) * target)
@@ -276,18 +233,13 @@ def test_phantom_steps_are_full_steps(size: tuple[int, ...]) -> None:
     torch.testing.assert_close(network.update.share.grad, expected.to(torch.float32).to(network.update.share.dtype))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_steps_of_one_call(training: bool) -> None:
+def test_steps_of_one_call() -> None:
     moving, fixed = (image.double() for image in pair((5, 4)))
-    target = (fixed - moving).expand(-1, 2, -1, -1)
-    network = DEQRegistrationNet(Pull(), max_steps=6, num_states=1, tolerance=0.0, phantom_steps=1).double()
-    warped, ddf, *states = network.train(training)(moving, fixed, max_steps=4)
-    torch.testing.assert_close(ddf, (1 - 0.5 ** (5 if training else 4)) * target)
-    if training:
-        # the intermediate state stays halfway
-        torch.testing.assert_close(states[0][0], (1 - 0.5**3) * target)
-    with pytest.raises(ValueError, match="max_steps must be above the 1 intermediate states, got "):
-        network(moving, fixed, max_steps=1 if training else 0)
+    network = deq_net(Pull(), max_steps=6, num_states=1, tolerance=0.0, phantom_steps=1).double().eval()
+    _, ddf = network(moving, fixed, max_steps=4)
+    torch.testing.assert_close(ddf, (1 - 0.5**4) * (fixed - moving).expand(-1, 2, -1, -1))
+    with pytest.raises(ValueError, match="max_steps must be a whole number of at least 1, got 0"):
+        network(moving, fixed, max_steps=0)
 
 
 @pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16])
@@ -332,9 +284,7 @@ def test_hidden_state_in_training(size: tuple[int, ...], phantom: tuple[int, flo
     ndim = len(size)
     steps, damping = phantom
     update = tiny_recurrent_update(ndim).double()
-    net = DEQRegistrationNet(
-        update, max_steps=6, num_states=2, tolerance=0.0, phantom_steps=steps, phantom_damping=damping
-    )
+    net = deq_net(update, max_steps=6, num_states=2, tolerance=0.0, phantom_steps=steps, phantom_damping=damping)
     moving, fixed = (image.double() for image in pair(size))
     start = 0.3 * torch.ones(2, ndim, *size, dtype=torch.float64)
     warped, ddf, states = net.train()(moving, fixed, start)
@@ -361,7 +311,7 @@ def test_hidden_state_in_training(size: tuple[int, ...], phantom: tuple[int, flo
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_of_a_recurrent_update(size: tuple[int, ...], gradient: str) -> None:
     moving, fixed = pair(size)
-    net = DEQRegistrationNet(
+    net = deq_net(
         tiny_recurrent_update(len(size)), max_steps=4, num_states=1, gradient=gradient, implicit_max_steps=3
     ).train()
     warped, ddf, states = net(moving, fixed)
@@ -378,7 +328,7 @@ def test_gradients_of_a_recurrent_update(size: tuple[int, ...], gradient: str) -
 @pytest.mark.parametrize("size", SIZES)
 def test_solve_with_hidden_state(size: tuple[int, ...], solver: str) -> None:
     moving, fixed = pair(size)
-    net = DEQRegistrationNet(tiny_recurrent_update(len(size)), solver=solver, max_steps=5, tolerance=0.0)
+    net = deq_net(tiny_recurrent_update(len(size)), solver=solver, max_steps=5, tolerance=0.0)
     ddf, record = net.solve(moving, fixed)
     assert ddf.shape == (2, len(size), *size) and record.steps.tolist() == [5, 5]
     # a result holds no memory of the hidden state
@@ -400,7 +350,7 @@ def test_large_hidden_state_hides_no_motion(training: bool) -> None:
             return 0.5 * (fixed - moving - ddf), torch.full_like(hidden, 1e3)
 
     moving, fixed = (image.double() for image in pair((3, 4)))
-    net = DEQRegistrationNet(PullBeside(), tolerance=0.0, relative_tolerance=0.01, num_states=0, phantom_steps=1)
+    net = deq_net(PullBeside(), tolerance=0.0, relative_tolerance=0.01, num_states=0, phantom_steps=1)
     ddf = net.train(training)(moving, fixed)[1]
     # 0.5^k / (1 - 0.5^k) <= 0.01 first at k = 7; in training one more step follows
     torch.testing.assert_close(ddf, ((1 - 0.5 ** (8 if training else 7)) * (fixed - moving)).expand_as(ddf))
@@ -409,7 +359,7 @@ def test_large_hidden_state_hides_no_motion(training: bool) -> None:
 def test_nothing_is_hidden_in_training() -> None:
     moving, fixed = pair((3, 4))
     fixed[1] = float("nan")
-    net = DEQRegistrationNet(Pull(), max_steps=4, num_states=1)
+    net = deq_net(Pull(), max_steps=4, num_states=1)
     _, ddf, states = net.train()(moving, fixed)
     for state in (*states, ddf):
         assert bool(state[0].isfinite().all()) and bool(state[1].isnan().all())
@@ -455,31 +405,46 @@ def test_state_dict_and_copies(size: tuple[int, ...]) -> None:
     ("arguments", "words"),
     [
         ({"spatial_dims": 1}, "spatial_dims must be 2 or 3, got 1"),
-        ({"num_states": -1}, "num_states must be between 0 and max_steps - 1, got num_states=-1"),
-        ({"max_steps": 3}, "num_states=3, max_steps=3"),
-        ({"max_steps": 0, "num_states": 0}, "max_steps=0"),
-        ({"phantom_steps": 0}, "phantom_steps must be at least 1, got 0"),
-        ({"phantom_damping": 0.0}, r"phantom_damping must be in \(0, 1\], got 0.0"),
-        ({"phantom_damping": 1.1}, r"phantom_damping must be in \(0, 1\], got 1.1"),
-        ({"relaxation": 0.0}, r"relaxation must be in \(0, 1\], got 0.0"),
-        ({"gradient": "exact"}, '"phantom" or "implicit", got \'exact\''),
+        ({"num_states": -1}, "num_states must not be negative, got -1"),
+        ({"max_steps": 3}, "num_states must be between 0 and max_steps - 1, got num_states=3, max_steps=3"),
+        ({"max_steps": 0, "num_states": 0}, "max_steps must be a whole number of at least 1, got 0"),
+        ({"phantom_steps": 0}, "gradient steps must be at least 1, got 0"),
+        ({"phantom_damping": 0.0}, r"gradient damping must be in \(0, 1\], got 0.0"),
+        ({"phantom_damping": 1.1}, r"gradient damping must be in \(0, 1\], got 1.1"),
+        ({"gradient": "exact"}, 'gradient kind must be "phantom" or "implicit", got \'exact\''),
         ({"implicit_max_steps": 0}, "implicit_max_steps must be at least 1, got 0"),
-        ({"tolerance": -1e-3}, "tolerance must not be negative, got -0.001"),
-        ({"relative_tolerance": -1.0}, "relative_tolerance must not be negative, got -1.0"),
         ({"implicit_tolerance": float("nan")}, "implicit_tolerance must not be negative, got nan"),
-        ({"solver": "broyden"}, "unknown solver 'broyden', available: 'plain', 'anderson'"),
-        (
-            {"solver_options": {"window": 3}},
-            r"unknown options \['window'\] for solver 'plain', it takes \['damping', 'patience'\]",
-        ),
-        ({"solver_options": {"max_iter": 3}}, "unknown options"),
-        ({"solver_options": {"damping": 2.0}}, r"damping must be in \(0, 1\], got 2.0"),
-        ({"solver": "anderson", "solver_options": {"window": 0}}, "window must be at least 1, got 0"),
+        ({"relaxation": 0.0}, r"relaxation must be in \(0, 1\], got 0.0"),
+        ({"relaxation": 1.1}, r"relaxation must be in \(0, 1\], got 1.1"),
+        ({"proximal_weight": 1.0}, r"proximal_weight must be in \[0, 1\), got 1.0"),
+        ({"proximal_weight": -0.1}, r"proximal_weight must be in \[0, 1\), got -0.1"),
+        ({"contraction_weight": -1.0}, "contraction_weight must not be negative, got -1.0"),
+        ({"contraction_weight": float("nan")}, "contraction_weight must not be negative, got nan"),
+        ({"contraction_along_step": 1.5}, r"contraction_along_step must be in \[0, 1\], got 1.5"),
+        ({"pool_slots": 0}, "pool_slots must be a whole number of at least 1, got 0"),
+        ({"pool_slots": 1.5}, "pool_slots must be a whole number of at least 1, got 1.5"),
+        ({"pool_renewal": 0.0}, r"pool_renewal must be in \(0, 1\], got 0.0"),
+        ({"random_start_share": 1.5}, r"random_start_share must be in \[0, 1\], got 1.5"),
+        ({"random_start_rms": -1.0}, "random_start_rms must not be negative, got -1.0"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        DEQRegistrationNet(**{"spatial_dims": 2, **arguments})
+        deq_net(**{"spatial_dims": 2, **arguments})
+
+
+def test_rest_that_is_not_enabled_is_the_papers_recipe() -> None:
+    rest = RestSettings(0.3, 0.2, 0.1, 0.7, 5, 0.4, 0.6, 2.0, enabled=False)
+    assert (rest.relaxation, rest.proximal_weight, rest.contraction_weight) == (1, 0, 0)
+    assert (rest.pool_renewal, rest.random_start_share) == (1, 0)
+    assert rest.enabled is False
+    # whatever they are
+    assert RestSettings(relaxation=-1, enabled=False).relaxation == 1
+    assert RestSettings().proximal_weight == 0.1 and RestSettings().pool_renewal == 0.2
+    # g(phi) = phi + f(phi), from where it is
+    moving, fixed = pair((5, 4))
+    network = DEQRegistrationNet(Pull(0.5), solver=SolverSettings(max_steps=4, tolerance=0.0), rest=rest).eval()
+    torch.testing.assert_close(network(moving, fixed)[1], (1 - 0.5**4) * (fixed - moving).expand(-1, 2, -1, -1))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -494,7 +459,7 @@ def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     ],
 )
 def test_wrong_shapes(shapes: tuple[Any, ...], words: list[str], training: bool) -> None:
-    net = DEQRegistrationNet(Pull()).train(training)
+    net = deq_net(Pull()).train(training)
     with pytest.raises(ValueError) as error:
         net(*(None if shape is None else torch.zeros(shape) for shape in shapes))
     for word in words:
@@ -503,7 +468,9 @@ def test_wrong_shapes(shapes: tuple[Any, ...], words: list[str], training: bool)
 
 def test_wrong_types() -> None:
     image = torch.zeros(1, 1, 4, 5, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"floating point .*torch.uint8 and torch.float32"):
-        DEQRegistrationNet(Pull())(image, image.float())
-    with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.uint8"):
-        DEQRegistrationNet(Pull())(image.float(), image)
+    for training in (False, True):
+        net = deq_net(Pull()).train(training)
+        with pytest.raises(ValueError, match=r"floating point .*torch.uint8 and torch.float32"):
+            net(image, image.float())
+        with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.uint8"):
+            net(image.float(), image)

@@ -14,16 +14,25 @@ from torchdeq import get_deq
 
 from monai_deq.solvers import (
     SOLVERS,
+    SolverRecord,
+    SolverSettings,
     StopReason,
     anderson_solver,
-    check_solver_options,
     plain_solver,
+    residual_norms,
     solve_fixed_point,
     torchdeq_name,
 )
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 BOTH = pytest.mark.parametrize("solver", ["plain", "anderson"])
+
+
+def solve(
+    g: Map, start: torch.Tensor, solver: str = "plain", ddf_channels: int | None = None, **settings: Any
+) -> tuple[torch.Tensor, SolverRecord]:
+    """Fields of ``SolverSettings`` by name."""
+    return solve_fixed_point(g, start, SolverSettings(solver, **settings), ddf_channels)
 
 
 def rates(*values: float, ndim: int = 2) -> torch.Tensor:
@@ -57,7 +66,7 @@ def test_linear_maps(solver: str, matrix: np.ndarray, shape: tuple[int, ...]) ->
     offsets = np.random.default_rng(1).normal(size=(2, 6))
     expected = np.linalg.solve(np.eye(6) - matrix, offsets.T).T
     a, b = torch.from_numpy(matrix), torch.from_numpy(offsets)
-    state, record = solve_fixed_point(
+    state, record = solve(
         lambda x: (x.flatten(1) @ a.T + b).view_as(x),
         torch.zeros(2, *shape, dtype=torch.float64),
         solver,
@@ -78,9 +87,9 @@ def test_patience_ends_a_cycle(rate: float) -> None:
         return torch.cat([rate * x[:1] * (1 - x[:1]), 0.5 * x[1:] + 0.1])
 
     settings: dict[str, Any] = {"max_steps": 120, "tolerance": 1e-12}
-    cycling, record = solve_fixed_point(g, start, **settings)
+    cycling, record = solve(g, start, **settings)
     assert record.converged.tolist() == [False, True]
-    state, patient = solve_fixed_point(g, start, **settings, solver_options={"patience": 5})
+    state, patient = solve(g, start, **settings, options={"patience": 5})
     assert patient.converged.all()
     np.testing.assert_allclose(state[0], expected, rtol=0, atol=1e-10)
     # the other item is not touched
@@ -94,7 +103,7 @@ def test_patience_waits_as_long_as_it_says() -> None:
 
     for patience in (1, 3):
         start = torch.zeros(1, 1, 2, dtype=torch.float64)
-        state, record = solve_fixed_point(g, start, max_steps=20, tolerance=0.0, solver_options={"patience": patience})
+        state, record = solve(g, start, max_steps=20, tolerance=0.0, options={"patience": patience})
         assert bool((state == 0.5).all())
         # the first residual is the smallest; after `patience` that are no smaller comes the half step, then 0
         assert record.residual[0, : int(record.steps[0])].tolist() == pytest.approx(
@@ -107,7 +116,7 @@ def test_cosine(solver: str) -> None:
     expected = brentq(lambda x: np.cos(x) - x, 0, 1, xtol=1e-15)
     start = torch.linspace(-2, 3, 10, dtype=torch.float64).view(2, 1, 5)
     # tolerance 0: on to the last bit, far past where all residuals are parallel
-    state, _ = solve_fixed_point(torch.cos, start, solver, max_steps=150, tolerance=0.0)
+    state, _ = solve(torch.cos, start, solver, max_steps=150, tolerance=0.0)
     np.testing.assert_allclose(state, expected, rtol=0, atol=1e-14)
 
 
@@ -117,7 +126,7 @@ def test_coupled_nonlinear_map(solver: str) -> None:
     w, b = 0.4 * rng.normal(size=(4, 4)), rng.normal(size=4)
     expected = root(lambda x: np.tanh(w @ x + b) - x, np.zeros(4), tol=1e-13).x
     wt, bt = torch.from_numpy(w), torch.from_numpy(b)
-    state, record = solve_fixed_point(
+    state, record = solve(
         lambda x: torch.tanh(x.flatten(1) @ wt.T + bt).view_as(x),
         torch.zeros(1, 2, 2, dtype=torch.float64),
         solver,
@@ -141,7 +150,7 @@ def test_anderson_needs_fewer_evaluations(dtype: torch.dtype) -> None:
             calls[solver] += 1
             return slopes * x + offset
 
-        state, record = solve_fixed_point(g, torch.zeros_like(offset), solver, max_steps=400, tolerance=1e-4)
+        state, record = solve(g, torch.zeros_like(offset), solver, max_steps=400, tolerance=1e-4)
         assert record.converged.all()
         assert calls[solver] == int(record.steps.max())
         expected = offset / (1 - slopes)
@@ -152,7 +161,7 @@ def test_anderson_needs_fewer_evaluations(dtype: torch.dtype) -> None:
 def test_anderson_solves_a_line_at_once() -> None:
     # two points fix a line, up to the ridge: x* = 1 / (1 - a), also where the plain iteration diverges
     for a in (0.5, 0.999, -0.9, -3.0, 1.5):
-        state, record = solve_fixed_point(
+        state, record = solve(
             lambda x, a=a: a * x + 1,  # type: ignore[misc]
             torch.zeros(1, 2, 3, dtype=torch.float64),
             "anderson",
@@ -166,8 +175,8 @@ def test_anderson_solves_a_line_at_once() -> None:
 def test_anderson_weights_do_not_depend_on_units() -> None:
     a = torch.from_numpy(complex_spectrum())
 
-    def solve(scale: float) -> tuple[torch.Tensor, int]:
-        state, record = solve_fixed_point(
+    def solved(scale: float) -> tuple[torch.Tensor, int]:
+        state, record = solve(
             lambda x: (x.flatten(1) @ a.T + scale).view_as(x),
             torch.zeros(1, 2, 3, dtype=torch.float64),
             "anderson",
@@ -177,9 +186,9 @@ def test_anderson_weights_do_not_depend_on_units() -> None:
         )
         return state / scale, int(record.steps)
 
-    state, steps = solve(1.0)
+    state, steps = solved(1.0)
     for scale in (1e-8, 1e8):
-        other, n = solve(scale)
+        other, n = solved(scale)
         assert abs(n - steps) <= 1
         torch.testing.assert_close(other, state, rtol=1e-7, atol=0)
 
@@ -189,9 +198,7 @@ def test_anderson_weights_do_not_depend_on_units() -> None:
 
 def test_plain_states_and_record() -> None:
     # x_k = a^k, |g(x_k) - x_k| = (1 - a) a^k over two channels of RMS 1
-    state, record = solve_fixed_point(
-        lambda x: 0.5 * x, torch.ones(1, 2, 3, 4, dtype=torch.float64), max_steps=40, tolerance=0.01
-    )
+    state, record = solve(lambda x: 0.5 * x, torch.ones(1, 2, 3, 4, dtype=torch.float64), max_steps=40, tolerance=0.01)
     k = np.arange(7)
     trace = np.sqrt(2) * 0.5 ** (k + 1)  # 0.011 at the seventh, 0.0055 at the eighth
     assert record.steps.tolist() == [8] and record.reason == (StopReason.TOLERANCE,) and record.converged.tolist()
@@ -207,7 +214,7 @@ def test_residual_is_in_voxels_whatever_the_size(size: tuple[int, ...]) -> None:
     step = torch.zeros(2, ndim, *size, dtype=torch.float64)
     step[0, 0], step[0, 1] = 3.0, 4.0  # every voxel moves by 5
     step[1, 0, ..., : size[-1] // 2] = 2.0  # some voxels move by 2
-    _, record = solve_fixed_point(lambda x: x + step, torch.ones_like(step), max_steps=1, tolerance=0.0)
+    _, record = solve(lambda x: x + step, torch.ones_like(step), max_steps=1, tolerance=0.0)
     share = (size[-1] // 2) / size[-1]
     np.testing.assert_allclose(record.final_residual, [5.0, 2 * np.sqrt(share)])
     n = np.prod(size)
@@ -218,14 +225,27 @@ def test_residual_is_in_voxels_whatever_the_size(size: tuple[int, ...]) -> None:
     np.testing.assert_allclose(record.final_relative_residual, relative)
     # ... and so is the tolerance
     for tolerance, steps in ((5.001, 1), (4.999, 2)):
-        _, record = solve_fixed_point(lambda x: x + step, torch.ones_like(step), max_steps=2, tolerance=tolerance)
+        _, record = solve(lambda x: x + step, torch.ones_like(step), max_steps=2, tolerance=tolerance)
         assert record.steps.tolist() == [steps, 1]
+
+
+@pytest.mark.parametrize("size", [(7, 6), (5, 4, 6)])
+def test_residual_norms(size: tuple[int, ...]) -> None:
+    ndim = len(size)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, ndim, *size)))
+    residual, relative = residual_norms(1 - 0.5 * x, 0.5 * x + 1)
+    f, g = (1 - 0.5 * x).numpy(), (1 + 0.5 * x).numpy()
+    np.testing.assert_allclose(residual, np.sqrt((f**2).sum(1).mean(axis=tuple(range(1, ndim + 1)))))
+    np.testing.assert_allclose(relative, [np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(f, g, strict=True)])
+    still = torch.zeros(1, ndim, *size)
+    residual, relative = residual_norms(still, still)
+    assert (residual.tolist(), relative.tolist()) == ([0.0], [0.0])
 
 
 @BOTH
 def test_relative_tolerance(solver: str) -> None:
     # x_k = 2 (1 - 0.5^k): the first residual is all of g, the second a third
-    _, record = solve_fixed_point(
+    _, record = solve(
         lambda x: 0.5 * x + 1,
         torch.zeros(1, 2, 3, dtype=torch.float64),
         solver,
@@ -253,14 +273,14 @@ def test_stop_modes_of_torchdeq(solver: str) -> None:
 @BOTH
 def test_exact_fixed_point_and_zero_state(solver: str) -> None:
     # 0 / 0: nothing moves
-    state, record = solve_fixed_point(lambda x: 0.5 * x, torch.zeros(2, 2, 3), solver, tolerance=0.0)
+    state, record = solve(lambda x: 0.5 * x, torch.zeros(2, 2, 3), solver, tolerance=0.0)
     assert record.steps.tolist() == [1, 1] and record.reason == (StopReason.TOLERANCE,) * 2
     assert record.final_relative_residual.tolist() == [0.0, 0.0] and not state.any()
 
 
 @BOTH
 def test_step_limit(solver: str) -> None:
-    state, record = solve_fixed_point(lambda x: x + 1, torch.zeros(2, 2, 3), solver, max_steps=7, tolerance=0.5)
+    state, record = solve(lambda x: x + 1, torch.zeros(2, 2, 3), solver, max_steps=7, tolerance=0.5)
     assert record.reason == (StopReason.STEP_LIMIT,) * 2 and not record.converged.any()
     assert record.steps.tolist() == [7, 7] and record.residual.shape == (2, 7)
     assert len(record) == 2
@@ -271,9 +291,7 @@ def test_step_limit(solver: str) -> None:
 @pytest.mark.parametrize("drift", [1.0, 0.1, 1e-3])
 def test_anderson_does_not_magnify_rounding(drift: float) -> None:
     # no fixed point, and float32 residuals that are alike but for their last bit: the state drifts, no more
-    state, record = solve_fixed_point(
-        lambda x: x + drift, torch.zeros(1, 2, 3), "anderson", max_steps=40, tolerance=0.0
-    )
+    state, record = solve(lambda x: x + drift, torch.zeros(1, 2, 3), "anderson", max_steps=40, tolerance=0.0)
     assert not record.converged.any()
     assert bool((state > 0).all()) and bool((state <= 40 * drift).all())
 
@@ -281,13 +299,13 @@ def test_anderson_does_not_magnify_rounding(drift: float) -> None:
 @pytest.mark.parametrize("regularization", [0.0, 1e-4])
 def test_singular_mixing_is_a_plain_step(regularization: float) -> None:
     # equal residuals: the Gram matrix has rank one
-    state, record = solve_fixed_point(
+    state, record = solve(
         lambda x: x + 1,
         torch.zeros(1, 1, 4),
         "anderson",
         max_steps=6,
         tolerance=0.0,
-        solver_options={"regularization": regularization},
+        options={"regularization": regularization},
     )
     assert record.steps.tolist() == [6]
     if regularization == 0:
@@ -297,10 +315,9 @@ def test_singular_mixing_is_a_plain_step(regularization: float) -> None:
 
 
 @pytest.mark.parametrize("max_steps", [1, 2])
-@pytest.mark.parametrize("max_iter", [1, 2])
-def test_few_steps_with_anderson(max_steps: int, max_iter: int) -> None:
+def test_few_steps_with_anderson(max_steps: int) -> None:
     start = torch.full((2, 2, 3), 3.0, dtype=torch.float64)
-    state, _ = solve_fixed_point(torch.cos, start, "anderson", max_steps=max_steps, tolerance=0.0)
+    state, _ = solve(torch.cos, start, "anderson", max_steps=max_steps, tolerance=0.0)
     expected = 3.0
     for _ in range(max_steps):
         expected = np.cos(expected)
@@ -312,12 +329,12 @@ def test_damping_and_last_step(solver: str) -> None:
     # plain: x_{k+1} = x + 0.25 (-2 x - x), at the last step too; g alone would diverge
     if solver == "plain":
         for steps in (1, 2, 5):
-            state, _ = solve_fixed_point(
+            state, _ = solve(
                 lambda x: -2 * x,
                 torch.ones(1, 2, 3, dtype=torch.float64),
                 max_steps=steps,
                 tolerance=0.0,
-                solver_options={"damping": 0.25},
+                options={"damping": 0.25},
             )
             torch.testing.assert_close(state, torch.full_like(state, 0.25**steps))
     else:
@@ -329,9 +346,9 @@ def test_damping_and_last_step(solver: str) -> None:
             return torch.cos(x)
 
         # at a tolerance (where 0.1 is met, at the third step) as at the step limit
-        state, record = solve_fixed_point(g, torch.zeros(1, 2, 3), solver, max_steps=9, tolerance=0.1)
+        state, record = solve(g, torch.zeros(1, 2, 3), solver, max_steps=9, tolerance=0.1)
         assert record.converged.all() and torch.equal(state, torch.cos(seen[-1]))
-        state, record = solve_fixed_point(g, torch.zeros(1, 2, 3), solver, max_steps=4, tolerance=0.0)
+        state, record = solve(g, torch.zeros(1, 2, 3), solver, max_steps=4, tolerance=0.0)
         assert torch.equal(state, torch.cos(seen[-1]))
         torch.testing.assert_close(record.final_residual, (torch.cos(seen[-1]) - seen[-1])[:, :, 0].norm(dim=1))
 
@@ -374,7 +391,7 @@ def test_precision(solver: str) -> None:
             return (0.5 * x + 1).to(torch.bfloat16)  # a map that computes in half precision
 
         start = torch.zeros(1, 2, 3, dtype=dtype)
-        state, record = solve_fixed_point(g, start, solver, max_steps=3, tolerance=0.0)
+        state, record = solve(g, start, solver, max_steps=3, tolerance=0.0)
         assert state.dtype == record.residual.dtype == kept and seen == {kept}
 
 
@@ -384,7 +401,7 @@ def test_autocast_leaves_the_solver_alone(solver: str) -> None:
 
     def run(enabled: bool) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            return solve_fixed_point(lambda x: slopes * x + 1, torch.zeros(2, 3, 4), solver, 12, 1e-6)[0]
+            return solve(lambda x: slopes * x + 1, torch.zeros(2, 3, 4), solver, max_steps=12, tolerance=1e-6)[0]
 
     assert torch.equal(run(True), run(False))
 
@@ -392,7 +409,7 @@ def test_autocast_leaves_the_solver_alone(solver: str) -> None:
 @BOTH
 def test_no_gradient(solver: str) -> None:
     a = torch.tensor(0.5, requires_grad=True)
-    state, record = solve_fixed_point(lambda x: a * x + 1, torch.zeros(1, 1, 3, requires_grad=True), solver)
+    state, record = solve(lambda x: a * x + 1, torch.zeros(1, 1, 3, requires_grad=True), solver)
     assert not state.requires_grad and not record.residual.requires_grad
 
 
@@ -408,16 +425,16 @@ def test_items_do_not_touch_each_other(solver: str, size: tuple[int, ...]) -> No
     offset = torch.randn(3, ndim, *size, dtype=torch.float64, generator=generator)
     warp = torch.rand(3, ndim, *size, dtype=torch.float64, generator=generator)
 
-    def solve(items: slice) -> Any:
+    def solved(items: slice) -> Any:
         def g(x: torch.Tensor) -> torch.Tensor:
             return a[items] * torch.sin(warp[items] * x) + offset[items]
 
-        return solve_fixed_point(g, torch.zeros_like(offset[items]), solver, max_steps=100, tolerance=1e-6)
+        return solve(g, torch.zeros_like(offset[items]), solver, max_steps=100, tolerance=1e-6)
 
-    state, record = solve(slice(None))
+    state, record = solved(slice(None))
     assert len(set(record.steps.tolist())) == 3 and record.converged.all()
     for i in range(3):
-        alone, its_record = solve(slice(i, i + 1))
+        alone, its_record = solved(slice(i, i + 1))
         n = int(record.steps[i])
         assert torch.equal(state[i : i + 1], alone)
         assert its_record.steps.tolist() == [n]
@@ -429,9 +446,7 @@ def test_items_do_not_touch_each_other(solver: str, size: tuple[int, ...]) -> No
 def test_steps_of_each_item() -> None:
     # |g - x| = a^(k-1) (1 - a) sqrt(2) at step k
     a = rates(0.2, 0.5, 0.9)
-    state, record = solve_fixed_point(
-        lambda x: a * x, torch.ones(3, 2, 3, 4, dtype=torch.float64), max_steps=100, tolerance=1e-3
-    )
+    state, record = solve(lambda x: a * x, torch.ones(3, 2, 3, 4, dtype=torch.float64), max_steps=100, tolerance=1e-3)
     expected = [next(k for k in range(1, 100) if r ** (k - 1) * (1 - r) * 2**0.5 <= 1e-3) for r in (0.2, 0.5, 0.9)]
     assert record.steps.tolist() == expected
     np.testing.assert_allclose(state[:, 0, 0, 0], [r**k for r, k in zip((0.2, 0.5, 0.9), expected, strict=True)])
@@ -445,7 +460,7 @@ def test_non_finite_item(solver: str, bad: float, at: int) -> None:
     generator = torch.Generator().manual_seed(0)
     offset = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator)
 
-    def solve(items: list[int]) -> Any:
+    def solved(items: list[int]) -> Any:
         calls: list[torch.Tensor] = []
 
         def g(x: torch.Tensor) -> torch.Tensor:
@@ -456,10 +471,10 @@ def test_non_finite_item(solver: str, bad: float, at: int) -> None:
             return y
 
         start = torch.zeros(len(items), 2, 3, 4, dtype=torch.float64)
-        return (*solve_fixed_point(g, start, solver, max_steps=40, tolerance=1e-6), calls)
+        return (*solve(g, start, solver, max_steps=40, tolerance=1e-6), calls)
 
-    state, record, calls = solve([0, 1, 2])
-    expected, its_record, _ = solve([0, 2])
+    state, record, calls = solved([0, 1, 2])
+    expected, its_record, _ = solved([0, 2])
     assert torch.equal(state[[0, 2]], expected)
     assert torch.equal(record.steps[[0, 2]], its_record.steps)
     n = its_record.residual.shape[1]
@@ -477,7 +492,7 @@ def test_non_finite_item(solver: str, bad: float, at: int) -> None:
 
 @BOTH
 def test_all_items_non_finite(solver: str) -> None:
-    state, record = solve_fixed_point(lambda x: x / 0, torch.ones(2, 2, 3), solver)
+    state, record = solve(lambda x: x / 0, torch.ones(2, 2, 3), solver)
     assert torch.equal(state, torch.ones(2, 2, 3)) and record.steps.tolist() == [0, 0]
     assert record.residual.shape == (2, 1) and record.reason == (StopReason.NON_FINITE,) * 2
 
@@ -492,9 +507,7 @@ def test_growing_mix_is_dropped() -> None:
             return x + torch.where(x < 5, 1 - 0.1 * x, 3 + 0 * x)
 
         start = torch.zeros(1, 1, 2, dtype=torch.float64)
-        solve_fixed_point(
-            g, start, "anderson", max_steps=4, tolerance=0.0, solver_options={"growth_limit": growth_limit}
-        )
+        solve(g, start, "anderson", max_steps=4, tolerance=0.0, options={"growth_limit": growth_limit})
         return seen
 
     assert run(2.0) == pytest.approx([0, 1, 10, 13], abs=0.02)  # a plain step from where it grew
@@ -505,14 +518,14 @@ def test_growing_mix_is_dropped() -> None:
 def test_growth_of_one_item_leaves_the_others_their_history() -> None:
     kinks = torch.tensor([5.0, 1e9], dtype=torch.float64).view(2, 1, 1)
 
-    def solve(items: slice) -> torch.Tensor:
+    def solved(items: slice) -> torch.Tensor:
         def g(x: torch.Tensor) -> torch.Tensor:
             return x + torch.where(x < kinks[items], 1 - 0.1 * x + 0.01 * torch.sin(x), 3 + 0 * x)
 
         start = torch.zeros(2, 1, 2, dtype=torch.float64)[items]
-        return solve_fixed_point(g, start, "anderson", max_steps=6, tolerance=0.0)[0]
+        return solve(g, start, "anderson", max_steps=6, tolerance=0.0)[0]
 
-    assert torch.equal(solve(slice(None))[1:], solve(slice(1, 2)))
+    assert torch.equal(solved(slice(None))[1:], solved(slice(1, 2)))
 
 
 # --- with a hidden part -----------------------------------------------------------------------------------------------
@@ -527,9 +540,9 @@ def test_residual_of_the_displacement_alone(size: tuple[int, ...]) -> None:
     step[:, ndim:] = 100.0
     start = torch.ones_like(step)
     for channels, expected in ((ndim, [5.0, 2.0]), (None, [np.sqrt(25 + 3e4), np.sqrt(4 + 3e4)])):
-        _, record = solve_fixed_point(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=channels)
+        _, record = solve(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=channels)
         np.testing.assert_allclose(record.final_residual, expected)
-    _, record = solve_fixed_point(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=ndim)
+    _, record = solve(lambda x: x + step, start, max_steps=1, tolerance=0.0, ddf_channels=ndim)
     lengths = np.sqrt([16 + 25 + ndim - 2, 9 + ndim - 1])  # of g
     np.testing.assert_allclose(record.final_relative_residual, np.asarray([5.0, 2.0]) / lengths)
 
@@ -542,7 +555,7 @@ def test_both_parts_must_be_at_rest(rates_of: tuple[float, float], tolerances: d
     r = torch.tensor([rates_of[0]] * 2 + [rates_of[1]] * 3, dtype=torch.float64).view(1, 5, 1, 1)
     start = torch.zeros(2, 5, *size, dtype=torch.float64)
     start[1] = 1.0  # an item at rest from the first step on
-    _, record = solve_fixed_point(lambda x: r * x + (1 - r), start, max_steps=200, ddf_channels=2, **tolerances)
+    _, record = solve(lambda x: r * x + (1 - r), start, max_steps=200, ddf_channels=2, **tolerances)
 
     def met(k: int) -> bool:
         for rate, c in zip(rates_of, channels, strict=True):
@@ -569,7 +582,7 @@ def test_displacement_at_rest_while_the_hidden_part_moves() -> None:
         count = (x[:, 2:] + 1).clamp(max=5)
         return torch.cat([x[:, :2] * 0 + (count >= 5), count], dim=1)
 
-    state, record = solve_fixed_point(g, torch.zeros(1, 3, 4, 2), max_steps=50, tolerance=1e-3, ddf_channels=2)
+    state, record = solve(g, torch.zeros(1, 3, 4, 2), max_steps=50, tolerance=1e-3, ddf_channels=2)
     assert record.residual[0].tolist() == pytest.approx([0, 0, 0, 0, 2**0.5, 0]) and record.converged.all()
     assert bool((state[:, :2] == 1).all())
 
@@ -587,7 +600,7 @@ def test_non_finite_hidden_part(solver: str, bad: float) -> None:
             y[1, 2, 0, 1] = bad  # a hidden channel of the second item
         return y
 
-    state, record = solve_fixed_point(
+    state, record = solve(
         g, torch.zeros(2, 3, 2, 3, dtype=torch.float64), solver, max_steps=80, tolerance=1e-8, ddf_channels=2
     )
     assert record.reason == (StopReason.TOLERANCE, StopReason.NON_FINITE) and int(record.steps[1]) == 2
@@ -605,7 +618,7 @@ def test_anderson_with_hidden_part(shape: tuple[int, ...]) -> None:
     expected = np.linalg.solve(np.eye(n) - a.numpy(), b.numpy().T).T
     steps = {}
     for solver in ("plain", "anderson"):
-        state, record = solve_fixed_point(
+        state, record = solve(
             lambda x: (x.flatten(1) @ a.T + b).view_as(x),
             torch.zeros(shape, dtype=torch.float64),
             solver,
@@ -623,9 +636,9 @@ def test_anderson_with_hidden_part(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("channels", [-1, 0, 3, 4])
 def test_wrong_ddf_channels(solver: str, channels: int) -> None:
     with pytest.raises(ValueError, match=f"ddf_channels must be from 1 to 2, got {channels}"):
-        solve_fixed_point(torch.cos, torch.zeros(1, 3, 4, 5), solver, ddf_channels=channels)
+        solve(torch.cos, torch.zeros(1, 3, 4, 5), solver, ddf_channels=channels)
     with pytest.raises(ValueError, match="unknown options .'ddf_channels'."):
-        solve_fixed_point(torch.cos, torch.zeros(1, 3, 4, 5), solver, solver_options={"ddf_channels": 2})
+        solve(torch.cos, torch.zeros(1, 3, 4, 5), solver, options={"ddf_channels": 2})
 
 
 # --- under TorchDEQ ---------------------------------------------------------------------------------------------------
@@ -663,54 +676,42 @@ def test_as_backward_solver(solver: str, stop_mode: str) -> None:
     assert a.grad is not None and a.grad.item() == pytest.approx(3 / 0.4**2, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("solver", "options", "words"),
-    [
-        ("newton", None, "unknown solver 'newton', available: 'plain', 'anderson'"),
-        ("plain", {"m": 3}, r"unknown options \['m'\] for solver 'plain', it takes \['damping', 'patience'\]"),
-        ("anderson", {"max_iter": 3}, "unknown options .*'growth_limit', 'regularization', 'window'"),
-        ("plain", {"damping": 0.0}, r"damping must be in \(0, 1\], got 0.0"),
-        ("plain", {"damping": 1.5}, r"damping must be in \(0, 1\], got 1.5"),
-        ("plain", {"patience": -1}, "patience must be a whole number, not negative, got -1"),
-        ("anderson", {"window": 0}, "window must be at least 1, got 0"),
-        ("anderson", {"regularization": -1.0}, "regularization must not be negative, got -1.0"),
-        ("anderson", {"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
-    ],
-)
-def test_wrong_solver_or_option(solver: str, options: dict[str, Any] | None, words: str) -> None:
-    for refuse in (
-        lambda: check_solver_options(solver, options),
-        lambda: solve_fixed_point(torch.cos, torch.zeros(1, 1, 2), solver, solver_options=options),
-    ):
-        with pytest.raises(ValueError, match=words):
-            refuse()
-
-
 @BOTH
 def test_wrong_arguments(solver: str) -> None:
     x = torch.zeros(2, 1, 3)
-    for arguments, words in (
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
-        ({"tolerance": -1.0}, "must not be negative, got tol=-1.0"),
-        ({"relative_tolerance": -1.0}, "must not be negative, got .*rel_tol=-1.0"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            solve_fixed_point(torch.cos, x, solver, **arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape of the state \(2, 1, 3\), it gave \(1, 1, 3\)"):
-        solve_fixed_point(lambda x: x[:1], x, solver)
+        solve(lambda x: x[:1], x, solver)
     with pytest.raises(ValueError, match="max_iter must be at least 1, got 0"):
         SOLVERS[solver](torch.cos, x, max_iter=0)
     with pytest.raises(ValueError, match=r"\(B, C, ...\), got \(3,\)"):
         SOLVERS[solver](torch.cos, torch.zeros(3))
     with pytest.raises(ValueError, match='"abs".*"rel", got \'both\''):
         SOLVERS[solver](torch.cos, x, stop_mode="both")
+    for arguments in ({"tol": -1.0}, {"rel_tol": -1.0}):
+        with pytest.raises(ValueError, match="tolerances must not be negative, got .*tol=-1.0"):
+            SOLVERS[solver](torch.cos, x, **arguments)  # type: ignore[arg-type]
 
 
-def test_options_are_copied() -> None:
-    options = {"window": 3}
-    checked = check_solver_options("anderson", options)
-    assert checked == options and checked is not options
-    assert check_solver_options("plain", None) == {}
+@pytest.mark.parametrize(
+    ("solver", "options", "words"),
+    [
+        ("plain", {"damping": 0.0}, r"damping must be in \(0, 1\], got 0.0"),
+        ("plain", {"damping": 1.5}, r"damping must be in \(0, 1\], got 1.5"),
+        ("plain", {"patience": -1}, "patience must be a whole number, not negative, got -1"),
+        ("plain", {"patience": 1.5}, "patience must be a whole number, not negative, got 1.5"),
+        ("anderson", {"window": 0}, "window must be at least 1, got 0"),
+        ("anderson", {"regularization": -1.0}, "regularization must not be negative, got -1.0"),
+        ("anderson", {"growth_limit": 1.0}, "growth_limit must be above 1, got 1.0"),
+    ],
+)
+def test_wrong_options(solver: str, options: dict[str, Any], words: str) -> None:
+    for refuse in (
+        lambda: SOLVERS[solver](torch.cos, torch.zeros(1, 1, 2), **options),
+        lambda: SolverSettings(solver, options=options),
+        lambda: solve(torch.cos, torch.zeros(1, 1, 2), solver, options=options),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse()
 
 
 def test_window_of_one_is_plain() -> None:
