@@ -23,8 +23,9 @@ from monai_deq.utils import refuse_existing, replace_file
 __all__ = ["write_zoo_package"]
 
 #: what the Zoo's current schema asks for in ``metadata.json``
-REQUIRED_METADATA = ("schema", "version", "changelog", "monai_version", "pytorch_version", "numpy_version")
-REQUIRED_METADATA += ("required_packages_version", "task", "description", "authors", "copyright", "network_data_format")
+REQUIRED_METADATA: tuple[str, ...] = ("schema", "version", "changelog", "monai_version", "pytorch_version")
+REQUIRED_METADATA += ("numpy_version", "required_packages_version", "task", "description", "authors", "copyright")
+REQUIRED_METADATA += ("network_data_format",)
 _WORKFLOWS = ("train", "evaluate", "inference")
 #: overlays for several processes, one for each workflow, which the Zoo knows by these names
 _MULTI_GPU = tuple(f"multi_gpu_{workflow}.json" for workflow in _WORKFLOWS)

@@ -20,6 +20,7 @@ from monai_deq.utils import gather_items, process_count, process_rank, refuse_ex
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
+_OWN = {"network", "averaged", "scaler", "training"}
 #: where the learning rate schedules of PyTorch and MONAI keep their length
 _SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
 
@@ -76,8 +77,7 @@ class TrainingCheckpoint:
         self.network, self.averaged, self.validator = network, averaged, validator
         self.weights, self.coarse_weights = weights, coarse_weights
         self.objects = dict(objects or {})
-        taken = {"network", "averaged", "scaler", "training"} & set(self.objects)
-        if taken:
+        if taken := _OWN & set(self.objects):
             raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
         self.logger = logging.getLogger("monai_deq")
         try:
@@ -129,8 +129,7 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = {"network", "averaged", "scaler", "training", *self.objects} - set(checkpoint)
-        if absent:
+        if absent := (_OWN | set(self.objects)) - set(checkpoint):
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         training = checkpoint["training"]
         if training["epoch_length"] != engine.state.epoch_length:
@@ -139,12 +138,6 @@ class TrainingCheckpoint:
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
             )
         epochs_left = training["epoch"] < (engine.state.max_epochs or 0)
-        rates = [group["lr"] for name in self.objects for group in _param_groups(checkpoint[name])]
-        if epochs_left and rates and not any(rates):
-            raise ValueError(
-                f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
-                "its weights in another folder, with --weights."
-            )
         if epochs_left:
             self._refuse_other_schedule(checkpoint)
         load_weights(self.network, self.last_path)
@@ -178,7 +171,13 @@ class TrainingCheckpoint:
 
     def _refuse_other_schedule(self, checkpoint: Mapping[str, Any]) -> None:
         """Of another length it would end at the wrong epoch: it is the checkpoint's that goes on."""
-        groups = [group for name in self.objects for group in _param_groups(checkpoint[name])]
+        parts = [part for name in self.objects if isinstance(part := checkpoint[name], Mapping)]
+        groups = [group for part in parts for group in part.get("param_groups", ())]
+        if groups and not any(group["lr"] for group in groups):
+            raise ValueError(
+                f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
+                "its weights in another folder, with --weights."
+            )
         if all(group["lr"] == group.get("initial_lr", group["lr"]) for group in groups):
             return
         for name, item in self.objects.items():
@@ -191,23 +190,17 @@ class TrainingCheckpoint:
                         "with, or start from its weights in another folder, with --weights."
                     )
 
-    def epoch_completed(self, engine: Engine) -> None:
+    def epoch_completed(self, engine: Any) -> None:
         """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""
         best_epoch, best_metric = engine.state.epoch, float("nan")
         if self.validator is not None:
             best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
             best_metric = float(getattr(self.validator.state, "best_metric", -1))
-        training = {
-            "epoch": engine.state.epoch,
-            "iteration": engine.state.iteration,
-            "epoch_length": engine.state.epoch_length,
-            "best_epoch": best_epoch,
-            "best_metric": best_metric,
-            "rng_state": torch.get_rng_state(),
-            "earlier_pairs": self.earlier_pairs,
-            "pairs": self.earlier_pairs + engine.state.epoch * _pairs_per_epoch(engine),
-            "record": asdict(self.record),
-        }
+        training = {key: getattr(engine.state, key) for key in ("epoch", "iteration", "epoch_length")}
+        training |= dict(best_epoch=best_epoch, best_metric=best_metric, rng_state=torch.get_rng_state())
+        # of all processes
+        pairs = len(getattr(engine.data_loader, "sampler", None) or ()) * process_count() * engine.state.epoch
+        training |= dict(earlier_pairs=self.earlier_pairs, pairs=self.earlier_pairs + pairs, record=asdict(self.record))
         objects = {"network": self.network, "averaged": self.averaged or _part({}), **self.objects}
         objects |= {"training": _part(training), "scaler": getattr(engine, "scaler", None) or _part({})}
         saver = DiskSaver(str(self.last_path.parent), atomic=True, create_dir=True, require_empty=False)
@@ -234,23 +227,12 @@ def _part(state: dict[str, Any]) -> Any:
     return SimpleNamespace(state_dict=lambda: state)
 
 
-def _param_groups(state: Any) -> list[Mapping[str, Any]]:
-    """Those of an optimizer; none of any other object."""
-    return list(state.get("param_groups", ())) if isinstance(state, Mapping) else []
-
-
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted names."""
     out = {}
     for key, value in content.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return out
-
-
-def _pairs_per_epoch(engine: Any) -> int:
-    """Pairs of all processes in an epoch."""
-    sampler = getattr(engine.data_loader, "sampler", None)
-    return 0 if sampler is None else len(sampler) * process_count()
 
 
 def _pairs_behind(weights: str | Path) -> int:
@@ -275,6 +257,5 @@ class WeightsLoader:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Load the weights."""
         load_weights(self.network, self.path)
         logging.getLogger("monai_deq").info(f"loaded the weights in {self.path}")

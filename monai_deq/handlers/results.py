@@ -41,7 +41,6 @@ class OutputGuard:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Check every item."""
         if process_rank() == 0:
             for item in self.data:
                 self.saver.refuse_existing(item)

@@ -108,7 +108,6 @@ class ListedOutput:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Make it a list."""
         state: Any = engine.state
         if not isinstance(state.output, list):
             state.output = [state.output]
@@ -144,7 +143,6 @@ class StatePoolUpdater:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Keep the displacements of this iteration."""
         state: Any = engine.state
         output, batch = state.output, state.batch
         self.pool.put(batch["slot"].tolist(), batch["ticket"].tolist(), output[CommonKeys.PRED][1])
