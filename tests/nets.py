@@ -6,12 +6,17 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
 
 from monai_deq.networks.blocks import RecurrentUpdate, RegistrationUNet, UNetUpdate
 from monai_deq.networks.nets import DEQRegistrationNet, GradientSettings, RestSettings
 from monai_deq.solvers import SolverSettings
 
+#: of the pairs, along the first axis
+SHIFTS = (1.0, 3.0, 2.0)
+IMAGE_SIZES = {2: (9, 6), 3: (9, 4, 5)}
 #: arguments of ``deq_net`` that the settings call otherwise
 _NAMES = {
     "solver": "name",
@@ -89,3 +94,32 @@ def pair(
     """Random images, moving and fixed."""
     moving, fixed = torch.rand(2, batch, 1, *size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     return moving, fixed
+
+
+def slice_affine(i: int) -> np.ndarray:
+    """Of a coronal slice, another for each pair."""
+    return np.array([[1.0 + i, 0, 0, 3], [0, 0, -3.0, 7], [0, 0.5, 0, i], [0, 0, 0, 1.0]])
+
+
+def pair_items(ndim: int) -> list[dict[str, Any]]:
+    """Tiny images with labels, whose shift is known."""
+    generator = torch.Generator().manual_seed(0)
+    items = []
+    for i, shift in enumerate(SHIFTS):
+        fixed = torch.zeros(1, *IMAGE_SIZES[ndim])
+        fixed[0, 0] = shift / 10
+        label = torch.zeros(1, *IMAGE_SIZES[ndim])
+        label[0, 2:4] = 1
+        moving_label = label.roll(int(shift), dims=1)
+        meta = {"affine": slice_affine(i), "filename_or_obj": f"fixed{i}.nii.gz"}
+        items.append(
+            {
+                "fixed": MetaTensor(fixed, meta=dict(meta), spatial_ndim=ndim),
+                "moving": MetaTensor(torch.rand(1, *IMAGE_SIZES[ndim], generator=generator), affine=torch.eye(4)),
+                "fixed_label": MetaTensor(label, meta=dict(meta), spatial_ndim=ndim),
+                "moving_label": MetaTensor(moving_label, affine=torch.eye(4)),
+                "fixed_subject": f"f{i}",
+                "moving_subject": f"m{i}",
+            }
+        )
+    return items
