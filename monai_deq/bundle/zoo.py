@@ -80,7 +80,7 @@ def write_zoo_package(
     name = f"{bundle_dir.resolve().name}_deq_registration" if name is None else name
     package, archive = output_dir / name, output_dir / f"{name}_v{metadata['version']}.zip"
     if not overwrite:
-        refuse_existing([package, archive], "Replace it with --overwrite true, or name another --output_dir.")
+        refuse_existing([package, archive], "Replace it with --overwrite, or name another --output-dir.")
     large = weights.stat().st_size > _LARGEST_FILE
     if large and not weights_url:
         raise ValueError(
