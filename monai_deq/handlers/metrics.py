@@ -28,9 +28,6 @@ class MetricHandler(IgniteMetricHandler):
         keys: keys of ``engine.state.output``, a dictionary or a list of them (decollated), in the order of the metric's
             arguments; None passes None.
         save_details: whether to keep the scores of every item in ``engine.state.metric_details``.
-
-    Raises:
-        TypeError: when ``metric`` is none, or ``keys`` are no texts.
     """
 
     def __init__(

@@ -63,15 +63,12 @@ def compute_label_dice(
     Args:
         warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
         fixed_label: fixed labels, same shape.
-        labels: the labels to score, without the background 0.
+        labels: the labels to score, each once, without the background 0.
         moving_label: moving labels before the warp, shape ``(B, 1, *any spatial shape)``. Where they are given, it is
             they that lack a label, as in Learn2Reg: one that the warp itself made vanish scores 0, not NaN.
 
     Returns:
         scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where either image lacks the label.
-
-    Raises:
-        ValueError: when shapes do not fit, values are not integers, or ``labels`` holds 0 or a label twice.
     """
     labels = _check_labels(labels)
     warped, fixed = _renumber_pair(warped_label, fixed_label, labels)
@@ -96,7 +93,7 @@ def compute_label_hausdorff(
     :py:func:`monai.metrics.compute_hausdorff_distance`, fast on the joint bounding box of each label.
 
     Args:
-        warped_label, fixed_label, labels: see :py:func:`compute_label_dice`, errors too.
+        warped_label, fixed_label, labels: see :py:func:`compute_label_dice`.
         spacing: size of a voxel in mm, one number, one per axis, or shape (B, ndim). Defaults to None: 1 mm.
         percentile: above 0, up to 100, e.g. 95 for HD95: the larger of the two directed percentiles, unweighted by
             area. Defaults to None: the largest distance.

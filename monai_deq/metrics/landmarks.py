@@ -81,11 +81,7 @@ def compute_landmark_errors(
             roughness of the field: say which one a table shows.
 
     Returns:
-        errors in mm, shape (B, N), float64.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, the points do not fit it or each other, are not finite or lie
-            outside and are refused, or ``spacing``, ``outside`` or ``form`` is wrong.
+        errors in mm, shape (B, N), float64; ``ValueError`` for fields and points that are not finite.
     """
     _check_form(form)
     ddf = check_ddf(ddf)

@@ -88,11 +88,8 @@ def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -
     Percentage of voxels with ``|J| <= 0``, see :py:func:`jacobian_determinant`; shape (B, 1), NaN for an empty mask.
 
     Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; ``ValueError`` unless finite.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
     """
     ddf = check_ddf(ddf)
     return _reduce_inside(
@@ -112,7 +109,7 @@ def compute_std_log_jacobian(
       Learn2Reg evaluation (Hering et al., IEEE TMI 2023).
 
     Args:
-        ddf, mask: see :py:func:`compute_folded_voxels`, errors too; 5 voxels or more an axis for ``"learn2reg"``.
+        ddf, mask: see :py:func:`compute_folded_voxels`; 5 voxels or more an axis for ``"learn2reg"``.
         form: ``"paper"`` or ``"learn2reg"``.
     """
     _check_form(form)
@@ -142,8 +139,8 @@ def _simplices(spatial_dims: int) -> list[np.ndarray]:
 
 def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    Volume that the field turns inside out, in % of the volume of the mask (2-D: area); shape (B, 1), NaN for an empty
-    mask.
+    Volume that the field turns inside out, in % of that of the mask (2-D: area); shape (B, 1), NaN for an empty mask.
+    For the arguments see :py:func:`compute_folded_voxels`.
 
     Liu et al., "On Finite Difference Jacobian Computation in Deformable Image Registration", IJCV 2024. With the field
     linear inside the ten tetrahedra of a voxel, their determinants of finite differences (:math:`J^{\pm\pm\pm}, J_1^*,
@@ -154,9 +151,6 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
 
     It says how badly the field folds, sees the folds that central differences step over, and may exceed 100 %. Beyond
     the border the displacement goes on unchanged, as in the authors' program.
-
-    Args:
-        ddf, mask: see :py:func:`compute_folded_voxels`, errors too.
     """
     ddf = check_ddf(ddf)
     mask = _check_mask(mask, ddf)

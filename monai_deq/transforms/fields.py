@@ -41,14 +41,9 @@ def existing_file(path: str | Path, name: str) -> Path:
 
 def load_ddf(path: str | Path, spatial_dims: int) -> MetaTensor:
     """
-    Read a displacement field as :py:class:`SaveRegistrationd` and :py:func:`save_learn2reg_ddf` write it.
-
-    Args:
-        path: NIfTI file, ``(H, W, D, 3)``, or ``(H, W, 1, 2)`` of a slice; voxels of its own grid.
-        spatial_dims: 2 or 3.
-
-    Returns:
-        ``(ndim, *spatial)``, float32, with the affine of the file.
+    Read a displacement field as :py:class:`SaveRegistrationd` and :py:func:`save_learn2reg_ddf` write it, from a NIfTI
+    file ``(H, W, D, 3)``, or ``(H, W, 1, 2)`` of a slice, voxels of its own grid, to ``(ndim, *spatial)``, float32,
+    with the affine of the file.
 
     Raises:
         FileNotFoundError, RuntimeError, ValueError: When there is no such file, it cannot be read, or holds no finite
@@ -231,14 +226,11 @@ def save_learn2reg_ddf(
     NIfTI, ``(D, H, W, 3)``, float32, voxels, ``warped(x) = moving(x + ddf(x))``, component ``i`` along axis ``i``.
 
     Args:
-        ddf: ``(3, *spatial)`` in voxels on the grid of the fixed scan as it lies in the data set.
+        ddf: ``(3, *spatial)``, finite, in voxels on the grid of the fixed scan as it lies in the data set.
         output_dir: folder of the file that is written and returned, called by :py:func:`learn2reg_ddf_name`.
         fixed, moving: files or names of the scans, e.g. ``"NLST_0001_0000"``.
         affine: ``(4, 4)`` of the fixed scan. Defaults to that of ``ddf``, or the identity.
         overwrite: replace an existing file, which is ``FileExistsError`` else.
-
-    Raises:
-        ValueError: When the field is not 3-D or not finite, or a scan is not named as Learn2Reg's are.
     """
     path = Path(output_dir) / learn2reg_ddf_name(fixed, moving)
     if not overwrite:
@@ -280,14 +272,11 @@ class SaveRegistrationd(_PairSaver):
 
     Args:
         output_dir: folder of the files.
-        overwrite: replace existing files.
+        overwrite: replace existing files, which are ``FileExistsError`` else.
         warped_key, ddf_key, label_key: warped scan, displacement field, and warped label map, optional in the item.
         name_keys: names of the moving and the fixed scan.
         record_keys, optional_record_keys: scalars that go into the record, found in the item or under ``record_key``.
         record_key: where :py:class:`FixedPointSolverd` puts its record.
-
-    Raises:
-        KeyError, FileExistsError: When the item lacks what is to be written, or a file is there already.
     """
 
     def __init__(
@@ -334,14 +323,11 @@ class SaveLearn2RegDDFd(_PairSaver):
     Dictionary-based wrapper of :py:func:`save_learn2reg_ddf`.
 
     Args:
-        output_dir, overwrite: see :py:func:`save_learn2reg_ddf`.
+        output_dir, overwrite: see :py:func:`save_learn2reg_ddf`, errors too.
         ddf_key: displacement field ``(3, *spatial)``.
         name_keys: files or names of the fixed and the moving scan.
         reference_key: the fixed scan as it lies in the data set, ``(C, *spatial)``, whose size the field must have;
             None for no check.
-
-    Raises:
-        KeyError, ValueError, FileExistsError: see :py:func:`save_learn2reg_ddf`; also when the item lacks something.
     """
 
     def __init__(

@@ -48,10 +48,7 @@ class _PerKeyOfImaged(PerKeyd):
 class LoadRegistrationImaged(PerKeyd):
     """
     Load the image files under ``keys`` by nibabel to channel-first float32 ``MetaTensor``. With ``allow_missing_keys``
-    those that are absent or None are left out.
-
-    Raises:
-        FileNotFoundError, RuntimeError: When there is no such file, or it cannot be read: its download was cut off.
+    those that are absent or None are left out. ``RuntimeError`` for a damaged file, such as half a download.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -93,10 +90,8 @@ class DropSliceAxisd(PerKeyd):
 
 class CheckRegistrationImaged(PerKeyd):
     """
-    Refuse images ``(1, *spatial)`` under ``keys`` that cannot be registered; the message names the file.
-
-    Raises:
-        ValueError: When an image has not ``spatial_dims`` (2 or 3) axes, or several channels, NaN, or one value only.
+    Refuse (``ValueError``, which names the file) images under ``keys`` that cannot be registered: of other than
+    ``spatial_dims`` (2 or 3) axes, of several channels, with NaN or infinity, or with one value everywhere.
     """
 
     def __init__(self, keys: KeysCollection, spatial_dims: int, allow_missing_keys: bool = False) -> None:
@@ -131,11 +126,8 @@ class CheckRegistrationImaged(PerKeyd):
 
 class CheckLabeld(_PerKeyOfImaged):
     """
-    Refuse segmentations ``(1, *spatial)`` under ``keys`` that do not fit their image, of ``image_keys`` in the same
-    order; the message names the file.
-
-    Raises:
-        ValueError: When a segmentation has another shape than its image, or values other than 0, 1, 2, ...
+    Refuse (``ValueError``, which names the file) segmentations ``(1, *spatial)`` under ``keys`` with another shape than
+    their image, of ``image_keys`` in the same order, or values other than 0, 1, 2, ...
     """
 
     def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
@@ -161,10 +153,8 @@ class CheckLabeld(_PerKeyOfImaged):
 
 class CheckSameGridd(MapTransform):
     """
-    Refuse images of other size, spacing or orientation than the first; log a warning where merely the origin differs.
-
-    Raises:
-        ValueError: When two images do not lie on one voxel grid; it names both files and both values.
+    Refuse (``ValueError``, which names both files and values) images of other size, spacing or orientation than the
+    first; log a warning where merely the origin differs.
     """
 
     def __init__(self, keys: KeysCollection = ("fixed", "moving"), allow_missing_keys: bool = False) -> None:
@@ -195,10 +185,7 @@ class ScaleToUnitRanged(PerKeyd):
 class WindowToUnitRanged(PerKeyd):
     """
     Clip intensities of the images under ``keys`` to a window, e.g. ``(-1200, 400)`` Hounsfield units, and scale it
-    linearly to [0, 1], the same for all images.
-
-    Raises:
-        ValueError: When an image lies outside of the window, or has been scaled to [0, 1] already.
+    linearly to [0, 1]. ``ValueError`` for an image outside of the window, or scaled to [0, 1] already.
     """
 
     def __init__(self, keys: KeysCollection, window: Sequence[float], allow_missing_keys: bool = False) -> None:
@@ -272,9 +259,6 @@ class LoadKeypointsd(_PerKeyOfImaged):
         image_keys: keys of the images ``(C, *spatial)`` they belong to, one for each of ``keys``.
         outside: ``"refuse"`` points outside the image, or ``"clamp"``: they are kept, for a metric that clamps, and
             their number is logged.
-
-    Raises:
-        ValueError: When an argument is wrong, a file holds no points, or a point lies outside and is refused.
     """
 
     def __init__(

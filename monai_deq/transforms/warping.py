@@ -59,10 +59,6 @@ class WarpByDDFd(PerKeyd):
         output_keys: where the results go. Defaults to ``keys`` (in place).
         mode: ``"bilinear"`` (whole numbers become float32), or ``"nearest"`` for label maps (the number type stays);
             one, or one a key.
-
-    Raises:
-        ValueError: When a mode is unknown, or the numbers of keys, output keys and modes differ.
-        KeyError: When the item has no displacement, or not one of ``keys``.
     """
 
     backend = [TransformBackends.TORCH]
@@ -110,14 +106,11 @@ class WarpPointsByDDF(Transform):
     def __call__(self, points: NdarrayOrTensor, ddf: NdarrayOrTensor) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
-            points: ``(N, ndim)``, voxels of the fixed image, coordinate ``i`` along array axis ``i``.
+            points: ``(N, ndim)``, finite, voxels of the fixed image, coordinate ``i`` along array axis ``i``.
             ddf: ``(ndim, *spatial)`` in voxels.
 
         Returns:
             ``(N, ndim)``, voxels of the moving image; float32, or float64 where points or field are.
-
-        Raises:
-            ValueError: When the shapes do not fit, a point is not finite, or lies outside and is refused.
         """
         plain_points, plain_ddf = (convert_to_tensor(value, track_meta=False) for value in (points, ddf))
         return warp_points_by_ddf(plain_points[None], plain_ddf[None], outside=self.outside)[0]
@@ -126,7 +119,7 @@ class WarpPointsByDDF(Transform):
 class WarpPointsByDDFd(PerKeyd):
     """
     Dictionary-based wrapper of :py:class:`WarpPointsByDDF`, for the points ``(N, ndim)`` under ``keys``; for the other
-    arguments and errors see :py:class:`WarpByDDFd`.
+    arguments see :py:class:`WarpByDDFd`.
     """
 
     backend = WarpPointsByDDF.backend
