@@ -43,8 +43,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Certificate:
-    """
-    What was measured at the solution of one pair.
+    """What was measured at the solution of one pair; ``None`` where it was not asked for.
 
     Args:
         verdict: one of the values of :py:class:`Verdict`, see :py:func:`verdict`.
@@ -52,10 +51,8 @@ class Certificate:
         relative_residual: ``|g(x) - x| / |g(x)|`` there.
         steps: evaluations of the map that led to the solution.
         spectral_radius: of the Jacobian of ``g`` at the solution, see :py:func:`spectral_radius`. Below 1 the solution
-            attracts all states near it, and the radius is the factor by which a step shrinks their distance in the
-            long run. ``None`` where it was not asked for.
-        start_distance: RMS distance in voxels between the solution and that reached from a random smooth start; the
-            largest, with several starts. ``None`` where it was not asked for.
+            attracts all states near it; a step shrinks their distance by that factor in the long run.
+        start_distance: RMS distance in voxels between the solution and that from a random smooth start, the largest.
     """
 
     verdict: str
@@ -72,8 +69,7 @@ class Certificate:
 
 
 def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
-    """
-    What became of an iteration, from its residuals.
+    """What became of an iteration, from its residuals.
 
     - ``"converged"``: the solution is at rest.
     - ``"diverging"``: a residual is not finite, or the residuals of the last quarter of the steps are more than 1.5
@@ -147,9 +143,8 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
 def starting_point(
     network: IteratedNet, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """
-    Where the iteration at full size begins, when a displacement is to be forgotten: with a proximal term it enters at
-    each size of a network with coarser ones, and without at the coarsest, behind which the others start.
+    """Where the iteration at full size begins, when a displacement is to be forgotten: with a proximal term it enters
+    at each size of a network with coarser ones, and without at the coarsest, behind which the others start.
 
     Args:
         network: the network.
@@ -158,8 +153,8 @@ def starting_point(
         initial_ddf: the displacement, ``(B, ndim, *spatial)``. Defaults to ``None``: zero at the coarsest size.
 
     Returns:
-        The start, for ``solve_state``, and what else ``solve_state`` and ``fixed_point_map`` are to be given by
-        keyword: what a proximal term pulls to, solved for from the displacement too.
+        The start, and what ``solve_state`` and ``fixed_point_map`` are to be given by keyword: what a proximal term
+        pulls to, solved for from the displacement too.
     """
     if network.coarse is None:
         return initial_ddf, {}
@@ -179,14 +174,13 @@ def certify(
     solver: Mapping[str, Any] | None = None,
     proximal_center: torch.Tensor | None = None,
 ) -> list[Certificate]:
-    """
-    Examine the solutions of a batch of pairs.
+    """Examine the solutions of a batch of pairs: one certificate a pair.
 
-    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory (that of one
-    training step of a one-step network) and as many backward passes; with ``random_starts`` as many further solves.
+    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory and as many
+    backward passes; with ``random_starts`` as many further solves.
 
     Args:
-        network: a network with ``fixed_point_map`` and ``solve_state``.
+        network: the network.
         moving: ``(B, 1, *spatial)``.
         fixed: ``(B, 1, *spatial)``.
         state: what ``network.solve_state`` returned for them, ``(B, ndim + hidden_channels, *spatial)``.
@@ -195,9 +189,6 @@ def certify(
         solver: settings of the solve in place of the network's own; the further solves have them too. Defaults to none.
         proximal_center: what the proximal term of the map pulls to, ``(B, ndim, *spatial)``. Defaults to what the
             network solves for with its coarser ones, at the price of these solves.
-
-    Returns:
-        One certificate a pair.
 
     Raises:
         TypeError: When there is no such option.
@@ -257,14 +248,14 @@ def certified_solve(
     certificate: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
-    """
-    Solve a batch of pairs without gradients and examine the solutions.
+    """Solve a batch of pairs without gradients and examine the solutions; see
+    :py:meth:`monai_deq.networks.nets.RegistrationNet.solve`.
 
     Args:
         network: the network.
         moving: ``(B, 1, *spatial)``.
         fixed: ``(B, 1, *spatial)``.
-        initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to zero.
+        initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to the network's own.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
         changes: settings of the solver in place of the network's own.
 

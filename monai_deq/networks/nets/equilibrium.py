@@ -33,17 +33,16 @@ __all__ = ["DEQRegistrationNet", "GradientSettings", "RestSettings", "coarse_to_
 
 @dataclass(frozen=True)
 class GradientSettings:
-    """
-    How a training goes through an equilibrium.
+    """How a training goes through an equilibrium.
 
     Args:
-        kind: ``"phantom"`` (paper, Eq. 7-8) or ``"implicit"``, the exact gradient at the final state by a second
-            fixed-point solve in the backward pass (Eq. 6). Defaults to ``"phantom"``.
+        kind: ``"phantom"`` (paper, Eq. 7-8) or ``"implicit"``: exact, by a second solve in the backward pass
+            (Eq. 6). Defaults to ``"phantom"``.
         steps: number ``K`` of steps through which the phantom gradient goes. Defaults to 2.
-        damping: damping ``tau`` of these steps, in (0, 1]. The paper does not give it. Defaults to 1.
+        damping: damping ``tau`` of these steps, in (0, 1]; not given in the paper. Defaults to 1.
         num_states: number ``S`` of intermediate states supervised, each with a phantom gradient (Eq. 9). Defaults to 3.
-        checkpointed: keep nothing of a step but the state it starts from, and evaluate it again in the backward pass:
-            the memory of one step whatever ``num_states`` and ``steps`` are. Defaults to ``False``.
+        checkpointed: keep only the state a step starts from, and evaluate the step again in the backward pass: the
+            memory of one step whatever ``num_states`` and ``steps`` are. Defaults to ``False``.
         implicit_max_steps: step limit of the backward solve of ``"implicit"``. Defaults to 48.
         implicit_tolerance: relative tolerance of the backward solve. Defaults to 1e-4.
 
@@ -88,22 +87,17 @@ _PAPERS_OWN = {
 
 @dataclass(frozen=True)
 class RestSettings:
-    """
-    What makes a learned iteration come to rest. Not in the paper.
+    """What makes a learned iteration come to rest. Not in the paper.
 
     Args:
         relaxation: factor ``alpha`` of the update, in (0, 1]: outside the phantom steps ``g(phi) = phi + alpha
-            f_theta(moving, fixed, phi)`` is iterated, with the same fixed points. Steps learned to reach far overshoot;
-            shorter ones come to rest. Defaults to 0.5.
+            f_theta(moving, fixed, phi)`` is iterated, with the same fixed points and less overshoot. Defaults to 0.5.
         proximal_weight: weight ``nu`` of a pull back to the proximal centre ``c``, the solution of the coarser network
             or zero: ``g(phi) = phi + f_theta(moving, fixed, phi) - nu (phi - c)``. Defaults to 0.1.
-        contraction_weight: weight of the contraction in :py:class:`monai_deq.losses.EquilibriumLoss`. Defaults to
-            0.03.
+        contraction_weight: weight of the contraction in :py:class:`monai_deq.losses.EquilibriumLoss`. Defaults to 0.03.
         contraction_along_step: share of its draws along the iteration's own step, in [0, 1]. Defaults to 0.5.
-        pool_slots: number of pairs that stay in training with their states, see
-            :py:class:`monai_deq.data.PooledSampler`. Defaults to 32.
-        pool_renewal: probability that a slot's pair makes room for a fresh one, in (0, 1]; 1 is no pool. Defaults to
-            0.2.
+        pool_slots: number of pairs that stay in training, see :py:class:`monai_deq.data.PooledSampler`. Defaults to 32.
+        pool_renewal: probability that a slot's pair gives way to a fresh one, in (0, 1]; 1 is no pool. Defaults to 0.2.
         random_start_share: share of the fresh pairs that start from a random smooth displacement. Defaults to 0.4.
         random_start_rms: its largest RMS length in voxels. Defaults to 3.
         enabled: ``False`` for the paper's own recipe: nothing of all this. Defaults to ``True``.
@@ -151,26 +145,23 @@ class RestSettings:
 
 
 class DEQRegistrationNet(IteratedNet):
-    """
-    Deformable registration as a fixed point, "Bridging Classical and Learning-based Iterative Registration through
+    """Deformable registration as a fixed point, "Bridging Classical and Learning-based Iterative Registration through
     Deep Equilibrium Models" (DEQReg, MICCAI 2025).
 
     From ``phi_0 = 0`` the displacement is iterated by ``g(phi) = phi + f_theta(moving, fixed, phi)`` until it stops
-    changing (Eq. 5). Gradients come from a few damped steps taken from the detached equilibrium (Eq. 7-8); in training
-    intermediate states at equal intervals are returned too, each with a phantom gradient of its own (Eq. 9). The state
-    of the solver is float32 also under autocast.
+    changing (Eq. 5). Gradients come from a few damped steps taken from the detached equilibrium (Eq. 7-8), in training
+    also at intermediate states at equal intervals (Eq. 9). The state is float32 also under autocast.
 
     Args:
-        update: module ``f(moving, fixed, ddf) -> delta``, or one with a hidden state and an attribute
-            ``hidden_channels``, ``f(moving, fixed, ddf, hidden) -> (delta, hidden)``. Defaults to
-            :py:class:`monai_deq.networks.blocks.UNetUpdate`.
+        update: ``f(moving, fixed, ddf) -> delta``, or with an attribute ``hidden_channels`` ``f(moving, fixed, ddf,
+            hidden) -> (delta, hidden)``. Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
         spatial_dims: 2 or 3, for the default update. Defaults to 3.
         solver: of the iteration, in training and by default in eval mode. Defaults to ``SolverSettings()``.
         gradient: of the training. Defaults to ``GradientSettings()``.
         rest: what makes the iteration come to rest. Defaults to ``None``: the paper's recipe, nothing.
-        coarse: network of the same kind that registers the pair at half the size, and may itself have a coarser one.
-            Where it comes to rest is where this one starts and what the proximal term pulls to. It is taken as trained:
-            no gradient goes through it. Not in the paper. Defaults to ``None``: the iteration starts from zero.
+        coarse: network of the same kind, taken as trained, for the pair at half the size; it may have a coarser one
+            itself. Its solution is where this one starts and what the proximal term pulls to. Not in the paper.
+            Defaults to ``None``: the iteration starts from zero.
 
     Raises:
         ValueError: When there are more intermediate states than steps.
@@ -226,18 +217,14 @@ class DEQRegistrationNet(IteratedNet):
         relaxation: float | None = None,
         proximal_center: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """
-        The map of a batch of pairs whose fixed point is sought.
+        """See :py:meth:`IteratedNet.fixed_point_map`.
 
         Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
+            moving: moving images.
+            fixed: fixed images.
             relaxation: factor of the update. Defaults to the network's own.
-            proximal_center: what the proximal term pulls to, where there is one, ``(B, ndim, *spatial)``. Defaults to
-                the solution of the coarser network, which is solved for here, or zero.
-
-        Returns:
-            Function of a state ``(B, ndim + hidden_channels, *spatial)``.
+            proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to the solution of the
+                coarser network, which is solved for here, or zero.
         """
         check_pair(moving, fixed)
         g = state_map(self.update, moving, fixed)
@@ -277,19 +264,8 @@ class DEQRegistrationNet(IteratedNet):
         proximal_center: torch.Tensor | None = None,
         **changes: Any,
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """
-        Solve for the equilibrium without gradients, as :py:meth:`solve`, and return the whole state.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
-                the coarser network, or zero.
-            proximal_center: see :py:meth:`fixed_point_map`.
-            changes: settings of the solver in place of the network's own.
-
-        Returns:
-            The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
+        """See :py:meth:`IteratedNet.solve_state`; starts by default from the solution of the coarser network, or zero.
+        For ``proximal_center`` see :py:meth:`fixed_point_map`.
         """
         settings = self.solver.changed(**changes)
         coarse_steps: tuple[torch.Tensor, ...] = ()
@@ -312,18 +288,7 @@ class DEQRegistrationNet(IteratedNet):
         initial_ddf: torch.Tensor | None = None,
         proximal_center: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """
-        The intermediate states and the final one, each with its gradient.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: see :py:meth:`solve_state`.
-            proximal_center: see :py:meth:`fixed_point_map`.
-
-        Returns:
-            ``(B, ndim, *spatial)`` each.
-        """
+        """The intermediate states and the final one, each with its gradient; arguments as :py:meth:`solve_state`."""
         if proximal_center is None and (initial_ddf is None or self.proximal_weight):
             proximal_center, _ = self.coarse_start(moving, fixed)
         initial_ddf = proximal_center if initial_ddf is None else initial_ddf
@@ -345,20 +310,16 @@ def coarse_to_fine(
     max_steps: int = 48,
     weights: str | Path | None = None,
 ) -> DEQRegistrationNet:
-    """
-    Put copies of a network before it, each for half the size of the next; see ``coarse`` of
+    """Put copies of a network before it, each for half the size of the next; see ``coarse`` of
     :py:class:`DEQRegistrationNet`.
 
     Args:
-        network: the network of the full size, without a coarser one.
+        network: the network of the full size, without a coarser one; changed in place and returned.
         num_levels: number of sizes, this one included. Defaults to 1: the network as it is.
         max_steps: step limit of each coarser network. Defaults to 48.
-        weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size. It becomes the coarser
-            network, and its finest update is what this network's begins with. Defaults to ``None``: all weights are
-            those of the network.
-
-    Returns:
-        The network itself, with coarser ones.
+        weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size: it becomes the coarser
+            network, and this network's update begins with its finest one. Defaults to ``None``: the network's own
+            weights.
 
     Raises:
         ValueError: When ``num_levels`` is below 1, or there are weights and no coarser network.
@@ -383,15 +344,11 @@ def coarse_to_fine(
 
 
 def set_coarse_solver(network: nn.Module, **changes: Any) -> nn.Module:
-    """
-    Change the solver of the coarser networks of a network.
+    """Change the solver of the coarser networks of a network, if there are any, in place, and return the network.
 
     Args:
-        network: changed in place; one without coarser networks is left as it is.
+        network: the network.
         changes: settings of :py:class:`monai_deq.solvers.SolverSettings`; ``None`` leaves one as it is.
-
-    Returns:
-        The network.
     """
     level = network.coarse if isinstance(network, IteratedNet) else None
     while level is not None:
