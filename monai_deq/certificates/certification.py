@@ -14,15 +14,7 @@ from monai_deq.networks.nets import IteratedNet, RegistrationNet
 from monai_deq.solvers import SolverRecord, random_smooth_ddf, residual_norms
 from monai_deq.utils import json_ready
 
-__all__ = [
-    "Certificate",
-    "Verdict",
-    "certified_solve",
-    "certify",
-    "check_certificate",
-    "starting_point",
-    "verdict",
-]
+__all__ = ["Certificate", "Verdict", "certified_solve", "certify", "check_certificate", "starting_point", "verdict"]
 
 #: a residual that falls by less than this over a quarter of the steps does not fall
 _FALLING = 0.95
@@ -97,33 +89,19 @@ def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
 
 
 #: what a certificate looks at unless it is told otherwise
-_DEFAULTS = {
-    "spectral_iterations": 0,
-    "random_starts": 0,
-    "start_rms": 3.0,
-    "start_smoothness": 8.0,
-    "seed": 0,
-}
+_DEFAULTS = {"spectral_iterations": 0, "random_starts": 0, "start_rms": 3.0, "start_smoothness": 8.0, "seed": 0}
 
 
 def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """
-    Check what is to be examined of a solution.
+    """Check what is to be examined of a solution, and return a copy.
 
     Args:
-        certificate: ``None``, or some of
-
-            - ``tolerance``: RMS residual in voxels at which a pair has converged; a hidden state must be at rest to
-              the same tolerance, in its own units. Defaults to that of the solve.
-            - ``spectral_iterations``: of :py:func:`spectral_radius`. Defaults to 0: not computed.
-            - ``random_starts``: number of random smooth displacements from which the pairs are solved anew, the same
-              ones for all pairs. Defaults to 0.
-            - ``start_rms``, ``start_smoothness``: of these, see :py:func:`monai_deq.solvers.random_smooth_ddf`.
-              Default to 3 and 8 voxels.
-            - ``seed``: of all random numbers. Defaults to 0.
-
-    Returns:
-        A copy.
+        certificate: ``None``, or some of ``tolerance``: RMS residual in voxels at which a pair has converged, and a
+            hidden state in its own units (default: that of the solve); ``spectral_iterations`` of
+            :py:func:`spectral_radius` (default 0: not computed); ``random_starts``: number of random smooth
+            displacements, the same for all pairs, to solve from anew (default 0), and their ``start_rms`` and
+            ``start_smoothness``, see :py:func:`monai_deq.solvers.random_smooth_ddf` (default 3 and 8 voxels); ``seed``
+            of all random numbers (default 0).
 
     Raises:
         TypeError: When there is no such option.
@@ -143,14 +121,9 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
 def starting_point(
     network: IteratedNet, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """Where the iteration at full size begins, when a displacement is to be forgotten: with a proximal term it enters
-    at each size of a network with coarser ones, and without at the coarsest, behind which the others start.
-
-    Args:
-        network: the network.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-        initial_ddf: the displacement, ``(B, ndim, *spatial)``. Defaults to ``None``: zero at the coarsest size.
+    """Where the iteration at full size begins, when a displacement ``(B, ndim, *spatial)`` is to be forgotten: with a
+    proximal term it enters at each size of a network with coarser ones, and without at the coarsest, behind which the
+    others start. The pairs are ``(B, 1, *spatial)``; without a displacement it is zero.
 
     Returns:
         The start, and what ``solve_state`` and ``fixed_point_map`` are to be given by keyword: what a proximal term
@@ -174,21 +147,20 @@ def certify(
     solver: Mapping[str, Any] | None = None,
     proximal_center: torch.Tensor | None = None,
 ) -> list[Certificate]:
-    """Examine the solutions of a batch of pairs: one certificate a pair.
+    """Examine the solutions of a batch of pairs ``(B, 1, *spatial)``: one certificate a pair.
 
     Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory and as many
     backward passes; with ``random_starts`` as many further solves.
 
     Args:
         network: the network.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
+        moving: moving images.
+        fixed: fixed images.
         state: what ``network.solve_state`` returned for them, ``(B, ndim + hidden_channels, *spatial)``.
         record: the record of that solve.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to none of the options.
-        solver: settings of the solve in place of the network's own; the further solves have them too. Defaults to none.
-        proximal_center: what the proximal term of the map pulls to, ``(B, ndim, *spatial)``. Defaults to what the
-            network solves for with its coarser ones, at the price of these solves.
+        solver: settings of these solves in place of the network's own. Defaults to none.
+        proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to what is solved for here.
 
     Raises:
         TypeError: When there is no such option.
@@ -211,9 +183,7 @@ def certify(
         # a hidden state that still moves may move the displacement again
         hidden, hidden_relative = residual_norms(change[:, ndim:].double(), after[:, ndim:].double())
         at_rest &= (hidden <= tolerance) | (hidden_relative <= relative_tolerance)
-    radii: list[float | None] = [None] * batch
-    if iterations:
-        radii = list(spectral_radius(g, state, iterations, seed).tolist())
+    radii = spectral_radius(g, state, iterations, seed).tolist() if iterations else [None] * batch
     distances: list[float | None] = [None] * batch
     if random_starts:
         shape, largest = (1, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
@@ -248,16 +218,12 @@ def certified_solve(
     certificate: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
-    """Solve a batch of pairs without gradients and examine the solutions; see
-    :py:meth:`monai_deq.networks.nets.RegistrationNet.solve`.
+    """Solve a batch of pairs without gradients and examine the solutions.
+
+    Arguments as :py:meth:`monai_deq.networks.nets.RegistrationNet.solve` of the ``network``, and:
 
     Args:
-        network: the network.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-        initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to the network's own.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
-        changes: settings of the solver in place of the network's own.
 
     Returns:
         The displacement ``(B, ndim, *spatial)``, the record, and a certificate a pair: ``None`` when none is asked for

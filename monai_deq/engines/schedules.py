@@ -10,8 +10,7 @@ __all__ = ["Schedule", "nlst_schedule", "oasis_schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """
-    Settings of a training that go with the data.
+    """Settings of a training that go with the data.
 
     Args:
         max_epochs: number of epochs. Defaults to 100 (paper).

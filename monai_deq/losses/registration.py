@@ -72,10 +72,8 @@ class RegistrationLoss(nn.Module):
 
 class MaskedSimilarityLoss(nn.Module):
     """Mean of a similarity over the voxels inside a mask, e.g. over the lungs of a chest CT, in float32 with autocast
-    off. Every image of a batch counts the same, whatever the size of its mask.
-
-    The similarity of a voxel may look at its surroundings beyond the mask: the window of the local cross-correlation
-    sees the border of the lung from inside.
+    off. Every image of a batch counts the same, whatever the size of its mask. The similarity of a voxel may look
+    beyond the mask: the window of the local cross-correlation sees the border of the lung from inside.
 
     Args:
         spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
@@ -161,9 +159,7 @@ class StatesLoss(nn.Module):
         return [float(w) for w in self.gamma]
 
     def forward(
-        self,
-        prediction: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
-        target: dict[str, torch.Tensor],
+        self, prediction: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], target: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The loss, a scalar.
 

@@ -26,6 +26,19 @@ __all__ = ["RegistrationCNN", "RegistrationUNet"]
 _ACT = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
 
 
+def _convolutions(spatial_dims: int, ins: Sequence[int], outs: Sequence[int]) -> list[nn.Module]:
+    """Convolutions of width 3 with their activations."""
+    options: dict[str, Any] = {"kernel_size": 3, "act": _ACT, "norm": None, "adn_ordering": "A"}
+    return [Convolution(spatial_dims, i, o, **options) for i, o in zip(ins, outs, strict=True)]
+
+
+def _init(backbone: RegistrationUNet | RegistrationCNN, flow_std: float, zero_inputs: Sequence[int]) -> None:
+    with_small_volumes(backbone)
+    init_he_normal_(backbone)
+    init_flow_(backbone.flow, flow_std)
+    init_zero_inputs_(backbone.first_conv, zero_inputs)
+
+
 class RegistrationUNet(nn.Module):
     """U-Net in the configuration of VoxelMorph (Balakrishnan et al., TMI 2019), built from MONAI's layers.
 
@@ -83,23 +96,18 @@ class RegistrationUNet(nn.Module):
         #: every spatial size must be a multiple of this
         self.divisor = 2 ** (len(encoder_channels) - 1)
 
-        def conv(inc: int, outc: int) -> nn.Module:
-            return Convolution(spatial_dims, inc, outc, kernel_size=3, act=_ACT, norm=None, adn_ordering="A")
-
         ins = [in_channels, *encoder_channels[:-1]]
-        self.encoder = nn.ModuleList([conv(i, o) for i, o in zip(ins, encoder_channels, strict=True)])
+        self.encoder = nn.ModuleList(_convolutions(spatial_dims, ins, encoder_channels))
         self.down = Pool["MAX", spatial_dims](kernel_size=2)
         self.up = UpSample(spatial_dims, scale_factor=2, mode="nontrainable", interp_mode="nearest", align_corners=None)
         skips = list(encoder_channels[-2::-1])
         belows = [encoder_channels[-1], *decoder_channels[:-1]]
-        self.decoder = nn.ModuleList([conv(b + s, o) for b, s, o in zip(belows, skips, decoder_channels, strict=True)])
+        ins = [below + skip for below, skip in zip(belows, skips, strict=True)]
+        self.decoder = nn.ModuleList(_convolutions(spatial_dims, ins, decoder_channels))
         finals = [decoder_channels[-1], *final_channels]
-        self.final = nn.Sequential(*[conv(i, o) for i, o in zip(finals[:-1], finals[1:], strict=True)])
+        self.final = nn.Sequential(*_convolutions(spatial_dims, finals[:-1], finals[1:]))
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
-        with_small_volumes(self)
-        init_he_normal_(self)
-        init_flow_(self.flow, flow_std)
-        init_zero_inputs_(self.first_conv, zero_inputs)
+        _init(self, flow_std, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:
@@ -184,7 +192,7 @@ def _layer(layer: Any, x: torch.Tensor, cut: tuple[bool, bool]) -> torch.Tensor:
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cut: tuple[bool, bool] = (False, False)
 ) -> torch.Tensor:
-    """Convolution of width 3 with zeros around the image; at a cut end of the last axis the output is a voxel shorter."""
+    """Convolution of width 3 with zeros around the image; at a cut end of the last axis it loses a voxel."""
     ndim = x.ndim - 2
     if not any(cut):
         return convolve(x, weight, bias, (1,) * ndim)
@@ -229,18 +237,9 @@ class RegistrationCNN(nn.Module):
         self.out_channels = spatial_dims if out_channels is None else out_channels
         self.channels = tuple(channels)
         widths = [in_channels, *channels]
-        act = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
-        self.layers = nn.Sequential(
-            *[
-                Convolution(spatial_dims, i, o, kernel_size=3, act=act, norm=None, adn_ordering="A")
-                for i, o in zip(widths[:-1], widths[1:], strict=True)
-            ]
-        )
+        self.layers = nn.Sequential(*_convolutions(spatial_dims, widths[:-1], widths[1:]))
         self.flow = Conv["CONV", spatial_dims](widths[-1], self.out_channels, kernel_size=3, padding=1)
-        with_small_volumes(self)
-        init_he_normal_(self)
-        init_flow_(self.flow, flow_std)
-        init_zero_inputs_(self.first_conv, zero_inputs)
+        _init(self, flow_std, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:

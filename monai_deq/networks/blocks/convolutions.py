@@ -124,7 +124,7 @@ def init_he_normal_(module: nn.Module) -> None:
 
 
 def init_flow_(conv: nn.Module, std: float) -> None:
-    """Start the convolution that gives the displacement from ``N(0, std)``, without bias: first displacements are tiny."""
+    """Start the convolution that gives the displacement from ``N(0, std)``, bias zero: first displacements are tiny."""
     nn.init.normal_(conv.weight, std=std)  # type: ignore[arg-type]
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 

@@ -234,7 +234,7 @@ class GradientUpdate(RegistrationUpdate):
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
         """See :py:class:`RegistrationUpdate`."""
         gradient, warped = similarity_gradient(self.similarity, moving, fixed, ddf)
-        x = torch.cat([ddf.to(fixed.dtype), fixed, warped.to(fixed.dtype)], dim=1)
+        x = torch.cat([t.to(fixed.dtype) for t in (ddf, fixed, warped)], dim=1)
         return -self.step_size * gradient - self.displacement(self.backbone, x, ddf)
 
 

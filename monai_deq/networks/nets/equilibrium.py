@@ -31,6 +31,11 @@ from monai_deq.solvers import SolverRecord, SolverSettings, build_deq, solve_fix
 __all__ = ["DEQRegistrationNet", "GradientSettings", "RestSettings", "coarse_to_fine", "set_coarse_solver"]
 
 
+def _check(holds: bool, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{expected}, got {got}.")
+
+
 @dataclass(frozen=True)
 class GradientSettings:
     """How a training goes through an equilibrium.
@@ -59,30 +64,17 @@ class GradientSettings:
     implicit_tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.kind not in ("phantom", "implicit"):
-            raise ValueError(f'gradient kind must be "phantom" or "implicit", got {self.kind!r}.')
-        if self.steps < 1:
-            raise ValueError(f"gradient steps must be at least 1, got {self.steps}.")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"gradient damping must be in (0, 1], got {self.damping}.")
-        if self.num_states < 0:
-            raise ValueError(f"num_states must not be negative, got {self.num_states}.")
-        if not isinstance(self.checkpointed, bool):
-            raise ValueError(f"checkpointed must be True or False, got {self.checkpointed!r}.")
-        if self.implicit_max_steps < 1:
-            raise ValueError(f"implicit_max_steps must be at least 1, got {self.implicit_max_steps}.")
-        if not self.implicit_tolerance >= 0:
-            raise ValueError(f"implicit_tolerance must not be negative, got {self.implicit_tolerance}.")
+        _check(self.kind in ("phantom", "implicit"), 'gradient kind must be "phantom" or "implicit"', repr(self.kind))
+        _check(self.steps >= 1, "gradient steps must be at least 1", self.steps)
+        _check(0 < self.damping <= 1, "gradient damping must be in (0, 1]", self.damping)
+        _check(self.num_states >= 0, "num_states must not be negative", self.num_states)
+        _check(isinstance(self.checkpointed, bool), "checkpointed must be True or False", repr(self.checkpointed))
+        _check(self.implicit_max_steps >= 1, "implicit_max_steps must be at least 1", self.implicit_max_steps)
+        _check(self.implicit_tolerance >= 0, "implicit_tolerance must not be negative", self.implicit_tolerance)
 
 
-#: of the rest settings
-_PAPERS_OWN = {
-    "relaxation": 1.0,
-    "proximal_weight": 0.0,
-    "contraction_weight": 0.0,
-    "pool_renewal": 1.0,
-    "random_start_share": 0.0,
-}
+#: rest settings of the paper's own recipe
+_PAPERS = dict(relaxation=1.0, proximal_weight=0.0, contraction_weight=0.0, pool_renewal=1.0, random_start_share=0.0)
 
 
 @dataclass(frozen=True)
@@ -117,31 +109,24 @@ class RestSettings:
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enabled, bool):
-            raise ValueError(f"enabled must be True or False, got {self.enabled!r}.")
+        _check(isinstance(self.enabled, bool), "enabled must be True or False", repr(self.enabled))
         if not self.enabled:
-            for name, value in _PAPERS_OWN.items():
+            for name, value in _PAPERS.items():
                 # what was not given has its default
-                if getattr(self, name) not in (value, getattr(RestSettings, name)):
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} does nothing unless rest is enabled: leave it out, or set enabled."
-                    )
+                own = getattr(self, name)
+                if own not in (value, getattr(RestSettings, name)):
+                    unused = f"{name} {own} does nothing unless rest is enabled"
+                    raise ValueError(f"{unused}: leave it out, or set enabled.")
                 object.__setattr__(self, name, value)
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"relaxation must be in (0, 1], got {self.relaxation}.")
-        if not 0 <= self.proximal_weight < 1:
-            raise ValueError(f"proximal_weight must be in [0, 1), got {self.proximal_weight}.")
-        if not self.contraction_weight >= 0:
-            raise ValueError(f"contraction_weight must not be negative, got {self.contraction_weight}.")
-        if int(self.pool_slots) != self.pool_slots or self.pool_slots < 1:
-            raise ValueError(f"pool_slots must be a whole number of at least 1, got {self.pool_slots}.")
-        if not 0 < self.pool_renewal <= 1:
-            raise ValueError(f"pool_renewal must be in (0, 1], got {self.pool_renewal}.")
+        slots = self.pool_slots
+        for name in ("relaxation", "pool_renewal"):
+            _check(0 < getattr(self, name) <= 1, f"{name} must be in (0, 1]", getattr(self, name))
+        _check(0 <= self.proximal_weight < 1, "proximal_weight must be in [0, 1)", self.proximal_weight)
+        _check(int(slots) == slots and slots >= 1, "pool_slots must be a whole number of at least 1", slots)
         for name in ("contraction_along_step", "random_start_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if not self.random_start_rms >= 0:
-            raise ValueError(f"random_start_rms must not be negative, got {self.random_start_rms}.")
+            _check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
+        for name in ("contraction_weight", "random_start_rms"):
+            _check(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
 
 
 class DEQRegistrationNet(IteratedNet):
@@ -243,8 +228,7 @@ class DEQRegistrationNet(IteratedNet):
             return initial_ddf, ()
         check_pair(moving, fixed)
         with torch.no_grad():
-            smaller = downsample(moving), downsample(fixed)
-            start = None
+            smaller, start = (downsample(moving), downsample(fixed)), None
             if initial_ddf is not None:
                 check_ddf(fixed, initial_ddf)
                 start = downsample_ddf(initial_ddf)
@@ -268,18 +252,20 @@ class DEQRegistrationNet(IteratedNet):
         For ``proximal_center`` see :py:meth:`fixed_point_map`.
         """
         settings = self.solver.changed(**changes)
-        coarse_steps: tuple[torch.Tensor, ...] = ()
-        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
-            proximal_center, coarse_steps = self.coarse_start(moving, fixed)
-        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        start, proximal_center, coarse_steps = self._start(moving, fixed, initial_ddf, proximal_center)
         g = self.fixed_point_map(moving, fixed, proximal_center=proximal_center)
-        state, record = solve_fixed_point(
-            g,
-            initial_state(fixed, initial_ddf, self.hidden_channels),
-            settings,
-            ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
-        )
+        state, record = solve_fixed_point(g, start, settings, fixed.ndim - 2 if self.hidden_channels else None)
         return state, replace(record, coarse_steps=coarse_steps)
+
+    def _start(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None, center: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """The first state, the proximal centre, and the steps of the coarser networks where they were asked."""
+        check_pair(moving, fixed)
+        steps: tuple[torch.Tensor, ...] = ()
+        if center is None and (ddf is None or self.proximal_weight):
+            center, steps = self.coarse_start(moving, fixed)
+        return initial_state(fixed, center if ddf is None else ddf, self.hidden_channels), center, steps
 
     def training_states(  # type: ignore[override]
         self,
@@ -289,11 +275,9 @@ class DEQRegistrationNet(IteratedNet):
         proximal_center: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """The intermediate states and the final one, each with its gradient; arguments as :py:meth:`solve_state`."""
-        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
-            proximal_center, _ = self.coarse_start(moving, fixed)
-        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        state, proximal_center, _ = self._start(moving, fixed, initial_ddf, proximal_center)
         full, short = (self.fixed_point_map(moving, fixed, factor, proximal_center) for factor in (1.0, None))
-        state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
+        ndim = fixed.ndim - 2
         options = {
             "rel_tol": self.solver.relative_tolerance,
             "ddf_channels": ndim if self.hidden_channels else None,
@@ -305,10 +289,7 @@ class DEQRegistrationNet(IteratedNet):
 
 
 def coarse_to_fine(
-    network: DEQRegistrationNet,
-    num_levels: int = 1,
-    max_steps: int = 48,
-    weights: str | Path | None = None,
+    network: DEQRegistrationNet, num_levels: int = 1, max_steps: int = 48, weights: str | Path | None = None
 ) -> DEQRegistrationNet:
     """Put copies of a network before it, each for half the size of the next; see ``coarse`` of
     :py:class:`DEQRegistrationNet`.
@@ -332,9 +313,8 @@ def coarse_to_fine(
         return network
     gradient = replace(network.gradient, num_states=0)
     solver = network.solver.changed(max_steps=max_steps)
-    coarse = DEQRegistrationNet(
-        copy.deepcopy(network.update), solver=solver, gradient=gradient, rest=network.rest
-    ).train(network.training)
+    update = copy.deepcopy(network.update)
+    coarse = DEQRegistrationNet(update, solver=solver, gradient=gradient, rest=network.rest).train(network.training)
     coarse = coarse_to_fine(coarse, num_levels - 1, max_steps)
     if weights is not None:
         load_weights(coarse, weights)

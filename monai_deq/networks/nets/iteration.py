@@ -12,18 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = [
-    "checkpointed_map",
-    "downsample",
-    "downsample_ddf",
-    "hidden_channels",
-    "initial_state",
-    "proximal_map",
-    "relaxed_map",
-    "state_map",
-    "upsample_state",
-]
-
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 
 import torch.nn as nn
 
-from monai_deq.networks.blocks import (
-    GradientUpdate,
-    RecurrentUpdate,
-    RegistrationCNN,
-    UNetUpdate,
-    VoxelMorphUpdate,
-)
+from monai_deq.networks.blocks import GradientUpdate, RecurrentUpdate, RegistrationCNN, UNetUpdate, VoxelMorphUpdate
 from monai_deq.networks.nets.unrolled import UnrolledRegistrationNet
 
 __all__ = ["gradirn_net", "riir_net", "unrolling_net", "voxelmorph_net"]

@@ -62,8 +62,7 @@ class UnrolledRegistrationNet(IteratedNet):
             raise ValueError(
                 f"steps must be a whole number of at least 1, or one for each of the levels, got {steps!r}."
             )
-        if update is None:
-            update = UNetUpdate(spatial_dims)
+        update = UNetUpdate(spatial_dims) if update is None else update
         alone = isinstance(update, nn.Module) and not isinstance(update, nn.ModuleList)
         updates: list[nn.Module] = [update] if alone else list(update)  # type: ignore[list-item,arg-type]
         if len(updates) not in (1, len(self.steps)):
@@ -136,25 +135,17 @@ class UnrolledRegistrationNet(IteratedNet):
         g = self.fixed_point_map(moving, fixed)
         with torch.no_grad():
             state, _ = self._start(self._pyramid(moving), self._pyramid(fixed), initial_ddf)
-        state, record = solve_fixed_point(
-            g,
-            state,
-            self.solver.changed(**changes),
-            ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
-        )
+        ddf_channels = fixed.ndim - 2 if self.hidden_channels else None
+        state, record = solve_fixed_point(g, state, self.solver.changed(**changes), ddf_channels)
         levels = self.steps[-2::-1] if initial_ddf is None else ()
         return state, replace(record, coarse_steps=tuple(torch.full_like(record.steps, n) for n in levels))
 
     def training_states(  # type: ignore[override]
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """The displacements of all steps at full size, or the final one alone, with their gradients; see
-        :py:meth:`solve_state`.
-        """
-        check_pair(moving, fixed)
-        movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
-        state, states = self._start(movings, fixeds, initial_ddf)
-        g = state_map(self._update(len(self.steps) - 1), moving, fixed)
+        """The displacements of all steps at full size, or the final one alone; see :py:meth:`solve_state`."""
+        g, fixeds = self.fixed_point_map(moving, fixed), self._pyramid(fixed)
+        state, states = self._start(self._pyramid(moving), fixeds, initial_ddf)
         for _ in range(self.steps[-1]):
             state = g(state)
             states.append(state)
