@@ -14,11 +14,7 @@ __all__ = ["load_checkpoint", "load_weights"]
 
 
 def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") -> Mapping[str, Any]:
-    """Read a checkpoint file, weights only.
-
-    Args:
-        path: the file.
-        map_location: where the tensors go. Defaults to the CPU.
+    """Read a checkpoint file, weights only, with its tensors on a device, by default the CPU.
 
     Raises:
         FileNotFoundError: When there is no such file.

@@ -33,12 +33,7 @@ def compile_backbones(network: Network) -> Network:
 
 def on_device(network: Network, device: torch.device | str, compiled: bool = False) -> Network:
     """Move a network to a device in place, on a CPU to channels-last memory format, measured to be faster there in 2-D
-    and 3-D, with float32 and bfloat16; return the network.
-
-    Args:
-        network: the network.
-        device: where it goes.
-        compiled: whether to have its backbones compiled, see :py:func:`compile_backbones`. Defaults to ``False``.
+    and 3-D, with float32 and bfloat16; ``compiled`` with :py:func:`compile_backbones`. Return the network.
     """
     memory_format = torch.preserve_format
     if torch.device(device).type == "cpu":

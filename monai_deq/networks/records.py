@@ -248,11 +248,8 @@ def _spatial_dims(description: Any) -> int | None:
 
 
 def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
-    """Build a trained network from the record beside its weights, in eval mode on the CPU, and load them.
-
-    Args:
-        path: checkpoint file.
-        kwargs: see :py:meth:`NetworkRecord.build`.
+    """Build a trained network from the record beside its checkpoint file, on the CPU and in eval mode, and load its
+    weights; ``kwargs`` of :py:meth:`NetworkRecord.build`.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.

@@ -94,16 +94,13 @@ def solve_fixed_point(
     settings: SolverSettings | None = None,
     ddf_channels: int | None = None,
 ) -> tuple[torch.Tensor, SolverRecord]:
-    """Solve ``x = g(x)`` without gradients, under TorchDEQ's :py:func:`get_deq`.
+    """Solve ``x = g(x)`` without gradients, under TorchDEQ's :py:func:`get_deq`: the final state and the record.
 
     Args:
         func: the map ``g``, ``(B, C, *spatial) -> (B, C, *spatial)``.
         initial: initial state; half precision is raised to float32.
         settings: of the solver. Defaults to those of :py:class:`SolverSettings`.
         ddf_channels: see :py:func:`plain_solver`. Defaults to ``None``: all channels.
-
-    Returns:
-        The final state and the :py:class:`SolverRecord`.
 
     Raises:
         ValueError: When the map changes the shape.

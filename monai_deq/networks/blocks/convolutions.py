@@ -45,9 +45,6 @@ def convolve(
         weight: ``(C', C, *kernel)``.
         bias: ``(C',)``, or none. Defaults to ``None``.
         padding: zeros added at both ends of each spatial axis. Defaults to 1 on each of three axes.
-
-    Returns:
-        ``(B, C', *spatial)``, each axis changed by ``2 * padding - kernel + 1``.
     """
     if not _takes_halves(x, weight):
         conv: Any = F.conv2d if x.ndim == 4 else F.conv3d

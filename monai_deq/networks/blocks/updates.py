@@ -170,7 +170,7 @@ def similarity_gradient(
         ddf: ``(B, ndim, *spatial)``, voxels.
 
     Returns:
-        The gradient ``(B, ndim, *spatial)``, and the warped image it was taken at.
+        The gradient, of the shape of ``ddf``, and the warped image it was taken at.
 
     Raises:
         ValueError: When the loss does not depend on the displacement, or is no scalar.

@@ -35,10 +35,8 @@ def _identity_grid(spatial_size: tuple[int, ...], device: torch.device, dtype: t
 
 
 def check_ddf(image: torch.Tensor, ddf: torch.Tensor) -> None:
-    """Check that a displacement field ``(B, ndim, *spatial)`` fits an image ``(B, C, *spatial)``.
-
-    Raises:
-        ValueError: When the image is not 2-D or 3-D, or when the field has not the expected shape.
+    """Check that a field ``(B, ndim, *spatial)`` fits a 2-D or 3-D image ``(B, C, *spatial)``; or else a
+    ``ValueError``.
     """
     ndim = image.ndim - 2
     if ndim not in (2, 3):
@@ -55,15 +53,12 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
 
     Same convention as :py:class:`monai.networks.blocks.Warp` with its defaults: voxel units, channel ``i`` displaces
     array axis ``i``, border padding, ``align_corners=True``. Sampling coordinates are computed in float32 at least (in
-    half precision high voxel indices lose sub-voxel displacements); the result has the image's dtype.
+    half precision high voxel indices lose sub-voxel displacements); the result has the image's shape and dtype.
 
     Args:
         image: ``(B, C, *spatial)``, 2-D or 3-D; of an integer type with ``"nearest"`` only.
         ddf: ``(B, ndim, *spatial)`` in voxels.
         mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"``. Defaults to ``"bilinear"``.
-
-    Returns:
-        The warped image, ``(B, C, *spatial)``.
 
     Raises:
         ValueError: When the shapes do not fit, or when an image of an integer type would be interpolated.
@@ -87,11 +82,7 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
 
 
 class DDFWarp(nn.Module):
-    """Module form of :py:func:`warp_by_ddf`.
-
-    Args:
-        mode: ``"bilinear"`` or ``"nearest"``. Defaults to ``"bilinear"``.
-    """
+    """Module form of :py:func:`warp_by_ddf`, ``mode`` being ``"bilinear"`` (default) or ``"nearest"``."""
 
     def __init__(self, mode: str = "bilinear") -> None:
         super().__init__()

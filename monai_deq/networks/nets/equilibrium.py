@@ -208,8 +208,8 @@ class DEQRegistrationNet(IteratedNet):
             moving: moving images.
             fixed: fixed images.
             relaxation: factor of the update. Defaults to the network's own.
-            proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to the solution of the
-                coarser network, which is solved for here, or zero.
+            proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to what is solved for
+                here.
         """
         check_pair(moving, fixed)
         g = state_map(self.update, moving, fixed)
@@ -298,9 +298,8 @@ def coarse_to_fine(
         network: the network of the full size, without a coarser one; changed in place and returned.
         num_levels: number of sizes, this one included. Defaults to 1: the network as it is.
         max_steps: step limit of each coarser network. Defaults to 48.
-        weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size: it becomes the coarser
-            network, and this network's update begins with its finest one. Defaults to ``None``: the network's own
-            weights.
+        weights: checkpoint of ``num_levels - 1`` sizes, trained at half the size: the coarser network, whose finest
+            update this network's begins with too. Defaults to ``None``: the network's own weights.
 
     Raises:
         ValueError: When ``num_levels`` is below 1, or there are weights and no coarser network.
@@ -324,11 +323,8 @@ def coarse_to_fine(
 
 
 def set_coarse_solver(network: nn.Module, **changes: Any) -> nn.Module:
-    """Change the solver of the coarser networks of a network, if there are any, in place, and return the network.
-
-    Args:
-        network: the network.
-        changes: settings of :py:class:`monai_deq.solvers.SolverSettings`; ``None`` leaves one as it is.
+    """Change the settings of :py:class:`monai_deq.solvers.SolverSettings`, unless ``None``, of the coarser networks of
+    a network, if there are any, in place, and return the network.
     """
     level = network.coarse if isinstance(network, IteratedNet) else None
     while level is not None:

@@ -17,15 +17,7 @@ __all__ = ["IteratedNet", "RegistrationNet", "check_pair"]
 
 
 def check_pair(moving: torch.Tensor, fixed: torch.Tensor) -> None:
-    """Check a batch of pairs.
-
-    Args:
-        moving: ``(B, 1, *spatial)``, floating point.
-        fixed: ``(B, 1, *spatial)``, floating point.
-
-    Raises:
-        ValueError: When shape or type do not fit.
-    """
+    """Check a batch of pairs: ``(B, 1, *spatial)`` of the same size, floating point; or else a ``ValueError``."""
     if moving.shape != fixed.shape or moving.ndim not in (4, 5) or moving.shape[1] != 1:
         raise ValueError(
             "moving and fixed must have the same shape (B, 1, H, W[, D]), "
@@ -78,13 +70,8 @@ class RegistrationNet(nn.Module, ABC):
         initial_ddf: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, ...] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Register as the class says; arguments as :py:meth:`solve`.
-
-        Args:
-            moving: moving images; without ``fixed`` ``(B, 2, *spatial)``, moving and fixed images.
-            fixed: fixed images.
-            initial_ddf: displacement to start from.
-            kwargs: further arguments of :py:meth:`solve`, or in training mode of :py:meth:`training_states`.
+        """Register as the class says; arguments as :py:meth:`solve`, with ``moving`` alone ``(B, 2, *spatial)``, in
+        training mode with ``kwargs`` of :py:meth:`training_states`.
 
         Raises:
             ValueError: When the shapes do not fit.
@@ -136,10 +123,9 @@ class IteratedNet(RegistrationNet):
         next.
 
         Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: start of the coarsest network, with a proximal term of each, here at full size, ``(B, ndim,
-                *spatial)``. Defaults to zero.
+            moving: moving images.
+            fixed: fixed images.
+            initial_ddf: start of the coarsest network, with a proximal term of each, at full size. Defaults to zero.
 
         Returns:
             ``(B, ndim, *spatial)`` in voxels at full size, without a coarser network the argument itself; and the steps
