@@ -42,12 +42,9 @@ _TRAINING = ("smoothness_weight", "learning_rate", "batch_size", "training_pairs
 
 
 def describe(component: Any) -> Any:
-    """
-    Describe a network as a MONAI component: ``{"_target_": ..., argument: value, ...}``, nested. Each argument of a
-    class is read from its attribute of the same name; what the weights hold is left out.
-
-    Args:
-        component: a module, a settings dataclass, or a plain value.
+    """Describe a network, its settings or a plain value as a MONAI component: ``{"_target_": ..., argument: value,
+    ...}``, nested. Each argument of a class is read from its attribute of the same name; what the weights hold is left
+    out.
 
     Raises:
         ValueError: When an argument cannot be read.
@@ -116,11 +113,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def build_component(description: Any) -> Any:
-    """
-    Build what :py:func:`describe` described. Nothing but classes of networks and settings is called.
-
-    Args:
-        description: the description.
+    """Build what :py:func:`describe` described. Nothing but classes of networks and settings is called.
 
     Raises:
         ValueError: When it names anything else, or a text that MONAI would run as an expression.
@@ -146,16 +139,15 @@ def build_component(description: Any) -> Any:
 
 @dataclass(frozen=True)
 class NetworkRecord:
-    """
-    What is known of trained weights, kept beside ``model.pt`` as ``model.json``.
+    """What is known of trained weights, kept beside ``model.pt`` as ``model.json``.
 
     Args:
         network: description of the network, see :py:func:`describe`. ``None`` where there is none.
         method: name of the system. Defaults to ``"DEQReg"``.
         spatial_size: size in voxels that images are resampled to. Defaults to ``None``: as they are.
         steps: step limit of the solver in evaluation. Defaults to 48.
-        preprocessing: further settings of the preprocessing, such as ``"window"``.
-        training: what the training was, such as ``"training_pairs"``, ``"epoch"``, ``"smoothness_weight"``.
+        preprocessing: further settings of the preprocessing, such as ``"window"``. Defaults to none.
+        training: what the training was, such as ``"training_pairs"``, ``"epoch"``. Defaults to nothing.
     """
 
     network: dict[str, Any] | None = None
@@ -171,8 +163,7 @@ class NetworkRecord:
         coarse_tolerance: float | None = 2e-4,
         autocast_dtype: str | None = None,
     ) -> RegistrationNet:
-        """
-        The network with fresh weights, in eval mode and with as many steps as the record says.
+        """The network with fresh weights, in eval mode and with as many steps as the record says.
 
         Args:
             coarse_solver: solver of the coarser networks, where there are any. Defaults to ``"plain"``.
@@ -195,10 +186,7 @@ class NetworkRecord:
         return network.eval()
 
     def write(self, path: str | Path) -> None:
-        """
-        Args:
-            path: the file, which appears whole or not at all.
-        """
+        """Write the record as JSON to a file, which appears whole or not at all."""
         text = json.dumps(json_ready(asdict(self)), indent=2, allow_nan=False)
         # sizes and channels on one line
         text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
@@ -207,12 +195,11 @@ class NetworkRecord:
 
 
 def read_record(path: str | Path | None, spatial_dims: int | None = None) -> NetworkRecord:
-    """
-    Read the record of a checkpoint.
+    """Read the record of a checkpoint.
 
     Args:
-        path: checkpoint file, whose record lies beside it (``model.pt`` -> ``model.json``; that of ``last.pt``, the
-            last epoch of the same training, too), or ``None`` for a method that has none.
+        path: checkpoint file, whose record lies beside it (``model.pt`` or ``last.pt`` -> ``model.json``), or ``None``
+            for a method that has none.
         spatial_dims: 2 or 3, what the network should be for. Defaults to ``None``: either.
 
     Raises:
@@ -261,15 +248,8 @@ def _spatial_dims(description: Any) -> int | None:
 
 
 def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
-    """
-    Build a trained network from the record beside its weights, and load them.
-
-    Args:
-        path: checkpoint file.
-        kwargs: see :py:meth:`NetworkRecord.build`.
-
-    Returns:
-        The network in eval mode, on the CPU.
+    """Build a trained network from the record beside its checkpoint file, on the CPU and in eval mode, and load its
+    weights; ``kwargs`` of :py:meth:`NetworkRecord.build`.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.
