@@ -18,7 +18,7 @@ from monai.utils import MetricReduction, convert_to_tensor, look_up_option
 from monai_deq.utils import gather_items
 
 
-def check_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
+def require_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
     """A displacement field ``(B, ndim, *spatial)``, checked, as a plain float32 or float64 tensor."""
     if not isinstance(ddf, torch.Tensor):
         raise TypeError(f"ddf: expected a torch.Tensor, got {type(ddf).__name__}.")

@@ -11,7 +11,7 @@ import torch
 from monai.utils import MetricReduction, convert_to_tensor
 from scipy import ndimage
 
-from monai_deq.metrics.base import ReducedIterationMetric, check_ddf, check_spacing, image_spacing
+from monai_deq.metrics.base import ReducedIterationMetric, check_spacing, image_spacing, require_ddf
 from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_points_by_ddf
 
 __all__ = ["TargetRegistrationErrorForm", "TargetRegistrationErrorMetric"]
@@ -84,7 +84,7 @@ def compute_landmark_errors(
         errors in mm, shape (B, N), float64; ``ValueError`` for fields and points that are not finite.
     """
     _check_form(form)
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     fixed_points = _check_points("fixed_points", fixed_points)
     moving_points = _check_points("moving_points", moving_points, tuple(fixed_points.shape)).to(ddf.device)
     voxel_size = check_spacing(spacing, ddf.shape[0], ddf.shape[1]).to(ddf.device)

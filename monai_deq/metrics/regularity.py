@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from monai.utils import MetricReduction, convert_to_tensor
 
-from monai_deq.metrics.base import ReducedIterationMetric, check_ddf
+from monai_deq.metrics.base import ReducedIterationMetric, require_ddf
 
 __all__ = ["FoldedVoxelsMetric", "NonDiffeomorphicVolumeMetric", "StdLogJacobianForm", "StdLogJacobianMetric"]
 __all__ += ["compute_folded_voxels", "compute_non_diffeomorphic_volume", "compute_std_log_jacobian"]
@@ -80,7 +80,7 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
     Returns:
         shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
     """
-    return _jacobian(check_ddf(ddf))
+    return _jacobian(require_ddf(ddf))
 
 
 def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,7 +91,7 @@ def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; ``ValueError`` unless finite.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
     """
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     return _reduce_inside(
         _jacobian(ddf), _check_mask(mask, ddf), lambda v: 100.0 * torch.count_nonzero(v <= 0).to(v.dtype) / v.numel()
     )
@@ -114,7 +114,7 @@ def compute_std_log_jacobian(
     """
     _check_form(form)
     crop, offset = _FORMS[form]
-    ddf = check_ddf(ddf, min_size=max(2, 2 * crop + 1))
+    ddf = require_ddf(ddf, min_size=max(2, 2 * crop + 1))
     mask = _check_mask(mask, ddf)
     jacobian = _jacobian(ddf)
     if crop:
@@ -152,7 +152,7 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
     It says how badly the field folds, sees the folds that central differences step over, and may exceed 100 %. Beyond
     the border the displacement goes on unchanged, as in the authors' program.
     """
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     mask = _check_mask(mask, ddf)
     spatial_dims = ddf.shape[1]
     padded = F.pad(ddf, (1, 1) * spatial_dims, mode="replicate")

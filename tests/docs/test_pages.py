@@ -296,8 +296,9 @@ class Workplace:
             check_command(command)
 
     def run_own(self, words: Sequence[str]) -> None:
-        from monai_deq.cli import app
         from typer.testing import CliRunner
+
+        from monai_deq.cli import app
 
         if words[0] == "download":
             name, output_dir = (words[words.index(option) + 1] for option in ("--name", "--output-dir"))
