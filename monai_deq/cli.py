@@ -94,18 +94,9 @@ def compare_methods(
     """
     from monai_deq.evaluation import METHODS, METRICS, compare
 
-    compare(
-        bundle_dir,
-        results_dir,
-        _names(methods) or METHODS,
-        _names(overlays),
-        _settings(settings),
-        reference,
-        _names(metrics) or METRICS,
-        cost_rounds,
-        output_dir,
-        overwrite,
-    )
+    names, columns = _names(methods) or METHODS, _names(metrics) or METRICS
+    files, given = _names(overlays), _settings(settings)
+    compare(bundle_dir, results_dir, names, files, given, reference, columns, cost_rounds, output_dir, overwrite)
 
 
 @app.command("converge")
@@ -130,18 +121,9 @@ def iterate_methods(
     """
     from monai_deq.evaluation import ITERATED_METHODS, converge
 
-    converge(
-        bundle_dir,
-        results_dir,
-        _names(methods) or ITERATED_METHODS,
-        _names(overlays),
-        _settings(settings),
-        max_steps,
-        random_start_rms,
-        _numbers(table_steps),
-        output_dir,
-        overwrite,
-    )
+    names, files, given = _names(methods) or ITERATED_METHODS, _names(overlays), _settings(settings)
+    steps = (max_steps, random_start_rms, _numbers(table_steps))
+    converge(bundle_dir, results_dir, names, files, given, *steps, output_dir, overwrite)
 
 
 @app.command("memory")
@@ -164,17 +146,8 @@ def memory_of_training(
     """
     from monai_deq.evaluation import measure_memory
 
-    measure_memory(
-        bundle_dir,
-        output_dir,
-        _numbers(spatial_size),
-        _numbers(steps),
-        _numbers(unrolled_steps),
-        _cases(cases),
-        rounds,
-        _settings(settings),
-        overwrite,
-    )
+    numbers = (_numbers(spatial_size), _numbers(steps), _numbers(unrolled_steps))
+    measure_memory(bundle_dir, output_dir, *numbers, _cases(cases), rounds, _settings(settings), overwrite)
 
 
 @app.command("scaling")
@@ -218,10 +191,8 @@ def speed_of_solvers(
     """
     from monai_deq.evaluation import measure_speed
 
-    overlay_files = _names(overlays)
-    measure_speed(
-        bundle_dir, results_dir, output_dir, _cases(cases), overlay_files, rounds, _settings(settings), overwrite
-    )
+    files, given = _names(overlays), _settings(settings)
+    measure_speed(bundle_dir, results_dir, output_dir, _cases(cases), files, rounds, given, overwrite)
 
 
 @app.command("download")

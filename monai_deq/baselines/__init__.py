@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from .classical import ClassicalRegistration, InitialAlignment
-from .elastix import ElastixRegistration
+from .classical import ClassicalRegistration, ElastixRegistration, InitialAlignment
 
 __all__ = ["ClassicalRegistration", "ElastixRegistration", "InitialAlignment"]

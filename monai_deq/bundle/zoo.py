@@ -23,20 +23,9 @@ from monai_deq.utils import refuse_existing, replace_file
 __all__ = ["write_zoo_package"]
 
 #: what the Zoo's current schema asks for in ``metadata.json``
-REQUIRED_METADATA = (
-    "schema",
-    "version",
-    "changelog",
-    "monai_version",
-    "pytorch_version",
-    "numpy_version",
-    "required_packages_version",
-    "task",
-    "description",
-    "authors",
-    "copyright",
-    "network_data_format",
-)
+REQUIRED_METADATA: tuple[str, ...] = ("schema", "version", "changelog", "monai_version", "pytorch_version")
+REQUIRED_METADATA += ("numpy_version", "required_packages_version", "task", "description", "authors", "copyright")
+REQUIRED_METADATA += ("network_data_format",)
 _WORKFLOWS = ("train", "evaluate", "inference")
 #: overlays for several processes, one for each workflow, which the Zoo knows by these names
 _MULTI_GPU = tuple(f"multi_gpu_{workflow}.json" for workflow in _WORKFLOWS)
@@ -65,28 +54,24 @@ def write_zoo_package(
         name: its name. Defaults to the folder's with ``_deq_registration``.
         overlays: configuration files that become a part of the package's own, such as ``slices.json``; a relative one
             lies in the bundle's folder or else in the current one. Of a file ``metadata_slices.json`` beside it
-            the entries take the place of those of the metadata. Defaults to none.
+            the entries take the place of those of the metadata.
         weights_url: address that the weights can be fetched from, for ``large_files.yml``. Weights of more than 25 MiB
-            need it, and are then left out. Defaults to ``None``.
-        overwrite: replace an existing package. Defaults to ``False``.
+            need it, and are then left out.
+        overwrite: replace an existing package, which is ``FileExistsError`` else.
 
     Returns:
         The package's folder.
 
     Raises:
         FileNotFoundError: When a part of the bundle, the weights or their record are not there.
-        FileExistsError: When the package is there already and ``overwrite`` is not set.
-        ValueError: When the metadata lack an entry, the weights are no checkpoint or do not fit the configuration,
-            or too large without an address.
+        ValueError: When the metadata lack an entry, or the weights do not fit, or are too large without an address.
     """
     bundle_dir, weights, output_dir = Path(bundle_dir), Path(weights), Path(output_dir)
     parts = [*(f"{w}.json" for w in _WORKFLOWS), *_MULTI_GPU, "metadata.json"]
     parts += ["LICENSE", "docs/README.md", "docs/data_license.txt"]
-    settings = weights.with_suffix(".json")
-    files = [bundle_dir / part for part in parts] + [weights, settings]
     overlays = [overlays] if isinstance(overlays, (str, Path)) else list(overlays)
     overlay_files = [bundle_dir / p if (bundle_dir / p).is_file() else Path(p) for p in overlays]
-    for file in [*files, *overlay_files]:
+    for file in [*(bundle_dir / part for part in parts), weights, weights.with_suffix(".json"), *overlay_files]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there, the package needs it.")
     network = load_network(weights)  # refuses what is none, or does not fit its record
@@ -95,7 +80,7 @@ def write_zoo_package(
     name = f"{bundle_dir.resolve().name}_deq_registration" if name is None else name
     package, archive = output_dir / name, output_dir / f"{name}_v{metadata['version']}.zip"
     if not overwrite:
-        refuse_existing([package, archive], "Replace it with --overwrite true, or name another --output_dir.")
+        refuse_existing([package, archive], "Replace it with --overwrite, or name another --output-dir.")
     large = weights.stat().st_size > _LARGEST_FILE
     if large and not weights_url:
         raise ValueError(
@@ -113,19 +98,18 @@ def write_zoo_package(
             # found also where the weights' folder is not: monai.bundle.load does not tell it
             config["network_def"] = describe(network)
             _write_json(root / "configs" / f"{workflow}.json", config)
-        for overlay in _MULTI_GPU:
-            shutil.copyfile(bundle_dir / overlay, root / "configs" / overlay)
+        for part in (*_MULTI_GPU, "logging.conf"):
+            if (bundle_dir / part).is_file():
+                shutil.copyfile(bundle_dir / part, root / "configs" / part)
         _write_json(root / "configs" / "metadata.json", metadata)
-        if (bundle_dir / "logging.conf").is_file():
-            shutil.copyfile(bundle_dir / "logging.conf", root / "configs" / "logging.conf")
         if (bundle_dir / "methods").is_dir():
             shutil.copytree(bundle_dir / "methods", root / "configs" / "methods")
         # the bundle's own page, with the paths of the package
         page = (bundle_dir / "docs" / "README.md").read_text(encoding="utf-8")
         page = page.replace(f"bundles/{bundle_dir.resolve().name}", "configs")
         (root / "docs" / "README.md").write_text(page, encoding="utf-8")
-        shutil.copyfile(bundle_dir / "docs" / "data_license.txt", root / "docs" / "data_license.txt")
-        shutil.copyfile(bundle_dir / "LICENSE", root / "LICENSE")
+        for part in ("docs/data_license.txt", "LICENSE"):
+            shutil.copyfile(bundle_dir / part, root / part)
         read_record(weights).write(root / "models" / "model.json")
         if large:
             digest = hashlib.md5(weights.read_bytes(), usedforsecurity=False).hexdigest()

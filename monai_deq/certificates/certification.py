@@ -14,15 +14,7 @@ from monai_deq.networks.nets import IteratedNet, RegistrationNet
 from monai_deq.solvers import SolverRecord, random_smooth_ddf, residual_norms
 from monai_deq.utils import json_ready
 
-__all__ = [
-    "Certificate",
-    "Verdict",
-    "certified_solve",
-    "certify",
-    "check_certificate",
-    "starting_point",
-    "verdict",
-]
+__all__ = ["Certificate", "Verdict", "certified_solve", "certify", "check_certificate", "starting_point", "verdict"]
 
 #: a residual that falls by less than this over a quarter of the steps does not fall
 _FALLING = 0.95
@@ -43,8 +35,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Certificate:
-    """
-    What was measured at the solution of one pair.
+    """What was measured at the solution of one pair; ``None`` where it was not asked for.
 
     Args:
         verdict: one of the values of :py:class:`Verdict`, see :py:func:`verdict`.
@@ -52,10 +43,8 @@ class Certificate:
         relative_residual: ``|g(x) - x| / |g(x)|`` there.
         steps: evaluations of the map that led to the solution.
         spectral_radius: of the Jacobian of ``g`` at the solution, see :py:func:`spectral_radius`. Below 1 the solution
-            attracts all states near it, and the radius is the factor by which a step shrinks their distance in the
-            long run. ``None`` where it was not asked for.
-        start_distance: RMS distance in voxels between the solution and that reached from a random smooth start; the
-            largest, with several starts. ``None`` where it was not asked for.
+            attracts all states near it; a step shrinks their distance by that factor in the long run.
+        start_distance: RMS distance in voxels between the solution and that from a random smooth start, the largest.
     """
 
     verdict: str
@@ -72,8 +61,7 @@ class Certificate:
 
 
 def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
-    """
-    What became of an iteration, from its residuals.
+    """What became of an iteration, from its residuals.
 
     - ``"converged"``: the solution is at rest.
     - ``"diverging"``: a residual is not finite, or the residuals of the last quarter of the steps are more than 1.5
@@ -101,33 +89,19 @@ def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
 
 
 #: what a certificate looks at unless it is told otherwise
-_DEFAULTS = {
-    "spectral_iterations": 0,
-    "random_starts": 0,
-    "start_rms": 3.0,
-    "start_smoothness": 8.0,
-    "seed": 0,
-}
+_DEFAULTS = {"spectral_iterations": 0, "random_starts": 0, "start_rms": 3.0, "start_smoothness": 8.0, "seed": 0}
 
 
 def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """
-    Check what is to be examined of a solution.
+    """Check what is to be examined of a solution, and return a copy.
 
     Args:
-        certificate: ``None``, or some of
-
-            - ``tolerance``: RMS residual in voxels at which a pair has converged; a hidden state must be at rest to
-              the same tolerance, in its own units. Defaults to that of the solve.
-            - ``spectral_iterations``: of :py:func:`spectral_radius`. Defaults to 0: not computed.
-            - ``random_starts``: number of random smooth displacements from which the pairs are solved anew, the same
-              ones for all pairs. Defaults to 0.
-            - ``start_rms``, ``start_smoothness``: of these, see :py:func:`monai_deq.solvers.random_smooth_ddf`.
-              Default to 3 and 8 voxels.
-            - ``seed``: of all random numbers. Defaults to 0.
-
-    Returns:
-        A copy.
+        certificate: ``None``, or some of ``tolerance``: RMS residual in voxels at which a pair has converged, and a
+            hidden state in its own units (default: that of the solve); ``spectral_iterations`` of
+            :py:func:`spectral_radius` (default 0: not computed); ``random_starts``: number of random smooth
+            displacements, the same for all pairs, to solve from anew (default 0), and their ``start_rms`` and
+            ``start_smoothness``, see :py:func:`monai_deq.solvers.random_smooth_ddf` (default 3 and 8 voxels); ``seed``
+            of all random numbers (default 0).
 
     Raises:
         TypeError: When there is no such option.
@@ -147,19 +121,13 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
 def starting_point(
     network: IteratedNet, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    """
-    Where the iteration at full size begins, when a displacement is to be forgotten: with a proximal term it enters at
-    each size of a network with coarser ones, and without at the coarsest, behind which the others start.
-
-    Args:
-        network: the network.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-        initial_ddf: the displacement, ``(B, ndim, *spatial)``. Defaults to ``None``: zero at the coarsest size.
+    """Where the iteration at full size begins, when a displacement ``(B, ndim, *spatial)`` is to be forgotten: with a
+    proximal term it enters at each size of a network with coarser ones, and without at the coarsest, behind which the
+    others start. The pairs are ``(B, 1, *spatial)``; without a displacement it is zero.
 
     Returns:
-        The start, for ``solve_state``, and what else ``solve_state`` and ``fixed_point_map`` are to be given by
-        keyword: what a proximal term pulls to, solved for from the displacement too.
+        The start, and what ``solve_state`` and ``fixed_point_map`` are to be given by keyword: what a proximal term
+        pulls to, solved for from the displacement too.
     """
     if network.coarse is None:
         return initial_ddf, {}
@@ -179,25 +147,20 @@ def certify(
     solver: Mapping[str, Any] | None = None,
     proximal_center: torch.Tensor | None = None,
 ) -> list[Certificate]:
-    """
-    Examine the solutions of a batch of pairs.
+    """Examine the solutions of a batch of pairs ``(B, 1, *spatial)``: one certificate a pair.
 
-    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory (that of one
-    training step of a one-step network) and as many backward passes; with ``random_starts`` as many further solves.
+    Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory and as many
+    backward passes; with ``random_starts`` as many further solves.
 
     Args:
-        network: a network with ``fixed_point_map`` and ``solve_state``.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
+        network: the network.
+        moving: moving images.
+        fixed: fixed images.
         state: what ``network.solve_state`` returned for them, ``(B, ndim + hidden_channels, *spatial)``.
         record: the record of that solve.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to none of the options.
-        solver: settings of the solve in place of the network's own; the further solves have them too. Defaults to none.
-        proximal_center: what the proximal term of the map pulls to, ``(B, ndim, *spatial)``. Defaults to what the
-            network solves for with its coarser ones, at the price of these solves.
-
-    Returns:
-        One certificate a pair.
+        solver: settings of these solves in place of the network's own. Defaults to none.
+        proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to what is solved for here.
 
     Raises:
         TypeError: When there is no such option.
@@ -220,9 +183,7 @@ def certify(
         # a hidden state that still moves may move the displacement again
         hidden, hidden_relative = residual_norms(change[:, ndim:].double(), after[:, ndim:].double())
         at_rest &= (hidden <= tolerance) | (hidden_relative <= relative_tolerance)
-    radii: list[float | None] = [None] * batch
-    if iterations:
-        radii = list(spectral_radius(g, state, iterations, seed).tolist())
+    radii = spectral_radius(g, state, iterations, seed).tolist() if iterations else [None] * batch
     distances: list[float | None] = [None] * batch
     if random_starts:
         shape, largest = (1, ndim, *fixed.shape[2:]), torch.zeros(batch, dtype=torch.float64)
@@ -257,16 +218,12 @@ def certified_solve(
     certificate: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
-    """
-    Solve a batch of pairs without gradients and examine the solutions.
+    """Solve a batch of pairs without gradients and examine the solutions.
+
+    Arguments as :py:meth:`monai_deq.networks.nets.RegistrationNet.solve` of the ``network``, and:
 
     Args:
-        network: the network.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-        initial_ddf: warm start ``(B, ndim, *spatial)``. Defaults to zero.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
-        changes: settings of the solver in place of the network's own.
 
     Returns:
         The displacement ``(B, ndim, *spatial)``, the record, and a certificate a pair: ``None`` when none is asked for

@@ -17,14 +17,13 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 def spectral_radius(
     func: Callable[[torch.Tensor], torch.Tensor], state: torch.Tensor, iterations: int = 40, seed: int = 0
 ) -> torch.Tensor:
-    """
-    Largest modulus of an eigenvalue of the Jacobian of a map at a state, item by item, by power iteration.
+    """Largest modulus of an eigenvalue of the Jacobian of a map at a state, item by item, by power iteration.
 
     The estimate is the mean growth of the norm, ``(|v_n| / |v_m|)^(1 / (n - m))``, over the last half of the
-    iterations: right also where the largest eigenvalues are a complex pair and the vectors turn for ever. (A Rayleigh
-    quotient is not.) The vectors are multiplied by the transposed Jacobian, which has the same eigenvalues and needs
-    but a backward pass. An estimate from few iterations can be off to both sides when eigenvalues lie close together
-    or the Jacobian is far from normal; see how it changes with ``iterations``.
+    iterations: right also where the largest eigenvalues are a complex pair and the vectors turn for ever. The vectors
+    are multiplied by the transposed Jacobian, which has the same eigenvalues and needs but a backward pass. An estimate
+    from few iterations can be off to both sides when eigenvalues lie close together or the Jacobian is far from normal;
+    see how it changes with ``iterations``.
 
     Costs one evaluation of the map with its backward memory and ``iterations`` backward passes.
 
@@ -39,6 +38,7 @@ def spectral_radius(
 
     Raises:
         ValueError: When there are fewer than 2 iterations.
+        RuntimeError: In inference mode.
     """
     if iterations < 2:
         raise ValueError(f"iterations must be at least 2, got {iterations}.")

@@ -67,8 +67,7 @@ class _SubjectsOnDisk(PersistentDataset):
         except PermissionError:
             raise
         except Exception as e:
-            item = self.data[index]
-            file = Path(str(self.cache_dir)) / f"{self.hash_func(item).decode()}{self.transform_hash}.pt"
+            file = Path(str(self.cache_dir)) / f"{self.hash_func(self.data[index]).decode()}{self.transform_hash}.pt"
             if not file.is_file():
                 raise
             # a file is written when the transforms are through: it is the file that cannot be read
@@ -84,28 +83,20 @@ def cached_subjects(
     cache_rate: float = 1.0,
     num_workers: int = 0,
 ) -> Dataset:
-    """
-    Data set of loaded subjects that does not read a file again each epoch: MONAI's ``CacheDataset`` in memory, or its
-    ``PersistentDataset`` on disk.
+    """Loaded subjects that are not read again each epoch, by MONAI's ``CacheDataset`` or ``PersistentDataset``.
 
     Args:
         subjects: ``{"subject": name, "image": file, "label": file or None}`` each, or pairs with their files.
         transform: loading transforms, without randomness.
-        cache_dir: folder of a cache on disk, for data that do not fit into memory. Runs may share it: files are told
-            apart by the subject's file names and by the transforms. It is not noticed when a scan itself changes.
-            Defaults to ``None``: in memory.
+        cache_dir: folder of a cache on disk, which runs may share: files are told apart by the subject's file names and
+            by the transforms. It is not noticed when a scan itself changes. Defaults to None: in memory.
         cache_rate: share of the subjects kept in memory. Defaults to 1.
         num_workers: threads that fill the memory, one at least. Defaults to 0.
     """
     if cache_dir is not None:
         return _SubjectsOnDisk(list(subjects), transform, cache_dir)
-    return CacheDataset(
-        data=list(subjects),
-        transform=transform,
-        cache_rate=cache_rate,
-        num_workers=num_workers,
-        copy_cache=False,  # PairDataset and GivenPairDataset copy what they give out
-    )
+    # not copied here: PairDataset and GivenPairDataset copy what they give out
+    return CacheDataset(list(subjects), transform, cache_rate=cache_rate, num_workers=num_workers, copy_cache=False)
 
 
 def cached_pairs(
@@ -114,14 +105,9 @@ def cached_pairs(
     cache: Mapping[str, Any] | None = None,
     label_key: str | None = "label",
 ) -> PairDataset:
-    """
-    The cyclic pairs of subjects that are read once.
+    """The cyclic pairs of subjects that are read once; ``cache``: further arguments of :py:func:`cached_subjects`.
 
-    Args:
-        subjects: see :py:func:`cached_subjects`.
-        transform: see :py:func:`cached_subjects`.
-        cache: further arguments of :py:func:`cached_subjects`. Defaults to none.
-        label_key: see :py:class:`PairDataset`; with None segmentations are not even read. Defaults to ``"label"``.
+    With ``label_key=None``, see :py:class:`PairDataset`, segmentations are not even read.
     """
     if label_key is None:
         subjects = [{k: v for k, v in subject.items() if k != "label"} for subject in subjects]
@@ -131,12 +117,5 @@ def cached_pairs(
 def cached_given_pairs(
     pairs: Sequence[dict[str, Any]], transform: Callable[[Any], Any], cache: Mapping[str, Any] | None = None
 ) -> GivenPairDataset:
-    """
-    Given pairs that are read once.
-
-    Args:
-        pairs: see :py:func:`cached_subjects`.
-        transform: see :py:func:`cached_subjects`.
-        cache: further arguments of :py:func:`cached_subjects`. Defaults to none.
-    """
+    """Given pairs that are read once; ``cache`` has further arguments of :py:func:`cached_subjects`."""
     return GivenPairDataset(cached_subjects(pairs, transform, **(cache or {})))

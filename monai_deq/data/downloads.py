@@ -61,35 +61,30 @@ class PublicDataset:
 
 
 _NEURITE = "https://surfer.nmr.mgh.harvard.edu/ftp/data/neurite/data/"
+_SUBJECTS, _TASK = "OASIS_OAS1_*_MR*/", "*_dataset.json"
 PUBLIC_DATASETS: dict[str, PublicDataset] = {
     "neurite-oasis": PublicDataset(  # 6.6 GB
         url=f"{_NEURITE}neurite-oasis.v1.0.tar",
         checksum="md5:081392a8150ff99ab7a64a9ded377835",
         page=_NEURITE_PAGE,
         terms=_NEURITE_TERMS,
-        holds="OASIS_OAS1_*_MR*/",
+        holds=_SUBJECTS,
     ),
     "neurite-oasis-2d": PublicDataset(  # 24 MB
         url=f"{_NEURITE}neurite-oasis.2d.v1.0.tar",
         checksum="md5:c9ae5864f250c7e4b8d83a104e51ae8e",
         page=_NEURITE_PAGE,
         terms=_NEURITE_TERMS,
-        holds="OASIS_OAS1_*_MR*/",
+        holds=_SUBJECTS,
     ),
     "learn2reg-nlst": PublicDataset(
         url="https://cloud.imi.uni-luebeck.de/s/pERQBNyEFNLY8gR/download/NLST2023.zip",
         checksum=None,
         page=_LEARN2REG_PAGE,
         terms=_NLST_TERMS,
-        holds="*_dataset.json",
+        holds=_TASK,
     ),
-    "learn2reg-oasis": PublicDataset(
-        url=None,
-        checksum=None,
-        page=_LEARN2REG_PAGE,
-        terms=f"{_NEURITE_TERMS}\n{_LEARN2REG_TERMS}",
-        holds="*_dataset.json",
-    ),
+    "learn2reg-oasis": PublicDataset(None, None, _LEARN2REG_PAGE, f"{_NEURITE_TERMS}\n{_LEARN2REG_TERMS}", _TASK),
 }
 """By name, what :py:func:`download_dataset` knows."""
 
@@ -108,8 +103,7 @@ def download_dataset(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """
-    Download a public data set and unpack it to ``<output_dir>/<name>``, which is what ``dataset_dir`` takes.
+    """Download a public data set and unpack it to ``<output_dir>/<name>``, which is what ``dataset_dir`` takes.
 
     Needs ``pip install "monai_deq[download]"``. Called again, it takes an archive that is there already (downloaded
     with a browser, say), leaves an unpacked data set as it is, and goes on with a download that was cut off where a
@@ -118,17 +112,13 @@ def download_dataset(
     Args:
         name: one of ``PUBLIC_DATASETS``.
         output_dir: folder of the archive and of the unpacked data set.
-        accept_terms: whether you accept the terms of the data set, which are printed. Defaults to ``False``.
-        url: another address of the archive. Defaults to ``None``: the known one.
+        accept_terms: whether you accept the terms of the data set, which are printed. Defaults to False.
+        url: another address of the archive. Defaults to None: the known one.
         checksum: of the archive, ``"<kind>:<digits>"`` or the digits alone (md5, sha1, sha256, sha512); ``"skip"``: it
-            is not checked. Defaults to ``None``: the known one; where none is known it is not checked, with a warning.
-        keep_archive: keep the archive once it is unpacked. Defaults to ``True``.
-        overwrite: download and unpack again what is there already; it is replaced when the new is complete. Defaults
-            to ``False``.
-        progress: show a bar. Defaults to ``True``.
-
-    Returns:
-        the folder.
+            is not checked. Defaults to None: the known one; where none is known it is not checked, with a warning.
+        keep_archive: keep the archive once it is unpacked. Defaults to True.
+        overwrite: fetch again what is there already, and replace it when the new is complete. Defaults to False.
+        progress: show a bar. Defaults to True.
 
     Raises:
         ValueError: When an argument is not valid, the address has to be given, or the archive is not the data set's.
@@ -137,8 +127,7 @@ def download_dataset(
         ImportError: When pooch is not installed.
         HashCheckError: When the archive has another checksum.
         RuntimeError: When the server does not give the archive, or it is damaged.
-        ConnectionError: When there is no connection, or it breaks.
-        OSError: When the disk has not enough space, or a folder cannot be written to.
+        OSError: When the connection fails (ConnectionError), or the disk is full or cannot be written to.
     """
     if name not in PUBLIC_DATASETS:
         raise ValueError(f"Unknown data set {name!r}; expected one of {sorted(PUBLIC_DATASETS)}.")
@@ -150,17 +139,14 @@ def download_dataset(
     folder = Path(output_dir).expanduser() / name
     if folder.exists() and not overwrite:
         if not any(folder.glob(dataset.holds)):
-            raise FileExistsError(
-                f"{folder} is there already and is not {name} (it has no {dataset.holds}). Name another output_dir, or "
-                "move it away."
-            )
+            message = f"{folder} is there already and is not {name} (it has no {dataset.holds})."
+            raise FileExistsError(f"{message} Name another output_dir, or move it away.")
         logger.info("%s is there already and not downloaded again", folder)
         return folder
     print(f"{name}\n{dataset.terms}")
     if accept_terms is not True:
-        raise PermissionError(
-            f"{name} is downloaded when you accept its terms, printed above: set accept_terms (--accept-terms)."
-        )
+        words = "is downloaded when you accept its terms, printed above: set accept_terms (--accept-terms)."
+        raise PermissionError(f"{name} {words}")
 
     archive = folder.with_name(_archive_name(url) or _archive_name(dataset.url) or f"{name}.zip")
     by_hand = f"Or download it with a browser, save it as {archive} and run the same again: it is taken from there."
@@ -200,9 +186,8 @@ def _parse_checksum(checksum: str | None) -> tuple[str, str] | None:
     kind, _, digits = checksum.strip().lower().rpartition(":")
     found = _DIGITS.get(len(digits))
     if found is None or kind not in ("", found) or not re.fullmatch("[0-9a-f]+", digits):
-        raise ValueError(
-            f"checksum must be <kind>:<hexadecimal digits>, as many as its kind has ({_DIGITS}), got {checksum!r}."
-        )
+        expected = f"<kind>:<hexadecimal digits>, as many as its kind has ({_DIGITS})"
+        raise ValueError(f"checksum must be {expected}, got {checksum!r}.")
     return found, digits
 
 
@@ -230,9 +215,8 @@ def _fetch(url: str, part: Path, resume: bool, progress: bool, advice: str) -> N
                     file.truncate(0)
 
             logger.info("%s: downloading from %s, after %d bytes that are there", part.name, url, begun)
-            hooks = {"response": start_anew}
-            get = pooch.HTTPDownloader(progress, 1 << 14, timeout=_TIMEOUT, headers=headers, hooks=hooks)
-            get(url, file, None)
+            options = {"timeout": _TIMEOUT, "headers": headers, "hooks": {"response": start_anew}}
+            pooch.HTTPDownloader(progress, 1 << 14, **options)(url, file, None)
             if not file.tell():
                 raise RuntimeError(f"{url}: the server sends nothing. {advice}")
     except RequestException as e:
@@ -241,10 +225,8 @@ def _fetch(url: str, part: Path, resume: bool, progress: bool, advice: str) -> N
         if e.response is not None:
             raise RuntimeError(f"{url}: the server says {e.response.status_code} {e.response.reason}. {advice}") from e
         kept = f"{part.stat().st_size} bytes are kept: the same again goes on from there. " if resume else ""
-        raise ConnectionError(
-            f"{url} could not be downloaded: {e}. {kept}Check the network (a proxy goes into the variables http_proxy "
-            f"and https_proxy), or try later. {advice}"
-        ) from e
+        network = "Check the network (a proxy goes into the variables http_proxy and https_proxy), or try later."
+        raise ConnectionError(f"{url} could not be downloaded: {e}. {kept}{network} {advice}") from e
     finally:
         if part.is_file() and not part.stat().st_size:
             part.unlink()
@@ -255,12 +237,9 @@ def _check(archive: Path, expected: tuple[str, str] | None, skipped: bool) -> No
     again = f"Delete {archive} and run the same again to download it anew"
     if expected is not None:
         kind, digits = expected
-        got = _pooch().file_hash(str(archive), alg=kind)
-        if got != digits:
-            raise HashCheckError(
-                f"{archive} has another checksum: expected {kind} {digits}, got {got}. {again}, or correct the "
-                "checksum (--checksum)."
-            )
+        if (got := _pooch().file_hash(str(archive), alg=kind)) != digits:
+            words = f"has another checksum: expected {kind} {digits}, got {got}."
+            raise HashCheckError(f"{archive} {words} {again}, or correct the checksum (--checksum).")
         return
     why = "as asked for" if skipped else "none is known; give it by --checksum"
     logger.warning("the checksum of %s is not checked: %s", archive, why)
@@ -275,10 +254,7 @@ def _check(archive: Path, expected: tuple[str, str] | None, skipped: bool) -> No
 
 
 def _unpack(archive: Path, folder: Path, holds: str) -> None:
-    """
-    Unpack with ``monai.apps.extractall``, which refuses links and members that would leave the folder, into a folder
-    beside ``folder``. What directly holds the data takes the place of ``folder`` at the end.
-    """
+    """Unpack beside ``folder``, whose place what directly holds the data takes at the end; links are refused."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     old = temporary / "old"
     temporary.mkdir()

@@ -44,35 +44,29 @@ class Grid:
 
 def source_of(image: torch.Tensor, name: str) -> str:
     """The file that an image was loaded from, else ``name``; for error messages and log lines."""
-    if isinstance(image, MetaTensor) and isinstance(file := image.meta.get("filename_or_obj"), str):
-        return file
-    return name
+    file = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+    return file if isinstance(file, str) else name
 
 
 def grid_of(image: torch.Tensor) -> Grid | None:
     """The grid of an image ``(C, *spatial)``; None where the tensor carries no affine."""
     if not isinstance(image, MetaTensor):
         return None
-    size = tuple(image.shape[1:])
-    affine = np.asarray(image.affine, dtype=np.float64)
+    size, affine = tuple(image.shape[1:]), np.asarray(image.affine, dtype=np.float64)
     # whole columns: the axes of a slice need not be the first two of the world, as MONAI's pixdim takes them
     rows = affine.shape[0] - 1
-    columns = np.zeros((3, len(size)))
-    origin = np.zeros(3)
-    columns[:rows] = affine[:rows, : len(size)]
-    origin[:rows] = affine[:rows, -1]
+    columns, origin = np.zeros((3, len(size))), np.zeros(3)
+    columns[:rows], origin[:rows] = affine[:rows, : len(size)], affine[:rows, -1]
     spacing = np.linalg.norm(columns, axis=0)
     return Grid(size, spacing, columns / np.where(spacing > 0, spacing, 1.0), origin)
 
 
 def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str) -> None:
-    """Refuse a pair that does not lie on one voxel grid; warn where only the origin differs.
-
-    Another origin is a translation that affine alignment left in the header.
+    """Refuse a pair that does not lie on one voxel grid; warn of another origin, which affine alignment may leave.
 
     Args:
-        fixed: ``(C, *spatial)``; size alone is compared where either tensor has no affine.
-        moving: ``(C, *spatial)``.
+        fixed: ``(C, *spatial)``, as ``moving``; size alone is compared where either tensor has no affine.
+        moving: the moving image.
         fixed_name: how to call the fixed image in messages, e.g. its subject or file.
         moving_name: the same for the moving image.
 
@@ -101,7 +95,5 @@ def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, 
         refuse("orientation (direction cosines)", a.direction.round(3).tolist(), b.direction.round(3).tolist())
     if not np.allclose(a.origin, b.origin, rtol=0.0, atol=1e-3 * a.spacing.max()):
         places = fixed_name, a.origin.round(3).tolist(), moving_name, b.origin.round(3).tolist()
-        logger.warning(
-            "fixed and moving image have another origin (%s at %s mm, %s at %s mm); they are registered voxel by voxel",
-            *places,
-        )
+        words = "fixed and moving image have another origin (%s at %s mm, %s at %s mm)"
+        logger.warning(f"{words}; they are registered voxel by voxel", *places)

@@ -33,21 +33,17 @@ _VOXELMORPH_35 = [*range(1, 4), *range(5, 16), 17, *range(19, 23), *range(24, 32
 
 
 def check_spatial_dims(spatial_dims: int) -> None:
-    """Refuse anything but 2 and 3."""
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}.")
 
 
 def label_set(name: str, spatial_dims: int = 3) -> list[int]:
-    """The label numbers that a named scoring of OASIS uses.
+    """The label numbers that a named scoring of OASIS uses, ascending, without the background.
 
     Args:
         name: ``"all"``: every label, 1-35 in 3-D (as Learn2Reg scores) and 1-24 in 2-D. ``"voxelmorph"``: the reduced
             set of the VoxelMorph line of papers, 3-D only; its 30th structure, CSF, is not among the 35.
         spatial_dims: 2 or 3. Defaults to 3.
-
-    Returns:
-        Label numbers, ascending, without the background.
 
     Raises:
         ValueError: When the name is unknown, or has no meaning for ``spatial_dims``.
@@ -55,8 +51,8 @@ def label_set(name: str, spatial_dims: int = 3) -> list[int]:
     check_spatial_dims(spatial_dims)
     if name == "all":
         return sorted(SEG35_LABELS if spatial_dims == 3 else SEG24_LABELS)
-    if name == "voxelmorph":
-        if spatial_dims == 2:
-            raise ValueError("label set 'voxelmorph' is defined for the 35 labels in 3-D only; use 'all' in 2-D.")
-        return list(_VOXELMORPH_35)
-    raise ValueError(f"Unknown label set {name!r}; expected 'all' or 'voxelmorph'.")
+    if name != "voxelmorph":
+        raise ValueError(f"Unknown label set {name!r}; expected 'all' or 'voxelmorph'.")
+    if spatial_dims == 2:
+        raise ValueError("label set 'voxelmorph' is defined for the 35 labels in 3-D only; use 'all' in 2-D.")
+    return list(_VOXELMORPH_35)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of the Learn2Reg challenge (https://learn2reg.grand-challenge.org; Hering et al., IEEE TMI 2023).
 
-The layout: ``imagesTr|Ts``, ``masksTr|Ts``, ``keypointsTr|Ts``, ``labelsTr|Ts`` with one file name for all that belongs
-to a scan, and ``<NAME>_dataset.json`` with lists of scans and of pairs. Keypoints are ``.csv`` files, also where the
-JSON file calls them ``.nii.gz``.
+``{images,masks,keypoints,labels}{Tr,Ts}`` have one file name for all that belongs to a scan, ``<NAME>_dataset.json``
+the lists of scans and of pairs. Keypoints are ``.csv`` files, also where the JSON file calls them ``.nii.gz``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from monai_deq.data.sample_cohorts import is_sample, sample_lung_dataset_dir, write_sample_lung_cohort
-from monai_deq.data.split import Items, Lists, Parts, dataset_folder, refuse_lacking, shorten, split_items
+from monai_deq.data.split import Items, Lists, Parts, dataset_folder, listing, refuse_lacking, shorten, split_items
 
 __all__ = ["Learn2RegDataset", "Learn2RegLists", "find_json", "find_learn2reg", "keep_annotations", "scan_name"]
 
@@ -31,6 +30,7 @@ _ANNOTATIONS = {"mask": "mask", "keypoint": "keypoints", "label": "label"}
 _ROLES = ("fixed", "moving")
 _ANNOTATION_KEYS = tuple(f"{role}_{key}" for key in _ANNOTATIONS.values() for role in _ROLES)
 _PAPER = (170, 10, 30)  # of NLST
+_Sizes = Sequence[int | None] | Literal["official"] | None
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Learn2RegDataset:
     """What was found in the folder of a paired task.
 
     A pair is one flat item: ``"fixed"`` and ``"moving"`` are image files; ``"fixed_mask"``, ``"fixed_keypoints"``,
-    ``"fixed_label"`` and the same of ``"moving"`` are files that both scans have (a pair without has no such keys);
-    ``"fixed_subject"`` and ``"moving_subject"`` name the scans (``"NLST_0001_0000"``), ``"case"`` the pair
-    (``"NLST_0001"``, or ``"<moving>_to_<fixed>"`` where the scans belong to two cases).
+    ``"fixed_label"`` and the same of ``"moving"`` files, where both scans have them; ``"fixed_subject"`` and
+    ``"moving_subject"`` name the scans (``"NLST_0001_0000"``), ``"case"`` the pair (``"NLST_0001"``, or
+    ``"<moving>_to_<fixed>"`` where the scans belong to two cases).
 
     Args:
         name: name of the task, e.g. ``"NLST"``.
         root: the folder.
-        training: the official training pairs that share no scan with the two lists below, which the list names too.
+        training: the official training pairs that share no scan with the two lists below.
         registration_val: the official validation pairs.
         registration_test: the official test pairs; their keypoints need not be public.
     """
@@ -66,7 +66,7 @@ class Learn2RegDataset:
 
     @property
     def is_sample(self) -> bool:
-        """Whether this is the synthetic sample cohort."""
+        """Whether this is a synthetic sample cohort."""
         return is_sample(self.root)
 
     @property
@@ -74,18 +74,13 @@ class Learn2RegDataset:
         """Name for tables."""
         return f"Learn2Reg {self.name}" + (" (synthetic sample)" if self.is_sample else "")
 
-    def split(
-        self,
-        sizes: Sequence[int | None] | Literal["official"] | None = None,
-        lists: Lists | None = None,
-        require_keypoints: bool = True,
-    ) -> Parts:
+    def split(self, sizes: _Sizes = None, lists: Lists | None = None, require_keypoints: bool = True) -> Parts:
         """Split the pairs into training, validation and test. That a case is in several parts is logged.
 
         Args:
-            sizes: number of pairs for each part, taken in the order of ``pairs``, in which the official validation and
-                test pairs come last. One may be None: all that remain. ``"official"``: the official lists. Defaults to
-                None: the paper's (170, 10, 30) for NLST with so many pairs, the official lists for all else.
+            sizes: number of pairs for each part, taken in the order of ``pairs``; one may be None: all that remain.
+                ``"official"``: the official lists. Defaults to None: the paper's (170, 10, 30) for NLST with so many
+                pairs, the official lists for all else.
             lists: cases instead of sizes, under ``"training"``, ``"validation"`` and ``"test"``: names, or the four
                 digits in them (``"0001"`` or 1), for all pairs of the case. A part left out is empty.
             require_keypoints: refuse validation and test pairs without keypoints. Defaults to True.
@@ -97,22 +92,18 @@ class Learn2RegDataset:
         if sizes is None:
             sizes = _PAPER if self.name == "NLST" and len(pairs) >= sum(_PAPER) else "official"
             if lists is None:
-                words = "the official lists" if sizes == "official" else sizes
-                logger.info("pairs of %s are split by %s", self.name, words)
+                logger.info(
+                    "pairs of %s are split by %s", self.name, "the official lists" if sizes == "official" else sizes
+                )
         official = {"training": self.training, "validation": self.registration_val, "test": self.registration_test}
-        required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else None
+        required = ("fixed_keypoints", "keypoints", "require_keypoints") if require_keypoints else ()
         where = f"of {self.name} in {str(self.root)!r}"
         return split_items(pairs, "case", where, official if sizes == "official" else sizes, lists, required)
 
-    def test_pairs(
-        self, sizes: Sequence[int | None] | Literal["official"] | None = None, lists: Lists | None = None
-    ) -> Items:
-        """
-        The pairs of the test part as files to register, see :py:func:`monai_deq.data.pairs_to_register`, with the label
-        map of the moving scan, or its mask where there is none. Keypoints are not needed. Arguments as in ``split``.
+    def test_pairs(self, sizes: _Sizes = None, lists: Lists | None = None) -> Items:
+        """The test part for :py:func:`monai_deq.data.pairs_to_register`, with the moving scan's label map or mask.
 
-        Raises:
-            ValueError: When the part has no pair.
+        Arguments as in ``split``; keypoints are not needed, but a pair is (ValueError).
         """
         items = []
         for pair in _not_empty(self.split(sizes, lists, require_keypoints=False)["test"], "test"):
@@ -125,24 +116,19 @@ class Learn2RegDataset:
 def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = None) -> Learn2RegDataset:
     """Find the pairs of a paired Learn2Reg task in a folder.
 
-    Masks, keypoints and labels that the JSON file names must exist; others are taken where they lie in the folder of
-    their kind under the name of the image. Test pairs may lack what is named, both scans alike, which is logged: the
-    challenge does not publish all of it.
+    Masks, keypoints and labels that the JSON file names must exist, but for test pairs of which both scans lack them
+    (logged: not all are published); others are taken from the folder of their kind, under the name of the image.
 
     Args:
         dataset_dir: folder that holds ``<NAME>_dataset.json``. Defaults to None: the synthetic sample lung cohort.
         task: the ``<NAME>``, where the folder holds several such files. Defaults to None: the only one.
 
     Raises:
-        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, or one scan of a pair lacks
-            what the other one has.
+        FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, of one scan perhaps.
         ValueError: When the JSON file is malformed, lacks a list, has an unknown one, or names no pair.
     """
-    root = dataset_folder(
-        dataset_dir,
-        "a Learn2Reg task with <NAME>_dataset.json, such as Learn2Reg NLST",
-        lambda: write_sample_lung_cohort(sample_lung_dataset_dir()),
-    )
+    expected = "a Learn2Reg task with <NAME>_dataset.json, such as Learn2Reg NLST"
+    root = dataset_folder(dataset_dir, expected, lambda: write_sample_lung_cohort(sample_lung_dataset_dir()))
     found = Learn2RegLists(find_json(root, task), ("training", "test"))
     found.refuse_unknown_lists()
     training, val, test = ([_pair(found, images, key) for images in found.pairs(key)] for key in _PAIR_LISTS)
@@ -153,15 +139,11 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
     held_out = {pair[role] for pair in (*val, *test) for role in _ROLES}
     kept = [pair for pair in training if not held_out & {pair[role] for role in _ROLES}]
     dataset = Learn2RegDataset(found.file.name.removesuffix("_dataset.json"), root, kept, val, test)
-    pairs = dataset.pairs
+    counts = [sum(f"fixed_{key}" in pair for pair in dataset.pairs) for key in ("keypoints", "mask", "label")]
     logger.info(
         "Learn2Reg %s in %s: %d pairs, %d of them with keypoints, %d with masks, %d with labels; %d for training (the "
         "list names %d, less those of the others), %d for validation, %d for test",
-        dataset.name,
-        root,
-        len(pairs),
-        *(sum(f"fixed_{key}" in pair for pair in pairs) for key in ("keypoints", "mask", "label")),
-        *map(len, (kept, training, val, test)),
+        *(dataset.name, root, len(dataset.pairs), *counts, *map(len, (kept, training, val, test))),
     )
     return dataset
 
@@ -170,19 +152,14 @@ def find_json(root: Path, task: str | None) -> Path:
     """The ``<NAME>_dataset.json`` of a task, or the only one."""
     names = sorted(path.name for path in root.glob("*_dataset.json"))
     if task is not None:
-        if f"{task}_dataset.json" not in names:
-            raise FileNotFoundError(
-                f"{str(root)!r} holds no {task}_dataset.json; found {shorten(names) or 'no *_dataset.json'}."
-            )
-        return root / f"{task}_dataset.json"
+        if (name := f"{task}_dataset.json") not in names:
+            raise FileNotFoundError(f"{str(root)!r} holds no {name}; found {shorten(names) or 'no *_dataset.json'}.")
+        return root / name
     if len(names) > 1:
         raise ValueError(f"{str(root)!r} holds {len(names)} tasks, {shorten(names)}: choose one by `task`.")
     if not names:
-        found = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-        raise FileNotFoundError(
-            f"{str(root)!r} holds no <NAME>_dataset.json (Learn2Reg layout); found {shorten(found) or 'nothing'}. Give "
-            "the folder that directly holds it."
-        )
+        found = f"found {listing(root)}. Give the folder that directly holds it."
+        raise FileNotFoundError(f"{str(root)!r} holds no <NAME>_dataset.json (Learn2Reg layout); {found}")
     return root / names[0]
 
 
@@ -216,10 +193,8 @@ def _annotations(found: Learn2RegLists, images: Mapping[str, str], word: str, ma
             logger.warning("%s of %s are named but not there", word, " and ".join(map(scan_name, images.values())))
         return {}
     if absent := [images[role] for role in _ROLES if role not in entries]:
-        raise ValueError(
-            f"{found.file}: {absent[0]!r} has no {word!r} although the other scan of its pair has one; name it in the "
-            "list of scans."
-        )
+        lacks = f"{absent[0]!r} has no {word!r} although the other scan of its pair has one"
+        raise ValueError(f"{found.file}: {lacks}; name it in the list of scans.")
     return {role: found.existing(entry) for role, entry in entries.items()}
 
 
@@ -235,8 +210,8 @@ class Learn2RegLists:
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{file} is not valid JSON ({e}); download it again.") from e
         if not isinstance(self.content, dict):
-            came = type(self.content).__name__
-            raise ValueError(f"{file} must hold an object with the lists {_PAIR_LISTS}, got {came}.")
+            expected = f"an object with the lists {_PAIR_LISTS}"
+            raise ValueError(f"{file} must hold {expected}, got {type(self.content).__name__}.")
         for key in _KNOWN_LISTS:
             if not isinstance(self.content.get(key, []), list):
                 raise ValueError(f"{file}: {key!r} must be a list, got {type(self.content[key]).__name__}.")
@@ -245,31 +220,23 @@ class Learn2RegLists:
             if "image" not in entry:
                 raise ValueError(f"{where} must have the key 'image', it has {sorted(entry)}.")
             if unknown := sorted(set(entry) - {"image", *_ANNOTATIONS}):
-                raise ValueError(
-                    f"{where} has the unknown key(s) {unknown}; expected 'image' and perhaps {list(_ANNOTATIONS)}. "
-                    "Correct the name or remove the key."
-                )
+                expected = f"expected 'image' and perhaps {list(_ANNOTATIONS)}. Correct the name or remove the key."
+                raise ValueError(f"{where} has the unknown key(s) {unknown}; {expected}")
             beside = self.scans.setdefault(str(PurePosixPath(entry["image"])), {})
             beside.update({word: entry[word] for word in _ANNOTATIONS if word in entry})
 
     def refuse_unknown_lists(self) -> None:
         """Refuse lists of unknown names, and a task that is not paired."""
         content = self.content
-        unknown = sorted(
-            key
-            for key, value in content.items()
-            if key not in _KNOWN_LISTS and isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
-        )
-        if unknown:
-            raise ValueError(
-                f"{self.file} has the unknown list(s) {unknown}; expected {_KNOWN_LISTS}. Correct the name or remove "
-                "the list."
-            )
+        lists = {key: value for key, value in content.items() if key not in _KNOWN_LISTS and isinstance(value, list)}
+        if unknown := sorted(key for key, value in lists.items() if any(isinstance(entry, dict) for entry in value)):
+            words = f"has the unknown list(s) {unknown}; expected {_KNOWN_LISTS}."
+            raise ValueError(f"{self.file} {words} Correct the name or remove the list.")
         if not set(_PAIR_LISTS) & set(content) or (content.get("training") and _PAIR_LISTS[0] not in content):
+            expected = "'training_paired_images' where there is 'training', 'registration_val', 'registration_test'"
             raise ValueError(
-                f"{self.file} lacks a list of pairs: expected 'training_paired_images' where there is 'training', "
-                f"'registration_val', 'registration_test'; it holds {sorted(content)}. An unpaired task has no such "
-                "lists and cannot be read here."
+                f"{self.file} lacks a list of pairs: expected {expected}; it holds {sorted(content)}. An unpaired task "
+                "has no such lists and cannot be read here."
             )
 
     def _entries(self, key: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -295,7 +262,7 @@ class Learn2RegLists:
         return pairs
 
     def beside(self, image: str, word: str) -> str | None:
-        """The mask, keypoint or label file of an image: as named, or as it would lie in the folder of its kind."""
+        """The mask, keypoint or label file of an image: as named, or as it lies in the folder of its kind."""
         in_folder = re.sub(r"^images(Tr|Ts)/", rf"{word}s\1/", image)
         entry = self.scans.get(image, {}).get(word, in_folder if in_folder != image else None)
         if entry is not None and word == "keypoint":
@@ -312,10 +279,9 @@ class Learn2RegLists:
     def raise_for_missing(self) -> None:
         """Name the files that are missing, if any."""
         if self.missing:
-            raise FileNotFoundError(
-                f"{len(self.missing)} file(s) of {self.file} are missing: {shorten(self.missing)}. Unpack the data set "
-                "whole; both scans of a pair need the same kinds of files."
-            )
+            advice = "Unpack the data set whole; both scans of a pair need the same kinds of files."
+            missing = f"{len(self.missing)} file(s) of {self.file} are missing: {shorten(self.missing)}."
+            raise FileNotFoundError(f"{missing} {advice}")
 
 
 def _not_empty(pairs: Sequence[Any], part: str) -> Sequence[Any]:
@@ -327,15 +293,12 @@ def _not_empty(pairs: Sequence[Any], part: str) -> Sequence[Any]:
 def keep_annotations(
     pairs: Sequence[Mapping[str, Any]], keys: Sequence[str] | None = None, part: str = "training"
 ) -> list[dict[str, Any]]:
-    """The pairs with only those masks, keypoints and labels that are needed, so that no others are read.
+    """The pairs with only those masks, keypoints and labels that are needed, which all must have.
 
     Args:
-        pairs: a part of :py:meth:`Learn2RegDataset.split`.
+        pairs: a part of :py:meth:`Learn2RegDataset.split`, not empty.
         keys: the files needed, such as ``"fixed_mask"``. Defaults to None: masks and keypoints, which are scored.
         part: what the pairs are for, for the error. Defaults to ``"training"``.
-
-    Raises:
-        ValueError: When a key is no such file, there is no pair, or one has not all of them.
     """
     keys = [k for k in _ANNOTATION_KEYS if not k.endswith("_label")] if keys is None else keys
     if unknown := sorted(set(keys) - set(_ANNOTATION_KEYS)):

@@ -17,17 +17,8 @@ from monai_deq.data.grid import check_same_grid
 from monai_deq.utils import process_count, process_rank
 
 __all__ = [
-    "SEED_FACTOR",
-    "GivenPairDataset",
-    "GivenPairSampler",
-    "PairDataset",
-    "PairSampler",
-    "RandomPairSampler",
-    "ShardSampler",
-    "collate_annotated_pairs",
-    "pair_indices",
-    "pairs_to_register",
-    "shard_loader",
+    *("GivenPairDataset", "GivenPairSampler", "PairDataset", "PairSampler", "RandomPairSampler", "ShardSampler"),
+    *("collate_annotated_pairs", "pair_indices", "pairs_to_register", "shard_loader"),
 ]
 
 _FILES = ("fixed", "moving", "moving_label", "initial_ddf")
@@ -40,22 +31,13 @@ class MapDataset(Sized, Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-class FoundDataset(Protocol):
-    """What :py:func:`monai_deq.data.find_oasis` or :py:func:`monai_deq.data.find_learn2reg` returns."""
-
-    def test_pairs(self, sizes: Any = None, lists: Any = None) -> list[dict[str, Any]]: ...
-
-
 def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, int]]:
     """Ordered pairs ``(fixed, moving)`` of subject indices.
 
     Args:
         num_subjects: number of subjects, at least 2.
-        scheme: ``"cyclic"``: pair ``i`` is ``(i, i + 1)``, the last one ``(n - 1, 0)``; with two subjects both orders.
-            ``"all"``: every ordered pair of two different subjects. Defaults to ``"cyclic"``.
-
-    Raises:
-        ValueError: When there are fewer than two subjects or the scheme is unknown.
+        scheme: ``"cyclic"``: ``(i, i + 1)`` and last ``(n - 1, 0)``, or ``"all"`` ordered pairs of two different
+            subjects. Defaults to ``"cyclic"``.
     """
     if num_subjects < 2:
         raise ValueError(f"Pairs need at least 2 subjects, got {num_subjects}.")
@@ -69,13 +51,12 @@ def pair_indices(num_subjects: int, scheme: str = "cyclic") -> list[tuple[int, i
 class PairDataset(Dataset):
     """Pairs of the items of a subject data set.
 
-    An item is ``{"fixed": image, "moving": image, "fixed_subject": name, "moving_subject": name}``, and
-    ``"fixed_label"`` and ``"moving_label"`` where both subjects have a segmentation. Tensors are copies, so that what
-    is done to a pair in place does not reach a cache behind the subject data set.
+    An item has ``"fixed"`` and ``"moving"`` (images), ``"fixed_subject"`` and ``"moving_subject"`` (names), and
+    ``"fixed_label"`` and ``"moving_label"`` where both have a segmentation. Tensors are copies, which may be changed in
+    place.
 
     Args:
-        dataset: subjects after loading, dictionaries with ``"subject"``, ``"image"`` and perhaps ``label_key``;
-            images are ``(C, *spatial)``.
+        dataset: loaded subjects with ``"subject"``, ``"image"`` ``(C, *spatial)`` and perhaps ``label_key``.
         pairs: what an integer index means: a list of ``(fixed, moving)`` subject indices, or a scheme of
             :py:func:`pair_indices`. Defaults to ``"all"`` ordered pairs.
         transform: applied to each pair. Defaults to None.
@@ -105,50 +86,40 @@ class PairDataset(Dataset):
         if len(pair) != 2:
             raise ValueError(f"A pair is (fixed index, moving index), got {pair!r}.")
         fixed, moving = (int(i) for i in pair)
-        if fixed == moving or not all(0 <= i < len(self.dataset) for i in (fixed, moving)):
-            raise ValueError(
-                f"A pair needs two different subjects out of 0..{len(self.dataset) - 1}, got {tuple(pair)}."
-            )
+        last = len(self.dataset) - 1
+        if fixed == moving or not all(0 <= i <= last for i in (fixed, moving)):
+            raise ValueError(f"A pair needs two different subjects out of 0..{last}, got {tuple(pair)}.")
         return fixed, moving
 
     def __len__(self) -> int:
-        """Number of pairs that integer indices reach."""
         return len(self.pairs)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        """The pair at an integer index, or of two subject indices ``(fixed, moving)`` as a sampler gives them.
-
-        Raises:
-            ValueError: When the two images differ in size, spacing or orientation.
-        """
+        """The pair at an integer index, or of two subject indices ``(fixed, moving)``; their grids must not differ."""
         pair = self._check(index) if isinstance(index, Sequence) else self.pairs[index]
         fixed, moving = self.dataset[pair[0]], self.dataset[pair[1]]
         names = [str(s.get("subject", i)) for s, i in zip((fixed, moving), pair, strict=True)]
         check_same_grid(fixed["image"], moving["image"], *(f"subject {n}" for n in names))
         item = {"fixed": fixed["image"].clone(), "moving": moving["image"].clone()}
         if self.label_key is not None and all(s.get(self.label_key) is not None for s in (fixed, moving)):
-            item["fixed_label"] = fixed[self.label_key].clone()
-            item["moving_label"] = moving[self.label_key].clone()
+            item.update(fixed_label=fixed[self.label_key].clone(), moving_label=moving[self.label_key].clone())
         item["fixed_subject"], item["moving_subject"] = names
         return item if self.transform is None else self.transform(item)
 
 
 class GivenPairDataset(Dataset):
-    """Pairs that a data set gives, such as inhale and exhale scan of one person. Tensors are copies.
+    """Pairs that a data set gives, loaded by :py:func:`monai_deq.transforms.load_annotated_pair_transforms`.
 
-    Args:
-        dataset: pairs as :py:func:`monai_deq.transforms.load_annotated_pair_transforms` loads them.
+    They may be inhale and exhale scan of one person. Tensors are copies.
     """
 
     def __init__(self, dataset: MapDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The pair at an index."""
         pair = self.dataset[index]
         return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in pair.items()}
 
@@ -162,7 +133,6 @@ def collate_annotated_pairs(batch: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 # keeps (seed, epoch) and (seed + 1, epoch - 1) apart in the one number that a generator takes: large and odd
 SEED_FACTOR = 0x9E3779B97F4A7C15
-
 
 Count = int | None
 
@@ -179,18 +149,14 @@ def _replicas(num_replicas: Count, rank: Count) -> tuple[int, int]:
 class PairSampler(Sampler, ABC):
     """Base of the samplers that draw a number of pairs for each epoch, the same for the same seed and epoch.
 
-    Neither the global random state nor the number of workers matters. Call :py:meth:`set_epoch` before each epoch, as
-    with ``torch.utils.data.DistributedSampler``; every replica draws the same list and keeps every
-    ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
+    Call :py:meth:`set_epoch` before each epoch, as with ``torch.utils.data.DistributedSampler``; every replica draws
+    the same list and keeps every ``num_replicas``-th pair of it. A subclass gives ``_draw_all``.
 
     Args:
         pairs_per_epoch: pairs that one epoch draws over all replicas, rounded up to a multiple of their number.
-        seed: seed of the draws. Defaults to 0.
+        seed: seed of the draws; the global random state does not matter. Defaults to 0.
         num_replicas: number of processes that share the epoch. Defaults to None: those of the process group.
         rank: number of this process. Defaults to None: that in the process group.
-
-    Raises:
-        ValueError: When a number is out of range.
     """
 
     def __init__(self, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None) -> None:
@@ -207,7 +173,6 @@ class PairSampler(Sampler, ABC):
         self.epoch = int(epoch)
 
     def __len__(self) -> int:
-        """Number of pairs that this replica gives in an epoch."""
         return self.pairs_per_epoch // self.num_replicas
 
     @abstractmethod
@@ -228,10 +193,7 @@ class PairSampler(Sampler, ABC):
 
 
 class RandomPairSampler(PairSampler):
-    """Ordered pairs of two different subject indices out of ``num_subjects``, at least 2, fresh for each epoch.
-
-    The other arguments and errors are those of :py:class:`PairSampler`.
-    """
+    """Ordered pairs of two different subjects out of at least 2; see :py:class:`PairSampler`."""
 
     def __init__(
         self, num_subjects: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
@@ -244,18 +206,14 @@ class RandomPairSampler(PairSampler):
     def _draw_all(self, generator: torch.Generator) -> list[tuple[int, int]]:
         fixed = torch.randint(self.num_subjects, (self.pairs_per_epoch,), generator=generator)
         step = torch.randint(1, self.num_subjects, (self.pairs_per_epoch,), generator=generator)  # 1..n-1: never itself
-        moving = (fixed + step) % self.num_subjects
-        return [(f, m) for f, m in torch.stack([fixed, moving], dim=1).tolist()]
+        return list(zip(fixed.tolist(), ((fixed + step) % self.num_subjects).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_subjects": self.num_subjects, **super().state_dict()}
 
 
 class GivenPairSampler(PairSampler):
-    """Indices out of ``num_pairs`` given pairs: all in a fresh order, then all in another one, until the epoch is full.
-
-    The other arguments and errors are those of :py:class:`PairSampler`.
-    """
+    """Given pairs out of ``num_pairs``, all in one order after another; see :py:class:`PairSampler`."""
 
     def __init__(
         self, num_pairs: int, pairs_per_epoch: int, seed: int = 0, num_replicas: Count = None, rank: Count = None
@@ -277,25 +235,20 @@ class GivenPairSampler(PairSampler):
 class ShardSampler(Sampler[int]):
     """The items of a data set in their order, each in one process: the first process has the first ones, and so on.
 
-    Nothing is repeated to make the shares equal, which would count some items twice: they differ by one batch at most,
-    and where there are more processes than batches some have none, see
-    :py:class:`monai_deq.engines.RegistrationEvaluator`.
+    Shares differ by one batch at most; with more processes than batches some have none. Nothing is repeated, which
+    would count some items twice, see :py:class:`monai_deq.engines.RegistrationEvaluator`.
 
     Args:
         num_items: number of items.
         batch_size: of the loader; no batch is divided, so that they are those of one process. Defaults to 1.
         num_replicas: number of processes. Defaults to None: those of the process group.
         rank: number of this process. Defaults to None: that in the process group.
-
-    Raises:
-        ValueError: When a number is out of range.
     """
 
     def __init__(self, num_items: int, batch_size: int = 1, num_replicas: Count = None, rank: Count = None) -> None:
         if num_items < 0 or batch_size < 1:
-            raise ValueError(
-                f"num_items must not be negative and batch_size at least 1, got {num_items} and {batch_size}."
-            )
+            expected = "num_items must not be negative and batch_size at least 1"
+            raise ValueError(f"{expected}, got {num_items} and {batch_size}.")
         num_replicas, rank = _replicas(num_replicas, rank)
         each, more = divmod(-(-num_items // batch_size), num_replicas)
         begin = rank * each + min(rank, more)
@@ -303,7 +256,6 @@ class ShardSampler(Sampler[int]):
         self.indices = range(min(begin * batch_size, num_items), min(end * batch_size, num_items))
 
     def __len__(self) -> int:
-        """Number of items of this process."""
         return len(self.indices)
 
     def __iter__(self) -> Iterator[int]:
@@ -311,7 +263,7 @@ class ShardSampler(Sampler[int]):
 
 
 def pairs_to_register(
-    find_dataset: Callable[[], FoundDataset],
+    find_dataset: Callable[[], Any],
     fixed: str | Path | None = None,
     moving: str | Path | None = None,
     moving_label: str | Path | None = None,
@@ -322,8 +274,6 @@ def pairs_to_register(
 ) -> list[dict[str, Any]]:
     """What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
 
-    All arguments but the first default to none.
-
     Args:
         find_dataset: gives the data set; called only where neither scans nor a list are given.
         fixed: file of the fixed scan.
@@ -332,26 +282,22 @@ def pairs_to_register(
         initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it.
         pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
             ``"initial_ddf"``. Relative files are relative to the list.
-        split_sizes: see ``split`` of the data set.
-        split_lists: see ``split`` of the data set.
+        split_sizes: ``sizes`` of the data set's ``split``.
+        split_lists: ``lists`` of the same.
 
     Returns:
-        Items of files, ``"fixed"``, ``"moving"`` and perhaps ``"moving_label"`` and ``"initial_ddf"``, with names for
-        the results, ``"fixed_subject"`` and ``"moving_subject"``.
+        Items of these files, with names for the results: ``"fixed_subject"`` and ``"moving_subject"``.
 
     Raises:
-        ValueError: When one of two scans is not given, or a list besides; when the list is malformed, or two of its
-            pairs would write the same files.
+        ValueError: When one of two scans is missing, or a list is given besides, is malformed or has one name twice.
         FileNotFoundError: When a file does not exist.
     """
     given = dict(zip(_FILES, (fixed, moving, moving_label, initial_ddf), strict=True))
     if not any(given.values()):
         return _listed(Path(pairs)) if pairs else find_dataset().test_pairs(split_sizes, split_lists)
     if pairs:
-        raise ValueError(
-            f"--pairs {pairs} cannot go with --fixed, --moving, --moving_label or --initial_ddf: the list itself names "
-            "what belongs to each pair."
-        )
+        others = "--fixed, --moving, --moving_label or --initial_ddf: the list itself names what belongs to each pair."
+        raise ValueError(f"--pairs {pairs} cannot go with {others}")
     if not fixed or not moving:
         raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
     return [_item({key: Path(file) for key, file in given.items() if file is not None}, "pair")]
@@ -386,32 +332,21 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     for i, entry in enumerate(entries):
         where = f"{path}, pair {i}"
         if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_FILES):
-            raise ValueError(
-                f"{where}: expected the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf', "
-                f"got {entry!r}."
-            )
+            expected = "the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf'"
+            raise ValueError(f"{where}: expected {expected}, got {entry!r}.")
         named = {key: name for key, name in entry.items() if name is not None or key in _FILES[:2]}
         if not all(isinstance(name, str) for name in named.values()):
             raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
         item = _item({key: path.parent / Path(name).expanduser() for key, name in named.items()}, where)
         names = item["fixed_subject"], item["moving_subject"]
         if names in items:
-            raise ValueError(
-                f"{path}: two pairs are called {names[1]}_to_{names[0]} and would write the same files; "
-                "give the scans different file names."
-            )
+            called = f"two pairs are called {names[1]}_to_{names[0]} and would write the same files"
+            raise ValueError(f"{path}: {called}; give the scans different file names.")
         items[names] = item
     return list(items.values())
 
 
 def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
-    """
-    MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`.
-
-    Args:
-        dataset: the data set.
-        batch_size: of the loader. Defaults to 1.
-        num_workers: of the loader. Defaults to 0.
-    """
+    """MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`."""
     sampler = ShardSampler(len(dataset), batch_size)  # type: ignore[arg-type]
     return DataLoader(dataset, sampler=sampler, batch_size=batch_size, num_workers=num_workers)

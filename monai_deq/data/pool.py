@@ -50,9 +50,6 @@ class PooledSampler(Sampler[PooledIndex]):
         sampler: :py:class:`RandomPairSampler` or :py:class:`GivenPairSampler`.
         slots: number of slots. Defaults to 32.
         renewal: probability of a fresh pair, in (0, 1]. Defaults to 0.1.
-
-    Raises:
-        ValueError: When a number is out of range.
     """
 
     def __init__(self, sampler: PairSampler, slots: int = 32, renewal: float = 0.1) -> None:
@@ -64,7 +61,6 @@ class PooledSampler(Sampler[PooledIndex]):
         self.epoch = 1
 
     def __len__(self) -> int:
-        """Number of items in an epoch of this process."""
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
@@ -97,11 +93,7 @@ class PooledSampler(Sampler[PooledIndex]):
         return {"slots": self.slots, "starts": 1, "renewal": self.renewal, **self.sampler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make sure that a resumed training goes on with the draws that it began with.
-
-        Raises:
-            ValueError: When they are others.
-        """
+        """Make sure that a resumed training goes on with the draws that it began with (else ValueError)."""
         state = {"num_replicas": 1, "starts": 1, **state}  # which checkpoints need not say
         changed = {name: (state.get(name), own) for name, own in self.state_dict().items() if state.get(name) != own}
         if changed:
@@ -110,20 +102,15 @@ class PooledSampler(Sampler[PooledIndex]):
 
 
 class PooledDataset(Dataset):
-    """A :py:class:`PairDataset` or :py:class:`GivenPairDataset` for the indices of a :py:class:`PooledSampler`.
-
-    An item has ``"slot"`` and ``"ticket"`` besides.
-    """
+    """A pair data set for the indices of a :py:class:`PooledSampler`; items have ``"slot"`` and ``"ticket"`` too."""
 
     def __init__(self, dataset: PairDataset | GivenPairDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
-        """Number of pairs."""
         return len(self.dataset)
 
     def __getitem__(self, index: PooledIndex) -> dict[str, Any]:
-        """The pair at an index."""
         if not isinstance(index, PooledIndex):
             raise TypeError(f"PooledDataset takes the indices of a PooledSampler, got {index!r}.")
         return {**self.dataset[index.pair], "slot": index.slot, "ticket": index.ticket}
@@ -140,12 +127,8 @@ class StatePool:
     ahead. The displacements are float32, one array of ``(slots, ndim, *spatial)`` in each process.
 
     Args:
-        slots: number of slots. Defaults to 32.
+        slots: number of slots, at least 1. Defaults to 32.
         folder: existing folder where the array lies in a nameless temporary file. Defaults to None: in memory.
-
-    Raises:
-        ValueError: When ``slots`` is below 1.
-        NotADirectoryError: When there is no such folder.
     """
 
     def __init__(self, slots: int = 32, folder: str | Path | None = None) -> None:
@@ -171,9 +154,8 @@ class StatePool:
     def _visits(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> list[tuple[int, int]]:
         """Slot and ticket of each field of a batch, checked."""
         if not len(slots) == len(tickets) == len(ddf):
-            raise ValueError(
-                f"a batch of {len(ddf)} needs as many slots and tickets, got {len(slots)} and {len(tickets)}."
-            )
+            got = f"got {len(slots)} and {len(tickets)}"
+            raise ValueError(f"a batch of {len(ddf)} needs as many slots and tickets, {got}.")
         visits = [(int(s), int(t)) for s, t in zip(slots, tickets, strict=True)]
         for slot, ticket in visits:
             if not 0 <= slot < self.slots or ticket < 0:
@@ -183,10 +165,8 @@ class StatePool:
     def _states_for(self, ddf: torch.Tensor) -> torch.Tensor | None:
         """The displacements, where there are some, of the size of ``ddf``."""
         if self._states is not None and ddf.shape[1:] != self._states.shape[1:]:
-            raise ValueError(
-                f"a pool keeps displacements of one size: it has {tuple(self._states.shape[1:])}, got "
-                f"{tuple(ddf.shape[1:])}."
-            )
+            has, got = tuple(self._states.shape[1:]), tuple(ddf.shape[1:])
+            raise ValueError(f"a pool keeps displacements of one size: it has {has}, got {got}.")
         return self._states
 
     def holds(self, slot: int, ticket: int) -> bool:
@@ -194,18 +174,12 @@ class StatePool:
         return self._states is not None and self.tickets[slot] == ticket
 
     def get(self, slots: Sequence[int], tickets: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Where to go on from with a batch of pairs,.
+        """Where to go on from with a batch of pairs: ``(B, ndim, *spatial)`` in voxels, float32, zero for a new pair.
 
         Args:
             slots: slot of each pair.
             tickets: ticket of each pair.
-            like: images of the pairs, ``(B, 1, *spatial)``.
-
-        Returns:
-            ``(B, ndim, *spatial)`` in voxels, float32, on the device of the images; zero for a pair that is new.
-
-        Raises:
-            ValueError: When a number is out of its range, or the images have another size than those before.
+            like: images of the pairs, ``(B, 1, *spatial)``, of the same size each time; the result is on their device.
         """
         ddf = torch.zeros((len(like), like.ndim - 2, *like.shape[2:]))
         for i, (slot, ticket) in enumerate(self._visits(slots, tickets, ddf)):
@@ -214,17 +188,9 @@ class StatePool:
         return ddf.to(like.device)
 
     def put(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> None:
-        """Keep where a batch of pairs stands.
+        """Keep where a batch of pairs stands: ``ddf (B, ndim, *spatial)`` in voxels; the others as in :py:meth:`get`.
 
         One that is lost, not finite or with a displacement longer than the image, is let go: its pair starts anew.
-
-        Args:
-            slots: slot of each pair.
-            tickets: ticket of each pair.
-            ddf: ``(B, ndim, *spatial)`` in voxels.
-
-        Raises:
-            ValueError: When a number is out of its range, or the fields have another size than those before.
         """
         visits = self._visits(slots, tickets, ddf)
         ddf = ddf.detach().to(device="cpu", dtype=torch.float32)
@@ -234,14 +200,13 @@ class StatePool:
         for state, (slot, ticket) in zip(ddf, visits, strict=True):
             if ticket < self.tickets[slot]:
                 continue
-            # NaN compares false
-            if float(state.abs().max()) <= max(state.shape[1:]):
+            if float(state.abs().max()) <= max(state.shape[1:]):  # NaN compares false
                 states[slot], self.tickets[slot] = state, ticket
             else:
                 self.tickets[slot] = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on with; without displacements in a file, which are too large for a checkpoint.
+        """What a resumed training goes on with; displacements in a file are left out, as too large for a checkpoint.
 
         Of several processes all must call it, and the first one gets the slots of all, one behind the other.
         """
@@ -257,14 +222,9 @@ class StatePool:
         return {"tickets": torch.cat([part for part, _ in parts]), "states": torch.cat(blocks) if blocks else states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what :py:meth:`state_dict` returned; of several processes each takes its own slots.
-
-        Raises:
-            ValueError: When the number of slots, over all processes, is another.
-        """
+        """Go on with what :py:meth:`state_dict` returned, of as many slots; each process takes its own."""
         tickets = [int(t) for t in state["tickets"]]
-        total = self.slots * process_count()
-        if len(tickets) != total:
+        if len(tickets) != (total := self.slots * process_count()):
             raise ValueError(f"the checkpoint has a pool of {len(tickets)} slots, this one has {total}.")
         own = slice(process_rank() * self.slots, (process_rank() + 1) * self.slots)
         self.tickets, self._states = tickets[own], None

@@ -18,11 +18,7 @@ from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS
 from monai_deq.data.sample_images import BrainShape, brain_affine, brain_images, lung_affine, lung_pair
 
 __all__ = [
-    "is_sample",
-    "sample_dataset_dir",
-    "sample_lung_dataset_dir",
-    "write_sample_cohort",
-    "write_sample_lung_cohort",
+    *("is_sample", "sample_dataset_dir", "sample_lung_dataset_dir", "write_sample_cohort", "write_sample_lung_cohort"),
 ]
 
 VERSION = 1  # raise it when the same parameters give other files
@@ -39,10 +35,9 @@ def write_sample_cohort(
     spatial_size_2d: Sequence[int] = (80, 96),
     seed: int = 0,
 ) -> Path:
-    """
-    Write a cohort of synthetic brains in the neurite-OASIS layout, volumes and slices.
+    """Write a cohort of synthetic brains in the neurite-OASIS layout, volumes and slices, and return its folder.
 
-    The folder appears whole or not at all. The same arguments give the same files.
+    It appears whole or not at all; the same arguments give the same files, and are then left untouched.
 
     Args:
         output_dir: folder to write; its parent is made where needed.
@@ -50,9 +45,6 @@ def write_sample_cohort(
         spatial_size_3d: voxels of a volume, about 5 mm each by default. Defaults to (32, 32, 48).
         spatial_size_2d: pixels of a slice, 2 mm each by default. Defaults to (80, 96).
         seed: seed of everything that differs between subjects. Defaults to 0.
-
-    Returns:
-        ``output_dir``; where it holds this very cohort already it is left untouched.
 
     Raises:
         ValueError: When an argument is out of range.
@@ -63,23 +55,16 @@ def write_sample_cohort(
         raise ValueError(f"Need 3 and 2 sizes of at least 8, got {spatial_size_3d=} and {spatial_size_2d=}.")
     if not 2 <= num_subjects <= 999:
         raise ValueError(f"num_subjects must be in 2..999, got {num_subjects}.")
-    parameters = {
-        "version": VERSION,
-        "num_subjects": num_subjects,
-        "spatial_size_3d": size3,
-        "spatial_size_2d": size2,
-        "seed": seed,
-    }
+    sizes = {"spatial_size_3d": size3, "spatial_size_2d": size2}
+    parameters = {"version": VERSION, "num_subjects": num_subjects, **sizes, "seed": seed}
     return _write_folder(output_dir, parameters, lambda root: _write_brains(root, num_subjects, size3, size2, seed))
 
 
 def _write_brains(root: Path, count: int, size3: Sequence[int], size2: Sequence[int], seed: int) -> None:
     names = [f"OASIS_OAS1_{9001 + i:04d}_MR1" for i in range(count)]
-    # a number missing in the 24 labels of the slices becomes background
-    to_seg24 = np.zeros(max(SEG35_LABELS) + 1, dtype=np.uint8)
     in_seg24 = {name: label for label, name in SEG24_LABELS.items()}
-    for label, name in SEG35_LABELS.items():
-        to_seg24[label] = in_seg24.get(name, 0)
+    # the labels of the slices; what is none of the 24 becomes background
+    to_seg24 = np.array([0, *(in_seg24.get(name, 0) for name in SEG35_LABELS.values())], dtype=np.uint8)
     for i, name in enumerate(names):
         rng = np.random.default_rng([seed, i])
         shape = BrainShape(rng)
@@ -101,23 +86,19 @@ def write_sample_lung_cohort(
     spatial_size: Sequence[int] = (48, 32, 64),
     seed: int = 0,
 ) -> Path:
-    """
-    Write a cohort of synthetic lung CT pairs in the layout of Learn2Reg NLST.
+    """Write a cohort of synthetic lung CT pairs in the layout of Learn2Reg NLST, and return its folder.
 
-    Images, masks and keypoints (voxel coordinates) in ``imagesTr``, ``masksTr``, ``keypointsTr`` (test pairs:
+    Images, masks and keypoints (voxel coordinates) lie in ``imagesTr``, ``masksTr``, ``keypointsTr`` (test pairs:
     ``imagesTs`` ...): ``NLST_0001_0000`` is the fixed (inhale), ``NLST_0001_0001`` the moving (exhale) scan of the
-    first pair; ``NLST_dataset.json`` lists the pairs. ``true_ddf`` holds the true fields in the format of a submission,
-    ``disp_0001_0001.nii.gz``: interpolated linearly at the fixed keypoints they lead to the moving ones to within 1e-5
-    voxel. The folder appears whole or not at all. The same arguments give the same files.
+    first pair. ``true_ddf`` holds the true fields in the format of a submission, ``disp_0001_0001.nii.gz``:
+    interpolated linearly at the fixed keypoints they lead to the moving ones to within 1e-5 voxel. The folder appears
+    whole or not at all; the same arguments give the same files, and are then left untouched.
 
     Args:
         output_dir: folder to write; its parent is made where needed.
         num_pairs: number of pairs for training, validation and test. Defaults to (12, 2, 4).
         spatial_size: voxels of a scan, 6 x 6.75 x 4.5 mm each by default. Defaults to (48, 32, 64).
         seed: seed of everything. Defaults to 0.
-
-    Returns:
-        ``output_dir``; where it holds this very cohort already it is left untouched.
 
     Raises:
         ValueError: When an argument is out of range.
@@ -206,8 +187,7 @@ def _write_folder(output_dir: str | Path, parameters: dict[str, Any], write: Cal
         try:
             os.replace(temporary, output)
         except OSError:
-            # another process may have written it meanwhile
-            if not _holds(output, content):
+            if not _holds(output, content):  # another process may have written it meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -227,13 +207,12 @@ def _holds(output: Path, content: dict[str, Any]) -> bool:
     """Whether a folder holds this cohort; refuses one that holds something else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    found = _parameters(output)
-    if found is None:
+    if (found := _parameters(output)) is None:
         raise FileExistsError(f"{output} exists and holds no sample cohort; choose another output_dir.")
     if found != content:
+        others = f"other parameters: {found}, wanted {content}"
         raise FileExistsError(
-            f"{output} holds a sample cohort of other parameters: {found}, wanted {content}. Choose another output_dir "
-            "or remove the folder."
+            f"{output} holds a sample cohort of {others}. Choose another output_dir or remove the folder."
         )
     return True
 
@@ -254,7 +233,6 @@ def sample_lung_dataset_dir() -> Path:
 
 
 def _cache_dir(name: str) -> Path:
-    data_directory = os.environ.get("MONAI_DATA_DIRECTORY")
-    if data_directory:
+    if data_directory := os.environ.get("MONAI_DATA_DIRECTORY"):
         return Path(data_directory).expanduser() / f"monai_deq_{name.replace('-', '_')}"
     return Path.home() / ".cache" / "monai_deq" / f"{name}-{VERSION}"

@@ -13,7 +13,7 @@ ddf(x))`` but for the density of the lung and for noise. Keypoints are the branc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,14 +27,7 @@ __all__ = ["BrainShape", "brain_affine", "brain_images", "brain_spacing", "diffe
 
 
 class SmoothWaves:
-    """
-    A smooth random field of one wavelength that can be evaluated anywhere: a sum of plane waves.
-
-    Args:
-        rng: draws the directions and phases of the waves.
-        wavelength: in mm.
-        count: number of waves. Defaults to 20.
-    """
+    """A smooth random field of one wavelength in mm that can be evaluated anywhere: a sum of random plane waves."""
 
     def __init__(self, rng: np.random.Generator, wavelength: float, count: int = 20) -> None:
         direction = rng.normal(size=(count, 3))
@@ -54,13 +47,7 @@ def _ellipsoid_depth(q: Sequence[np.ndarray], radii: Sequence[np.ndarray | float
     """Depth in mm below an ellipsoid's surface, to first order, negative outside; ``q``: position from its centre."""
     f = np.sqrt(sum((x / r) ** 2 for x, r in zip(q, radii, strict=True)))
     slope = np.sqrt(sum((x / np.square(r)) ** 2 for x, r in zip(q, radii, strict=True)))
-    depth: np.ndarray = (1.0 - f) * f / np.maximum(slope, 1e-6)
-    return depth
-
-
-def _grid(size: Sequence[int]) -> np.ndarray:
-    """Voxel coordinates ``(ndim, *size)``."""
-    return np.stack(np.meshgrid(*(np.arange(n) for n in size), indexing="ij"))
+    return (1.0 - f) * f / np.maximum(slope, 1e-6)
 
 
 def _per_axis(values: np.ndarray) -> np.ndarray:
@@ -142,18 +129,15 @@ def _tube_depth(
 
 def _brain(points: np.ndarray, shape: BrainShape) -> tuple[np.ndarray, np.ndarray]:
     """Labels (seg35) and brightness of the anatomy at points ``(3, *spatial)`` in mm."""
-    side = points[0] - _MIDLINE
-    a, j, k = np.abs(side), points[1], points[2]
-    left = side > 0
+    a, j, k = np.abs(points[0] - _MIDLINE), points[1], points[2]
+    left = points[0] > _MIDLINE
     number = {name: label for label, name in SEG35_LABELS.items()}
     labels = np.zeros(a.shape, dtype=np.uint8)
     tissue = np.zeros(a.shape, dtype=np.float32)
 
     def paint(inside: np.ndarray, name: str) -> None:
-        if name in number:
-            labels[inside] = number[name]
-        else:
-            labels[inside] = np.where(left[inside], number[f"Left-{name}"], number[f"Right-{name}"])
+        of_left, of_right = (number.get(name) or number[f"{which}-{name}"] for which in ("Left", "Right"))
+        labels[inside] = np.where(left[inside], of_left, of_right)
         brightness = _BRIGHTNESS.get(name, _FLUID)
         tissue[inside] = brightness * (shape.white if brightness > 0.33 else shape.grey if brightness > 0.2 else 1.0)
 
@@ -230,7 +214,7 @@ def brain_images(rng: np.random.Generator, shape: BrainShape, size: Sequence[int
     """Image (float32 in [0, 1]) and labels (seg35, uint8) ``(*size)`` of a subject, a volume or a coronal slice."""
     spacing = brain_spacing(size)
     first = _CENTRE[len(size)] - spacing * (np.asarray(size) - 1) / 2
-    grid = _grid(size).astype(np.float32)
+    grid = np.indices(size).astype(np.float32)
     points = _per_axis(first) + _per_axis(spacing) * grid + diffeomorphism(rng, size, spacing)
     points = points.astype(np.float32)
     if len(size) == 2:
@@ -252,8 +236,7 @@ _BRANCHINGS = 6  # a lung has 2^6 - 1 branches of its vessels
 _Vessel = tuple[np.ndarray, np.ndarray, float, float]  # two points and the radius at either, mm
 
 
-@dataclass(frozen=True)
-class _Chest:
+class _Chest(NamedTuple):
     """What differs between the people, as they have breathed out; lengths in mm."""
 
     radii: np.ndarray  # of the lungs
@@ -274,8 +257,7 @@ def _lung_depth(points: np.ndarray, radii: np.ndarray, apart: float, base: float
     from_axis = ((np.abs(a) - apart) / radii[0]) ** 2 + (b / radii[1]) ** 2
     diaphragm = c - base - dome * (1.0 - np.minimum(from_axis, 1.5))
     heart = _ellipsoid_depth([a - 22.0, b + 22.0, c + 45.0], [48.0, 42.0, 48.0])
-    depth: np.ndarray = np.minimum.reduce([lung, diaphragm, -heart])
-    return depth
+    return np.minimum.reduce([lung, diaphragm, -heart])
 
 
 def _grow(
@@ -289,11 +271,9 @@ def _grow(
     vessels.append((node, end, radius, 0.85 * radius))
     centred = targets - targets.mean(axis=0)
     order = np.argsort(centred @ np.linalg.svd(centred, full_matrices=False)[2][0])
-    half = len(order) // 2
-    branches = [end]
-    for part in (order[:half], order[half:]):
-        branches += _grow(rng, end, targets[part], 0.78 * radius, level - 1, vessels)
-    return branches
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    parts = [_grow(rng, end, targets[half], 0.78 * radius, level - 1, vessels) for half in halves]
+    return [end, *parts[0], *parts[1]]
 
 
 def _draw_chest(rng: np.random.Generator) -> _Chest:
@@ -323,8 +303,7 @@ def _vessel_depth(points: np.ndarray, vessels: Sequence[_Vessel], thinnest: floa
         centres.append(start + t * (end - start))
         radii.append(start_radius + t[:, 0] * (end_radius - start_radius))
     distance, index = cKDTree(np.concatenate(centres)).query(points, k=6)
-    depth: np.ndarray = (np.maximum(np.concatenate(radii), thinnest)[index] - distance).max(axis=1)
-    return depth
+    return (np.maximum(np.concatenate(radii), thinnest)[index] - distance).max(axis=1)
 
 
 def _scan(points: np.ndarray, chest: _Chest, lung_hu: float, voxel: float) -> tuple[np.ndarray, np.ndarray]:
@@ -336,8 +315,7 @@ def _scan(points: np.ndarray, chest: _Chest, lung_hu: float, voxel: float) -> tu
         return np.clip(depth / voxel + 0.5, 0.0, 1.0)
 
     def paint(share: np.ndarray, hu: np.ndarray | float) -> None:
-        nonlocal image
-        image += share * (hu - image)
+        image[:] += share * (hu - image)
 
     thorax = _ellipsoid_depth([a, b, 0.0 * c], [126.0, 94.0, 1.0])
     paint(inside(thorax), _FAT)
@@ -405,8 +383,7 @@ def lung_affine(size: Sequence[int]) -> np.ndarray:
 
 
 def lung_pair(rng: np.random.Generator, size: Sequence[int]) -> dict[str, np.ndarray]:
-    """
-    A pair of chests of one person.
+    """A pair of chests of one person.
 
     Returns:
         ``image0`` (fixed, inhale) and ``image1`` (moving, exhale), int16 Hounsfield units ``(*size)``; ``mask0/1``,
@@ -415,7 +392,7 @@ def lung_pair(rng: np.random.Generator, size: Sequence[int]) -> dict[str, np.nda
     spacing = _CHEST_MM / np.asarray(size)
     chest = _draw_chest(rng)
     centre = (np.asarray(size) - 1) / 2
-    grid = _grid(size).astype(np.float64)
+    grid = np.indices(size).astype(np.float64)
 
     def in_mm(voxels: np.ndarray) -> np.ndarray:
         return (voxels - _per_axis(centre)) * _per_axis(spacing)

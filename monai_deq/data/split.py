@@ -7,11 +7,11 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Items", "Lists", "Parts", "dataset_folder", "part_of", "refuse_lacking", "shorten", "split_items"]
+__all__ = ["dataset_folder", "listing", "part_of", "refuse_lacking", "shorten", "split_items"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -19,21 +19,22 @@ PARTS = ("training", "validation", "test")
 
 Items = list[dict[str, Any]]
 Parts = dict[str, Items]
+Sizes = Sequence[int | None]
 Lists = Mapping[str, Sequence[str | int]]
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list and how many there are more, for messages."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def listing(folder: Path) -> str:
+    """What is in a folder, for messages."""
+    return shorten(sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())) or "nothing"
 
 
 def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: Callable[[], Path]) -> Path:
-    """The folder of a data set, checked; where none is given, that of the sample cohort that ``write_sample`` writes.
-
-    Raises:
-        FileNotFoundError: When there is no such folder; the message says what is ``expected`` in it.
-    """
+    """The folder of a data set, which must exist; where none is given, that which ``write_sample`` writes."""
     if dataset_dir is None or str(dataset_dir) == "":
         root = write_sample()
         message = "no data set given: using the SYNTHETIC sample cohort in %s; for real data give --dataset_dir (%s)"
@@ -49,12 +50,7 @@ def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: 
 
 
 def split_items(
-    items: Items,
-    thing: str,
-    where: str,
-    sizes: Sequence[int | None] | Parts,
-    lists: Lists | None = None,
-    required: tuple[str, str, str] | None = None,
+    items: Items, thing: str, where: str, sizes: Sizes | Parts, lists: Lists | None, required: tuple[str, ...]
 ) -> Parts:
     """Split the items of a data set into training, validation and test, and log what is in several of them.
 
@@ -64,11 +60,7 @@ def split_items(
         where: what was found in what folder, to follow "the 8" in a message.
         sizes: number of items for each part, taken in order; one may be None: all that remain. Or the parts themselves.
         lists: names for each part instead of sizes, or the four digits in them (``"0001"`` or 1).
-        required: what validation and test items need: the key, what to call it, and the option that needs it.
-
-    Raises:
-        ValueError: When sizes or lists are malformed, there are too few items, a listed one does not exist, or one
-            lacks what is required.
+        required: what validation and test items need: the key, what to call it, and the option that needs it; or empty.
     """
     if lists is not None:
         split = _by_lists(items, thing, where, lists)
@@ -80,13 +72,12 @@ def split_items(
             advice = f" Choose other {thing}s by `lists`, or set {option}=False."
             refuse_lacking(split[part], part, key, what, advice)
     for a, b in combinations(PARTS, 2):
-        both = sorted({item[thing] for item in split[a]} & {item[thing] for item in split[b]})
-        if both:
+        if both := sorted({item[thing] for item in split[a]} & {item[thing] for item in split[b]}):
             logger.warning("%d %s(s) are in both %s and %s: %s", len(both), thing, a, b, shorten(both))
     return split
 
 
-def _by_sizes(items: Items, thing: str, where: str, sizes: Sequence[int | None]) -> Parts:
+def _by_sizes(items: Items, thing: str, where: str, sizes: Sizes) -> Parts:
     if isinstance(sizes, str) or len(sizes) != len(PARTS):
         raise ValueError(f"sizes must give {len(PARTS)} numbers {PARTS}, got {sizes!r}.")
     if any(size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0) for size in sizes):
@@ -103,16 +94,12 @@ def _by_sizes(items: Items, thing: str, where: str, sizes: Sequence[int | None])
     if None in sizes or remain:
         took = f"{PARTS[list(sizes).index(None)]} takes the remaining" if None in sizes else "not used are the last"
         logger.info("sizes %s of %d %ss: %s %d", list(sizes), len(items), thing, took, remain)
-    split: Parts = {}
-    for part, size in zip(PARTS, sizes, strict=True):
-        start = sum(map(len, split.values()))
-        split[part] = items[start : start + (remain if size is None else size)]
-    return split
+    rest = iter(items)
+    return {part: list(islice(rest, remain if n is None else n)) for part, n in zip(PARTS, sizes, strict=True)}
 
 
 def _by_lists(items: Items, thing: str, where: str, lists: Lists) -> Parts:
-    unknown = sorted(set(lists) - set(PARTS))
-    if unknown:
+    if unknown := sorted(set(lists) - set(PARTS)):
         raise ValueError(f"lists has unknown part(s) {unknown}; expected {PARTS}.")
     by_name: dict[str, Items] = {}
     for item in items:
@@ -122,16 +109,14 @@ def _by_lists(items: Items, thing: str, where: str, lists: Lists) -> Parts:
     split: Parts = {}
     for part in PARTS:
         wanted = [f"{i:04d}" if isinstance(i, int) else str(i) for i in lists.get(part, ())]
-        absent = [name for name in wanted if name not in by_name]
-        if absent:
+        if absent := [name for name in wanted if name not in by_name]:
             raise ValueError(
                 f"lists[{part!r}] names {len(absent)} {thing}(s) that are not among the {len(items)} {where}: "
                 f"{shorten(absent)}. Found {shorten([item[thing] for item in items])}."
             )
         split[part] = [item for name in wanted for item in by_name[name]]
         times = Counter(map(id, split[part]))
-        twice = [item[thing] for item in items if times[id(item)] > 1]
-        if twice:
+        if twice := [item[thing] for item in items if times[id(item)] > 1]:
             raise ValueError(f"lists[{part!r}] names a {thing} twice: {shorten(twice)}.")
     return split
 
@@ -140,8 +125,7 @@ def refuse_lacking(
     items: Sequence[Mapping[str, Any]], part: str, key: str, what: str | None = None, advice: str = ""
 ) -> None:
     """Refuse a part whose items do not all have a ``key``, called ``what`` in the message; ``advice`` ends it."""
-    lacking = [item for item in items if item.get(key) is None]
-    if lacking:
+    if lacking := [item for item in items if item.get(key) is None]:
         things, name = ("pairs", "case") if "case" in lacking[0] else ("subjects", "subject")
         raise ValueError(
             f"The {part} part needs {what or repr(key)}, but {len(lacking)} of its {len(items)} {things} have none: "
@@ -150,16 +134,7 @@ def refuse_lacking(
 
 
 def part_of(parts: Mapping[str, Items], name: str, required: str | None = None) -> Items:
-    """One part of a split.
-
-    Args:
-        parts: what ``split`` of a data set returned.
-        name: ``"training"``, ``"validation"`` or ``"test"``.
-        required: what each of its subjects must have, e.g. ``"label"``. Defaults to None: nothing.
-
-    Raises:
-        ValueError: When there is no such part, or a subject lacks what is required.
-    """
+    """The part ``"training"``, ``"validation"`` or ``"test"`` of a split, whose items must have ``required``."""
     if name not in parts:
         raise ValueError(f"split must be one of {', '.join(map(repr, parts))}, got {name!r}.")
     if required:

@@ -21,17 +21,16 @@ _SMOOTHNESS = 8.0
 
 
 class PreparePairBatch(PrepareBatch):
-    """
-    Split a batch of pairs into what a registration network takes, ``network(moving, fixed)``, or
-    ``network(moving, fixed, initial_ddf)`` where the batch has displacements to start from, and what the loss
-    compares with, ``{"moving": ..., "fixed": ...}``. Images and displacements become plain tensors.
+    """Split a batch of pairs into what a registration network takes, ``(moving, fixed)`` or ``(moving, fixed,
+    initial_ddf)`` where the batch has displacements to start from, and what the loss compares with, ``{"moving": ...,
+    "fixed": ...}``, all plain tensors.
 
     Args:
         moving_key: key of the moving images. Defaults to ``"moving"``.
         fixed_key: key of the fixed images. Defaults to ``"fixed"``.
         initial_ddf_key: key of the displacements to start from. Defaults to ``"initial_ddf"``.
-        target_keys: keys of what else the loss compares with, put beside the images under the same names: tensors or
-            lists of tensors, e.g. masks and keypoints. Defaults to none.
+        target_keys: what else the loss compares with, under the same names: tensors or lists of tensors, e.g. masks and
+            keypoints. Defaults to none.
     """
 
     def __init__(
@@ -71,19 +70,17 @@ class PreparePairBatch(PrepareBatch):
 
 
 class PreparePooledPairBatch(PreparePairBatch):
-    """
-    :py:class:`PreparePairBatch` for pairs that go on from where they stand: the network is called as
-    ``network(moving, fixed, initial_ddf)``. Where all pairs of the batch are new and start from zero it is called as
-    ``network(moving, fixed)``, so that a network with coarser levels begins at these; in a batch with others, new ones
-    start from the network's ``coarse_start``. With a proximal term the solutions of the coarser levels are needed each
-    time a pair is met: they are kept as the displacements are, and given to network and loss as ``proximal_center``.
+    """:py:class:`PreparePairBatch` for pairs that go on from where they stand, ``(moving, fixed, initial_ddf)``. Where
+    all pairs of a batch are new and start from zero the network is called without, so that one with coarser levels
+    begins at these; in a batch with others, new ones start from the network's ``coarse_start``. With a proximal term
+    the coarser solutions are kept as the displacements are, and given to network and loss as ``proximal_center``.
 
     Args:
         pool: where the displacements are kept; :py:class:`monai_deq.handlers.StatePoolUpdater` writes them back.
         network: the network that is trained, without ``DistributedDataParallel`` around it. Defaults to ``None``: new
             pairs start from zero.
-        rest: ``random_start_share`` and ``random_start_rms``; a start's length is drawn uniformly up to it. Defaults to
-            ``None``: no random starts.
+        rest: ``random_start_share`` and ``random_start_rms``, up to which a start's length is drawn uniformly. Defaults
+            to ``None``: no random starts.
         seed: of the random starts. Defaults to 0.
         target_keys: see :py:class:`PreparePairBatch`. Defaults to none.
     """
@@ -112,9 +109,8 @@ class PreparePooledPairBatch(PreparePairBatch):
         non_blocking: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any], tuple[torch.Tensor, ...], dict[str, Any]]:
-        """
-        Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings those of the network's ``forward``:
-        none, or what a proximal term pulls to.
+        """Return ``(moving, target, (fixed[, initial_ddf]), settings)``, the settings those of the network's
+        ``forward``.
         """
         moving, target, (fixed, *_), settings = super().__call__(batchdata, device, non_blocking, **kwargs)
         absent = [key for key in ("slot", "ticket") if key not in batchdata]

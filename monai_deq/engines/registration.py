@@ -21,8 +21,7 @@ __all__ = ["RegistrationEvaluator", "RegistrationTrainer"]
 
 
 class RegistrationTrainer(SupervisedTrainer):
-    """
-    :py:class:`monai.engines.SupervisedTrainer` for pairs that may stay in a pool, with the mean loss of each epoch,
+    """:py:class:`monai.engines.SupervisedTrainer` for pairs that may stay in a pool, with the mean loss of each epoch,
     gradient clipping, progress and log: what the first of several processes shows.
 
     Args:
@@ -30,8 +29,7 @@ class RegistrationTrainer(SupervisedTrainer):
         clip_norm: see :py:class:`monai_deq.handlers.GradientClipping`. Defaults to 1.
         log_dir: folder of TensorBoard's files. Defaults to ``None``: none.
         train_handlers: further handlers; ``None`` among them is passed over. Defaults to none.
-        kwargs: further arguments of :py:class:`monai.engines.SupervisedTrainer`; the network may have
-            ``DistributedDataParallel`` around it.
+        kwargs: of MONAI's trainer; the network may have ``DistributedDataParallel`` around it.
     """
 
     def __init__(
@@ -59,20 +57,16 @@ class RegistrationTrainer(SupervisedTrainer):
 
 
 class RegistrationEvaluator(SupervisedEvaluator):
-    """
-    :py:class:`monai.engines.SupervisedEvaluator` for pairs. The output of an iteration is one flat dictionary: the
+    """:py:class:`monai.engines.SupervisedEvaluator` for pairs. The output of an iteration is one flat dictionary: the
     items of the batch (images, label maps, names) with what the inferer returned beside them, so that postprocessing
-    transforms and metrics find ``ddf``, ``warped``, ``fixed_label``, ... by key.
-
-    Of several processes one that has no pair takes part in what its handlers do before and after the pairs, such as
-    putting scores together; MONAI's own leaves it out, and the others wait for it.
+    transforms and metrics find ``ddf``, ``warped``, ``fixed_label``, ... by key. Of several processes one that has no
+    pair takes part in what its handlers do before and after the pairs; MONAI's own leaves it out, and the others wait
+    for it.
 
     Args:
-        log_dir: folder of TensorBoard's files, for the validation in a training, whose scores are logged. Defaults to
-            ``None``: a progress bar instead.
+        log_dir: folder of TensorBoard's files, for the validation in a training. Defaults to ``None``: a progress bar.
         val_handlers: further handlers. Defaults to none.
-        kwargs: further arguments of :py:class:`monai.engines.SupervisedEvaluator`; ``prepare_batch`` defaults to
-            :py:class:`monai_deq.engines.PreparePairBatch`.
+        kwargs: of MONAI's evaluator; ``prepare_batch`` defaults to :py:class:`monai_deq.engines.PreparePairBatch`.
     """
 
     def __init__(self, log_dir: str | None = None, val_handlers: Sequence[Any] = (), **kwargs: Any) -> None:
@@ -88,12 +82,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
         super().__init__(iteration_update=_register, val_handlers=[*handlers, *val_handlers], **kwargs)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
-        """
-        Evaluate all pairs.
-
-        Args:
-            global_epoch: epoch of the training that the evaluation belongs to. Defaults to 1.
-        """
+        """Evaluate all pairs, for an epoch of the training."""
         if self.state.epoch_length == 0 and process_count() > 1:
             self.state.max_epochs, self.state.epoch, self.state.iteration = max(global_epoch, 1), global_epoch, 0
             for event in (Events.STARTED, Events.EPOCH_STARTED, Events.EPOCH_COMPLETED, Events.COMPLETED):

@@ -10,8 +10,7 @@ __all__ = ["Schedule", "nlst_schedule", "oasis_schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """
-    Settings of a training that go with the data.
+    """Settings of a training that go with the data.
 
     Args:
         max_epochs: number of epochs. Defaults to 100 (paper).
@@ -37,11 +36,7 @@ class Schedule:
 
 
 def oasis_schedule(spatial_dims: int, is_sample: bool) -> Schedule:
-    """
-    Args:
-        spatial_dims: 3, or 2 for slices.
-        is_sample: whether the data are the synthetic sample.
-    """
+    """Schedule of ``spatial_dims`` 3, or 2 for slices, on OASIS or its synthetic sample."""
     if spatial_dims == 3 and not is_sample:
         return Schedule(spatial_size=(128, 128, 128))
     if spatial_dims == 3:
@@ -52,10 +47,7 @@ def oasis_schedule(spatial_dims: int, is_sample: bool) -> Schedule:
 
 
 def nlst_schedule(is_sample: bool) -> Schedule:
-    """
-    Args:
-        is_sample: whether the data are the synthetic sample.
-    """
+    """Schedule on NLST or its synthetic sample."""
     if not is_sample:
         return Schedule(smoothness_weight=0.125, spatial_size=(224, 192, 224))
     return Schedule(

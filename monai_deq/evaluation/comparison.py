@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from monai_deq.evaluation.costs import kept_costs
 from monai_deq.evaluation.figures import figures_available, plot_boxes
 from monai_deq.evaluation.methods import BundleMethod, as_list, bundle_methods, check_count, evaluate_method, new_files
@@ -51,13 +53,13 @@ def compare(
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
         methods: names of overlays in the bundle's ``methods`` folder or of folders in ``results_dir``, row by row.
-        overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
-        overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``. Defaults to none.
-        reference: the method that the others are tested against. Defaults to ``"deqreg"``.
+        overlays: configuration files of the data set, such as ``slices.json``.
+        overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
+        reference: the method that the others are tested against.
         metrics: metrics of the table, as the evaluation names them.
-        cost_rounds: how often training steps and inferences are timed, side by side; 0: no costs. Defaults to 5.
+        cost_rounds: how often training steps and inferences are timed, side by side; 0: no costs.
         output_dir: folder of the table. Defaults to ``results_dir``.
-        overwrite: replace an existing table, not the evaluations under ``results_dir``. Defaults to ``False``.
+        overwrite: replace an existing table, not the evaluations under ``results_dir``.
 
     Raises:
         FileExistsError: When there is a table already and ``overwrite`` is not set.
@@ -75,10 +77,9 @@ def compare(
     if "spatial_size" not in (overrides or {}):
         size = _trained_size(entries, reference)
         entries = {n: m if m.is_trained else m.with_overrides(**size) for n, m in entries.items()}
-    results: dict[str, MethodResult] = {}
-    summaries: dict[str, dict[str, Any]] = {}
-    for name, method in entries.items():
-        results[name], summaries[name] = evaluate_method(method, ranked=name not in _UNRANKED)
+    evaluated = {n: evaluate_method(method, ranked=n not in _UNRANKED) for n, method in entries.items()}
+    results = {name: result for name, (result, _) in evaluated.items()}
+    summaries = {name: summary for name, (_, summary) in evaluated.items()}
     _fail_other_grids(results, summaries, reference)
 
     usable = {name: entries[name] for name, result in results.items() if result.failure is None}
@@ -116,9 +117,6 @@ def _fail_other_grids(results: dict[str, MethodResult], summaries: dict[str, dic
     reference = next((n for n in (reference, *reversed(summaries)) if summaries[n]), reference)
     expected = summaries[reference].get("spatial_size")
     for name, summary in summaries.items():
-        if summary and summary.get("spatial_size") != expected:
-            reason = (
-                f"evaluated at the size {summary.get('spatial_size')}, {reference} at {expected}: train at one size, "
-                "or give spatial_size"
-            )
-            results[name] = MethodResult(name, results[name].title, failure=reason, ranked=results[name].ranked)
+        if summary and (size := summary.get("spatial_size")) != expected:
+            reason = f"evaluated at the size {size}, {reference} at {expected}: train at one size, or give spatial_size"
+            results[name] = replace(results[name], scores=pd.DataFrame(), failure=reason)

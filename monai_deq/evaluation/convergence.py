@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from monai_deq.certificates import starting_point
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation import methods as bundle
-from monai_deq.evaluation.figures import figures_available, plot_steps
+from monai_deq.evaluation.figures import best_step, figures_available, plot_steps
 from monai_deq.evaluation.tables import markdown_table
 from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
@@ -27,16 +27,7 @@ from monai_deq.networks.nets import IteratedNet
 from monai_deq.solvers import random_smooth_ddf
 from monai_deq.utils import as_flag, replace_file
 
-__all__ = [
-    "ITERATED_METHODS",
-    "converge",
-    "default_steps",
-    "read_step_scores",
-    "score_steps",
-    "step_curves",
-    "step_table",
-    "write_step_scores",
-]
+__all__ = ["ITERATED_METHODS", "converge", "default_steps", "score_steps", "step_curves", "step_table"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -47,6 +38,17 @@ LIMITS: dict[str, float] = {"residual": 0.005, "start_distance": 0.05}
 
 _PLACE = ["fixed", "moving", "step"]
 _SCORES = ["dice", "folded_percent", "similarity", "smoothness", "residual", "relative_residual", "start_distance"]
+#: what the table has of a number of steps: score, statistic, factor, format
+_CELLS = (
+    ("dice", "mean", 100, ".2f"),
+    ("folded_percent", "mean", 1, ".3f"),
+    ("similarity", "mean", 1, ".4f"),
+    ("residual", "median", 1, ".2g"),
+    ("residual", "within", 100, ".0f"),
+    ("relative_residual", "median", 1, ".2g"),
+    ("start_distance", "median", 1, ".2g"),
+    ("start_distance", "within", 100, ".0f"),
+)
 
 
 def default_steps(max_steps: int) -> list[int]:
@@ -96,8 +98,14 @@ def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_
         raise ValueError("steps are scored with batch_size 1 and amp false.")
     if not random_start_rms >= 0:
         raise ValueError(f"random_start_rms must not be negative, got {random_start_rms}.")
-    # the levels before the finest, and its first step
-    first = {"name": "plain", "max_steps": 1, "tolerance": 0.0}
+
+    def begin(initial_ddf: torch.Tensor | None = None) -> tuple[Callable[..., torch.Tensor], torch.Tensor, bool]:
+        """The map, the state after the levels before the finest and its first step, and whether that was taken."""
+        start, center = starting_point(network, moving, fixed, initial_ddf)
+        first = {"name": "plain", "max_steps": 1, "tolerance": 0.0}
+        state, record = network.solve_state(moving, fixed, start, **center, **first)
+        return network.fixed_point_map(moving, fixed, **center), state, int(record.steps[0]) == 1
+
     rows: list[tuple[Any, ...]] = []
     for index, batch in enumerate(config.get_parsed_content("dataloader")):
         moving, _, (fixed,), _ = PreparePairBatch()(batch, device)
@@ -105,31 +113,23 @@ def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_
         ndim = fixed.ndim - 2
         similarity = LocalNormalizedCrossCorrelationLoss(spatial_dims=ndim, kernel_size=5)
         with torch.no_grad():
-            start, center = starting_point(network, moving, fixed)
-            g = g_other = network.fixed_point_map(moving, fixed, **center)
-            state, record = network.solve_state(moving, fixed, start, **center, **first)
+            g, state, taken = begin()
             other = None
             if random_start_rms:
                 shape = (1, ndim, *fixed.shape[2:])
-                start = random_smooth_ddf(shape, random_start_rms, seed=index, device=fixed.device)
-                start, center = starting_point(network, moving, fixed, start)
-                g_other = network.fixed_point_map(moving, fixed, **center)
-                other, _ = network.solve_state(moving, fixed, start, **center, **first)
+                g_other, other, _ = begin(random_smooth_ddf(shape, random_start_rms, seed=index, device=device))
             for step in range(1, max(steps) + 1):
-                ddf = state[:, :ndim]
-                # a first step that is not finite is not taken by the solver
-                alive = int(record.steps[0]) == 1 and bool(torch.isfinite(ddf).all())
-                state = g(state)
+                ddf, state = state[:, :ndim], g(state)
                 place = (str(batch["fixed_subject"][0]), str(batch["moving_subject"][0]), step)
-                if not alive:
+                # a first step that is not finite is not taken by the solver
+                if not taken or not bool(torch.isfinite(ddf).all()):
                     rows.append((*place, *[math.nan] * len(_SCORES)))
                     break
                 if step in steps:
                     warped_label = warp_by_ddf(moving_label, ddf, mode="nearest")
-                    dice = compute_label_dice(warped_label, fixed_label, labels, moving_label)
                     residual = _rms(state[:, :ndim] - ddf)
                     scores = (
-                        float(dice.nanmean()),
+                        float(compute_label_dice(warped_label, fixed_label, labels, moving_label).nanmean()),
                         float(compute_folded_voxels(ddf)),
                         -float(similarity(warp_by_ddf(moving, ddf).float(), fixed.float())),
                         float(DiffusionLoss()(ddf)),
@@ -163,15 +163,12 @@ def step_curves(scores: pd.DataFrame) -> pd.DataFrame:
     Curves of all scores of one method.
 
     Args:
-        scores: see :py:func:`score_steps`. A statistic is NaN wherever a pair has no score, and not one over the pairs
-            that are left.
+        scores: see :py:func:`score_steps`, of one pair at least, else ``ValueError``. A statistic is NaN wherever a
+            pair has no score, and not one over the pairs that are left.
 
     Returns:
         a row for each number of steps, columns ``(score, statistic)``: ``mean`` and ``median`` over the pairs, ``sem``
         (standard error of the mean) and ``within``, the share of the pairs at or below the score's limit in ``LIMITS``.
-
-    Raises:
-        ValueError: When there is none.
     """
     if scores.empty:
         raise ValueError("scores: expected those of at least one pair, got none.")
@@ -181,13 +178,10 @@ def step_curves(scores: pd.DataFrame) -> pd.DataFrame:
     curves = {}
     for name in _SCORES:
         of_pairs = values[name][steps]
+        mean, median = of_pairs.mean(skipna=False), of_pairs.median(skipna=False)
+        within = (of_pairs <= LIMITS.get(name, -math.inf)).mean()
         curves[name] = pd.DataFrame(
-            {
-                "mean": of_pairs.mean(skipna=False),
-                "sem": of_pairs.sem(skipna=False),
-                "median": of_pairs.median(skipna=False),
-                "within": (of_pairs <= LIMITS.get(name, -math.inf)).mean(),
-            }
+            {"mean": mean, "sem": of_pairs.sem(skipna=False), "median": median, "within": within}
         )
     return pd.concat(curves, axis=1)
 
@@ -200,30 +194,20 @@ def step_table(curves: Mapping[str, pd.DataFrame], trained_steps: Mapping[str, i
     Args:
         curves: by title of a method what :py:func:`step_curves` gives.
         trained_steps: by title, the steps that the method was trained with.
-        steps: further steps. Defaults to none.
+        steps: further steps.
     """
     residual, distance = (f"<= {LIMITS[k]:g} (% of pairs)" for k in ("residual", "start_distance"))
     names = ["Dice %", "folded %", "similarity", "residual", residual, "relative residual", "start distance", distance]
     rows = []
     for title, of_method in curves.items():
-        dice = of_method["dice", "mean"]
         words: dict[int, list[str]] = {trained_steps[title]: ["trained"]}
-        words.setdefault(int(dice.idxmax() if dice.notna().any() else dice.index[0]), []).append("best Dice")
-        words.setdefault(int(dice.index[-1]), []).append("last")
+        words.setdefault(best_step(of_method), []).append("best Dice")
+        words.setdefault(int(of_method.index[-1]), []).append("last")
         for step in sorted({*words, *steps}):
             cells = ["-"] * len(names)
             if step in of_method.index:
                 at = of_method.loc[step]
-                cells = [
-                    f"{100 * at['dice', 'mean']:.2f}",
-                    f"{at['folded_percent', 'mean']:.3f}",
-                    f"{at['similarity', 'mean']:.4f}",
-                    f"{at['residual', 'median']:.2g}",
-                    f"{100 * at['residual', 'within']:.0f}",
-                    f"{at['relative_residual', 'median']:.2g}",
-                    f"{at['start_distance', 'median']:.2g}",
-                    f"{100 * at['start_distance', 'within']:.0f}",
-                ]
+                cells = [f"{factor * at[score, statistic]:{form}}" for score, statistic, factor, form in _CELLS]
                 if not math.isfinite(at["start_distance", "median"]):  # no random starts, or a pair that was lost
                     cells[-2:] = ["-", "-"]
             rows.append([title, str(step), ", ".join(words.get(step, [])), *cells])
@@ -252,13 +236,13 @@ def converge(
         bundle_dir: folder of the bundle.
         results_dir: folder of the methods' folders.
         methods: names of the methods. Defaults to all that are iterated.
-        overlays: configuration files of the data set, such as ``slices.json``. Defaults to none.
+        overlays: configuration files of the data set, such as ``slices.json``.
         overrides: entries of the bundle's configuration; ``split`` is ``"validation"`` unless given (paper, Table 2).
         max_steps: number of steps, of networks with levels on the finest. Defaults to 96 (paper, Fig. 3).
-        random_start_rms: see :py:func:`score_steps`; 0 saves half of the time. Defaults to 3.
-        table_steps: steps for which the table has rows too, of those that are scored. Defaults to none.
+        random_start_rms: see :py:func:`score_steps`; 0 saves half of the time.
+        table_steps: steps for which the table has rows too, of those that are scored.
         output_dir: folder of table and figure. Defaults to ``results_dir``.
-        overwrite: replace existing ones. Defaults to ``False``.
+        overwrite: replace existing ones.
 
     Returns:
         by title of a method its curves, see :py:func:`step_curves`.
@@ -276,11 +260,9 @@ def converge(
     table, picture = bundle.new_files(output_dir, ["convergence.md", "convergence.png"], overwrite)
     # the fingerprint of a method leaves this folder's code out
     scoring = hashlib.sha256(inspect.getsource(score_steps).encode()).hexdigest()[:6]
-    curves: dict[str, pd.DataFrame] = {}
-    trained_steps: dict[str, int] = {}
-    failures: dict[str, str] = {}
+    curves, trained_steps, failures = dict[str, pd.DataFrame](), dict[str, int](), dict[str, str]()
     for name, method in entries.items():
-        try:
+        with bundle.noted_failure(name, failures, name):
             title = method.title
             method.check_trained()
             trained = method.trained_steps
@@ -291,12 +273,8 @@ def converge(
                 marks = sorted({*steps, *([trained] if 0 < trained <= max_steps else [])})
                 write_step_scores(score_steps(method, marks, random_start_rms), path)
             curves[title], trained_steps[title] = step_curves(read_step_scores(path)), trained
-        except Exception as e:  # whatever it is, the other methods still have their curves
-            logger.error(f"{name} failed", exc_info=e)
-            failures[name] = bundle.root_cause(e)
-    text = step_table(curves, trained_steps, table_steps) + "".join(
-        f"\n{name} failed: {why}\n" for name, why in failures.items()
-    )
+    text = step_table(curves, trained_steps, table_steps)
+    text += "".join(f"\n{name} failed: {why}\n" for name, why in failures.items())
     with replace_file(table) as path:
         path.write_text(text, encoding="utf-8")
     if curves and figures_available():

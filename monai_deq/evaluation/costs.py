@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from monai_deq.evaluation.measurements import time_side_by_side, training_memory
-from monai_deq.evaluation.methods import BundleMethod, FirstPair, already_there, root_cause
+from monai_deq.evaluation.methods import BundleMethod, FirstPair, already_there, noted_failure
 from monai_deq.networks import build_component, load_weights
 from monai_deq.networks.nets import DEQRegistrationNet
 from monai_deq.utils import as_flag, write_json
@@ -79,32 +79,29 @@ def measure_costs(methods: Mapping[str, BundleMethod], rounds: int = 5) -> dict[
 
     Args:
         methods: the methods by name, trained or without training.
-        rounds: number of times that each is timed. Defaults to 5.
+        rounds: number of times that each is timed.
 
     Returns:
         By method the ``cost`` of a :py:class:`monai_deq.evaluation.MethodResult`, as far as it could be measured, or
         the reason.
     """
     costs: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    train: dict[str, Callable[[], Any]] = {}
-    infer: dict[str, Callable[[], Any]] = {}
+    train, infer, failures = dict[str, Callable[[], Any]](), dict[str, Callable[[], Any]](), dict[str, str]()
     device = torch.device("cpu")
     for name, method in methods.items():
-        try:
-            logger.info(f"{name}: training memory")
+        logger.info(f"{name}: training memory")
+        with noted_failure(f"costs of {name}", failures, name):
             first = FirstPair(method)
             device, infer[name] = first.device, first.register
             if method.is_trained:
                 costs[name], train[name] = _training_costs(method, first)
-        except Exception as e:  # the other methods still have their costs
-            logger.error(f"costs of {name} could not be measured", exc_info=e)
-            costs[name]["training_seconds"] = f"failed: {root_cause(e)}"
+        if name in failures:
+            costs[name]["training_seconds"] = f"failed: {failures[name]}"
     for key, functions in (("training_seconds", train), ("inference_seconds", infer)):
-        if not functions:
-            continue
-        logger.info(f"{key} of {', '.join(functions)}, side by side")
-        for name, timing in time_side_by_side(functions, rounds=rounds, device=device).items():
-            costs[name][key] = timing.median if timing.failure is None else f"failed: {timing.failure}"
+        if functions:
+            logger.info(f"{key} of {', '.join(functions)}, side by side")
+            for name, timing in time_side_by_side(functions, rounds=rounds, device=device).items():
+                costs[name][key] = timing.median if timing.failure is None else f"failed: {timing.failure}"
     return costs
 
 

@@ -38,6 +38,18 @@ PANELS: dict[str, tuple[str, float, bool]] = {
     "residual": ("residual (voxel)", 1.0, True),
     "start_distance": ("distance from a random start's (voxel)", 1.0, True),
 }
+_BOX: dict[str, Any] = {
+    "orientation": "horizontal",
+    "widths": 0.62,
+    "patch_artist": True,
+    "showmeans": True,
+    "manage_ticks": False,
+    "medianprops": {"color": "black", "linewidth": 1.2},
+    "whiskerprops": {"linewidth": 0.7},
+    "capprops": {"linewidth": 0.7},
+    "meanprops": {"marker": "o", "markersize": 3.5, "markerfacecolor": "white", "markeredgecolor": "black"},
+    "flierprops": {"marker": "o", "markersize": 2, "markerfacecolor": "#444444", "markeredgecolor": "none"},
+}
 
 
 def figures_available() -> bool:
@@ -87,20 +99,18 @@ def plot_boxes(
         results: the methods from top to bottom.
         metrics: the panels: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS`, or columns of your own.
         path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
-        overwrite: replace an existing file. Defaults to ``False``.
+        overwrite: replace an existing file.
 
     Raises:
         FileExistsError: When the file exists and ``overwrite`` is not set.
         ImportError: When matplotlib is not installed.
         ValueError: When the suffix is another, methods were scored on different pairs, or a name repeats or is unknown.
     """
-    columns = metric_columns(metrics)
-    pairs = common_pairs(results)
+    columns, pairs = metric_columns(metrics), common_pairs(results)
     across = min(len(columns), 4) if len(columns) != 5 else 3
     down = math.ceil(len(columns) / across)
     ranked = [result.name for result in results if result.ranked]
     colours = {name: _LIGHT[i % len(_LIGHT)] for i, name in enumerate(ranked)}
-    thin = {"linewidth": 0.7}
     with _picture(path, 1.3 + 1.75 * across, (0.75 + 0.27 * len(results)) * down + 0.25, overwrite) as figure:
         axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten().tolist()
         for axis, column in zip(axes, columns, strict=False):
@@ -112,47 +122,19 @@ def plot_boxes(
                     word = "no score" if result.failure is None else "failed"
                     axis.text(0.03, row, word, **place, fontsize=7, style="italic", color="#666666")
                     continue
-                face = colours.get(result.name, _UNRANKED)
-                axis.boxplot(
-                    column.scale * scores.to_numpy(),
-                    positions=[row],
-                    orientation="horizontal",
-                    widths=0.62,
-                    patch_artist=True,
-                    showmeans=True,
-                    manage_ticks=False,
-                    boxprops={"facecolor": face, "edgecolor": "black", **thin},
-                    medianprops={"color": "black", "linewidth": 1.2},
-                    whiskerprops=thin,
-                    capprops=thin,
-                    meanprops={
-                        "marker": "o",
-                        "markersize": 3.5,
-                        "markerfacecolor": "white",
-                        "markeredgecolor": "black",
-                    },
-                    flierprops={
-                        "marker": "o",
-                        "markersize": 2,
-                        "markerfacecolor": "#444444",
-                        "markeredgecolor": "none",
-                    },
-                )
+                face = {"facecolor": colours.get(result.name, _UNRANKED), "edgecolor": "black", "linewidth": 0.7}
+                axis.boxplot(column.scale * scores.to_numpy(), positions=[row], boxprops=face, **_BOX)
             _style(axis, column.title, 9, grid="x")
             axis.set_yticks(range(len(results)), [result.title for result in results])
-            # the first method on top
-            axis.set_ylim(len(results) - 0.4, -0.6)
+            axis.set_ylim(len(results) - 0.4, -0.6)  # the first method on top
             axis.tick_params(axis="x", labelsize=7)
             axis.tick_params(axis="y", length=0)
             axis.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])
         for axis in axes[len(columns) :]:
             axis.remove()
-        words = (
-            f"Box: median and quartiles, n = {len(pairs)} pairs.",
-            "White dot: mean.",
-            "Whiskers: within 1.5 box lengths.",
-        )
-        figure.supxlabel((" " if across > 2 else "\n").join(words), fontsize=7, color="#444444")
+        count = f"Box: median and quartiles, n = {len(pairs)} pairs."
+        words = (" " if across > 2 else "\n").join([count, "White dot: mean.", "Whiskers: within 1.5 box lengths."])
+        figure.supxlabel(words, fontsize=7, color="#444444")
 
 
 def plot_steps(
@@ -166,8 +148,8 @@ def plot_steps(
     Args:
         curves: by title of a method what :py:func:`monai_deq.evaluation.step_curves` gives.
         trained_steps: by title, the steps that the method was trained with.
-        path: see :py:func:`plot_boxes`, with the same errors.
-        overwrite: replace an existing file. Defaults to ``False``.
+        path: see :py:func:`plot_boxes`, as ``overwrite`` and the errors.
+        overwrite: replace an existing file.
     """
     panels = [name for name in PANELS if any(c[name, "mean"].notna().any() for c in curves.values())]
     columns = max(math.ceil(len(panels) / 2), 1)
@@ -185,9 +167,7 @@ def plot_steps(
                 if not logarithmic:
                     low, high = drawn - curve["sem"], drawn + curve["sem"]
                     axis.fill_between(drawn.index, low, high, color=colour, alpha=0.15, linewidth=0)
-                dice = of_method["dice", "mean"]
-                best = dice.idxmax() if dice.notna().any() else dice.index[0]
-                for step, marker in ((trained_steps.get(method), "o"), (best, "^")):
+                for step, marker in ((trained_steps.get(method), "o"), (best_step(of_method), "^")):
                     if step in drawn.index:
                         axis.plot(step, drawn[step], marker, markersize=6, color=colour, markeredgecolor="white")
             axis.set_xscale("log")
@@ -198,11 +178,14 @@ def plot_steps(
             _style(axis, title)
             axis.set_xlabel("steps", fontsize=8)
         axes[0].legend(fontsize=7, frameon=False)
-        figure.supxlabel(
-            "Mean over the pairs with a band of one standard error; on logarithmic axes the median. "
-            "Dot: steps of the training. Triangle: best Dice.",
-            fontsize=7,
-        )
+        words = "Mean over the pairs with a band of one standard error; on logarithmic axes the median. "
+        figure.supxlabel(f"{words}Dot: steps of the training. Triangle: best Dice.", fontsize=7)
+
+
+def best_step(curves: pd.DataFrame) -> int:
+    """Steps of a method's best mean Dice, the first where there is none."""
+    dice = curves["dice", "mean"]
+    return int(dice.idxmax() if dice.notna().any() else dice.index[0])
 
 
 def plot_lines(
@@ -214,9 +197,9 @@ def plot_lines(
     Args:
         lines: by title of a system its memory or time, indexed by steps or voxels; what is not finite is left out.
         title: of the figure, with the unit.
-        path: see :py:func:`plot_boxes`, with the same errors.
-        overwrite: replace an existing file. Defaults to ``False``.
-        x_label: of the horizontal axis. Defaults to ``"steps"``.
+        path: see :py:func:`plot_boxes`, as ``overwrite`` and the errors.
+        overwrite: replace an existing file.
+        x_label: of the horizontal axis.
     """
     with _picture(path, 6.4, 4.2, overwrite) as figure:
         axis = figure.subplots()

@@ -18,36 +18,30 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = [
-    "SavedTensors",
-    "Timing",
-    "TrainingMemory",
-    "live_tensors",
-    "saved_for_backward",
-    "time_side_by_side",
-    "training_memory",
-]
+__all__ = ["Timing", "TrainingMemory", "live_tensors", "saved_for_backward", "time_side_by_side", "training_memory"]
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Memory of one training step."""
+    """
+    Memory of one training step.
+
+    Args:
+        saved_bytes: peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`.
+        peak_bytes: peak of the bytes allocated since the step began: activations, gradients and temporaries.
+        kind: what ``peak_bytes`` is, in the words of a table.
+    """
 
     saved_bytes: int
-    """Peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`."""
     peak_bytes: int
-    """Peak of the bytes allocated since the step began: activations, gradients and temporaries."""
     kind: str
-    """What ``peak_bytes`` is, in the words of a table."""
 
 
 class SavedTensors:
-    """Account of the storages held by saved tensors; filled by :py:func:`saved_for_backward`."""
+    """Account of the storages held by saved tensors, ``current_bytes`` and their ``peak_bytes``."""
 
     def __init__(self, left_out: Iterable[torch.Tensor] = ()) -> None:
-        #: bytes held now
         self.current_bytes = 0
-        #: largest number of bytes held at once
         self.peak_bytes = 0
         self._left_out = {t.untyped_storage().data_ptr() for t in left_out}
         self._held: dict[int, tuple[int, int]] = {}  # address of a storage -> saved tensors that hold it, bytes
@@ -70,10 +64,6 @@ class SavedTensors:
             self._held[address] = (holders - 1, size)
         else:
             self.current_bytes -= size
-
-    def note_peak(self) -> None:
-        """Take the bytes held now into the peak."""
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +95,7 @@ def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedT
             return pack(saved)
         finally:
             del saved
-            account.note_peak()
+            account.peak_bytes = max(account.peak_bytes, account.current_bytes)
 
     def enter_counted(hooks: saved_tensors_hooks) -> None:
         # PyTorch applies the innermost hooks alone. Checkpointing has its own, first to keep nothing, then to keep
@@ -168,10 +158,8 @@ def live_tensors() -> Iterator[LiveTensors]:
     for _, address, size in sorted(events, key=lambda event: event[0]):
         if size > 0:
             alive[address] = size
-            current += size
-            peak = max(peak, current)
-        else:
-            current -= alive.pop(address, 0)
+        current += size if size > 0 else -alive.pop(address, 0)
+        peak = max(peak, current)
     result._peak_bytes = peak
 
 
@@ -241,8 +229,8 @@ class Timing:
             return math.nan
         if len(self.seconds) != len(reference.seconds):
             raise ValueError(
-                "a ratio needs timings of the same rounds, "
-                f"got {len(self.seconds)} and {len(reference.seconds)} rounds: time both functions in one call."
+                f"a ratio needs timings of the same rounds, got {len(self.seconds)} and {len(reference.seconds)} "
+                "rounds: time both functions in one call."
             )
         return statistics.median(a / b for a, b in zip(self.seconds, reference.seconds, strict=True))
 
@@ -261,13 +249,13 @@ def time_side_by_side(
 
     Args:
         functions: functions without arguments, by name.
-        rounds: number of timed rounds. Defaults to 5.
-        warmup: number of rounds before them that are not timed. Defaults to 1.
-        device: where they compute; CUDA is synchronized before each reading of the clock. Defaults to ``"cpu"``.
-        clock: returns seconds. Defaults to :py:func:`time.perf_counter`.
+        rounds: number of timed rounds, at least 1.
+        warmup: number of rounds before them that are not timed.
+        device: where they compute; CUDA is synchronized before each reading of the clock.
+        clock: returns seconds.
 
     Raises:
-        ValueError: When ``rounds`` is less than 1, ``warmup`` is negative, or there is no function.
+        ValueError: When a number is out of its range, or there is no function.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -18,7 +19,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader
 
 import monai_deq
-from monai_deq.data import collate_annotated_pairs
+from monai_deq.data import collate_annotated_pairs, keep_annotations
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation.scores import MethodResult, read_pair_results
 from monai_deq.networks import NetworkRecord, load_weights, read_record
@@ -71,6 +72,16 @@ def root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+@contextmanager
+def noted_failure(what: str, into: MutableMapping[str, Any], key: str = "failure") -> Iterator[None]:
+    """Log an error of the block and note its cause, whatever it is: the other methods are still of use."""
+    try:
+        yield
+    except Exception as e:
+        logger.error(f"{what} failed", exc_info=e)
+        into[key] = root_cause(e)
+
+
 @cache
 def _source_digest() -> bytes:
     """Digest of the code that makes the scores."""
@@ -93,9 +104,8 @@ class BundleMethod:
         name: name of the overlay.
         bundle_dir: folder of the bundle.
         root: folder of the method's training, its ``--bundle_root``.
-        overlays: configuration files of the data set, in the bundle's folder or else the current one, e.g.
-            ``slices.json``. Defaults to none.
-        overrides: entries of the configuration in place of those in the files. Defaults to none.
+        overlays: configuration files of the data set, in the bundle's folder or else the current one.
+        overrides: entries of the configuration in place of those in the files.
     """
 
     name: str
@@ -124,9 +134,8 @@ class BundleMethod:
     def files(self, config: str) -> list[str]:
         """Configuration files for ``"evaluate"`` or ``"train"``; ``FileNotFoundError`` when one is not there."""
         overlays = [self.bundle_dir / p if (self.bundle_dir / p).is_file() else Path(p) for p in self.overlays]
-        files = [self.bundle_dir / f"{config}.json", *overlays]
-        if config == "train" or not self.is_trained:
-            files.append(self.overlay)
+        own = [self.overlay] if config == "train" or not self.is_trained else []
+        files = [self.bundle_dir / f"{config}.json", *overlays, *own]
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"method {self.name!r}: no configuration at {file}.")
@@ -164,13 +173,7 @@ class BundleMethod:
         return str(self._overlay_entry("method", None) or self.record.method or self.name)
 
     def check_trained(self) -> None:
-        """
-        Make sure that the checkpoint is there, and this method's.
-
-        Raises:
-            FileNotFoundError: When there is none.
-            ValueError: When it was trained as another method.
-        """
+        """``FileNotFoundError`` where there should be weights, ``ValueError`` where they are another method's."""
         checkpoint = self.checkpoint
         if checkpoint is None:
             return
@@ -181,10 +184,7 @@ class BundleMethod:
             raise ValueError(f"{checkpoint} was trained as {trained_as!r}, without the overlay {self.name!r}")
 
     def fingerprint(self, config: str) -> str:
-        """
-        Twelve digits that change with the weights, their record, the configuration and the code of this package, and
-        not with where weights and results lie.
-        """
+        """Twelve digits of the weights, their record, the configuration and this package's code, not of places."""
         digest = hashlib.sha256(_source_digest())
         entries: dict[str, Any] = self.parser(config).get()  # type: ignore[assignment]
         content = {k: v for k, v in entries.items() if k not in _PLACES}
@@ -218,19 +218,15 @@ def bundle_methods(
     overrides: Mapping[str, Any] | None,
 ) -> dict[str, BundleMethod]:
     """Methods by name; each has an overlay or a folder of results, and the overrides are known."""
-    names = as_list(names)
+    names, bundle_dir, overrides = as_list(names), Path(bundle_dir), dict(overrides or {})
     if not names or len(set(names)) != len(names):
         raise ValueError(f"methods must be names, each once, got {names}.")
-    entries = {
-        name: BundleMethod(name, Path(bundle_dir), Path(results_dir) / name, as_list(overlays), dict(overrides or {}))
-        for name in names
-    }
+    entries = {n: BundleMethod(n, bundle_dir, Path(results_dir) / n, as_list(overlays), overrides) for n in names}
     unknown = [n for n, method in entries.items() if not method.overlay.is_file() and not method.root.is_dir()]
     if unknown:
-        folder = Path(bundle_dir) / "methods"
-        available = sorted(path.stem for path in folder.glob("*.json"))
-        raise ValueError(f"methods: no overlay for {unknown} in {folder}, there are {available}.")
-    refuse_unknown(entries.values(), overrides or {})
+        available = sorted(path.stem for path in (bundle_dir / "methods").glob("*.json"))
+        raise ValueError(f"methods: no overlay for {unknown} in {bundle_dir / 'methods'}, there are {available}.")
+    refuse_unknown(entries.values(), overrides)
     return entries
 
 
@@ -241,37 +237,29 @@ def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodRe
 
     Args:
         method: the method.
-        ranked: see :py:class:`monai_deq.evaluation.MethodResult`. Defaults to ``True``.
+        ranked: see :py:class:`monai_deq.evaluation.MethodResult`.
 
     Returns:
         The result, an error as its ``failure``, and the summary that the evaluation wrote, then an empty dict.
     """
-    title = method.name
-    try:
+    title, failed = method.name, dict[str, str]()
+    with noted_failure(title, failed):
         title = method.title
         method.check_trained()
         output_dir = method.root / "comparison" / method.fingerprint("evaluate")
         pairs_path, summary_path = (output_dir / f"evaluation_{n}" for n in ("pairs.csv", "summary.json"))
         if not already_there(title, pairs_path, summary_path):
             logger.info(f"{title}: evaluation")
-            settings = {
-                **(method.overrides or {}),
-                "bundle_root": str(method.root),
-                "output_dir": str(output_dir),
-                "prefix": "evaluation",
-                "overwrite": True,  # of a half of the two files, left by a run that was stopped between them
-            }
-            workflow = ConfigWorkflow(
-                method.files("evaluate"), logging_file=False, run_id="evaluating", workflow_type="infer", **settings
-            )
+            # overwrite: a half of the two files, left by a run that was stopped between them
+            places = {"bundle_root": str(method.root), "output_dir": str(output_dir), "overwrite": True}
+            settings = {**(method.overrides or {}), **places, "prefix": "evaluation", "run_id": "evaluating"}
+            workflow = ConfigWorkflow(method.files("evaluate"), logging_file=False, workflow_type="infer", **settings)
             workflow.initialize()
             workflow.run()
             workflow.finalize()
         summary = json.loads(summary_path.read_text())
         return MethodResult(method.name, title, read_pair_results(pairs_path), ranked=ranked), summary
-    except Exception as e:  # whatever it is, the other methods still have their rows
-        logger.error(f"{title} failed", exc_info=e)
-        return MethodResult(method.name, title, failure=root_cause(e), ranked=ranked), {}
+    return MethodResult(method.name, title, failure=failed["failure"], ranked=ranked), {}
 
 
 class FirstPair:
@@ -299,9 +287,9 @@ class FirstPair:
         """What the loss of a training compares with: the images, and of a given pair what else it takes, as masks."""
         if self.case is None:
             return self.target
-        batch = collate_annotated_pairs([training.get_parsed_content("load_pair")(self.case)])
-        prepare = PreparePairBatch(target_keys=training.get_parsed_content("target_keys"))
-        return prepare(batch, self.device)[1]
+        keys, load = training.get_parsed_content("target_keys"), training.get_parsed_content("load")(keep_scans=False)
+        batch = collate_annotated_pairs([load(case) for case in keep_annotations([self.case], keys)])
+        return PreparePairBatch(target_keys=keys)(batch, self.device)[1]
 
     def register(self) -> None:
         """Register the pair."""

@@ -15,15 +15,11 @@ import pandas as pd
 from scipy.stats import wilcoxon
 
 __all__ = [
-    "COST_HEADINGS",
     "METRIC_COLUMNS",
     "MethodResult",
     "MetricColumn",
     "PairedTest",
-    "common_pairs",
-    "finite_scores",
     "holm_correction",
-    "metric_columns",
     "paired_wilcoxon",
     "read_pair_results",
 ]
@@ -40,10 +36,10 @@ class MetricColumn:
         key: its name in the results of the evaluation.
         heading: its name for the reader.
         higher_is_better: whether the larger score is the better one.
-        unit: unit of the number shown. Defaults to none.
-        scale: factor of the number shown, e.g. 100 for a fraction in %. Defaults to 1.
-        decimals: digits after the point. Defaults to 2.
-        note: what the number is, put below the table. Defaults to none.
+        unit: unit of the number shown.
+        scale: factor of the number shown, e.g. 100 for a fraction in %.
+        decimals: digits after the point.
+        note: what the number is, put below the table.
     """
 
     key: str
@@ -75,22 +71,20 @@ _SDLOGJ = (
     "with std log|J|"
 )
 _NDV = "non-diffeomorphic volume (in 2-D: area) by ten (four) finite-difference Jacobians, Liu et al., IJCV 2024"
+_COLUMNS = (
+    MetricColumn("dice", "Dice", True, "%", 100.0, 2, _DICE),
+    MetricColumn("hd", "HD", False, "mm", note=_HD),
+    MetricColumn("hd95", "HD95", False, "mm", note=_HD95),
+    MetricColumn("tre", "TRE", False, "mm", note=_TRE),
+    MetricColumn("folded_percent", "Folded", False, "%", 1.0, 3, _FOLDED),
+    MetricColumn("std_log_jacobian", "std log|J|", False, "", 1.0, 3, _STD_LOG),
+    MetricColumn("sdlogj_learn2reg", "SDlogJ", False, "", 1.0, 3, _SDLOGJ),
+    MetricColumn("ndv_percent", "NDV", False, "%", 1.0, 3, _NDV),
+)
+#: metrics of the evaluation, by their name in its results
+METRIC_COLUMNS: dict[str, MetricColumn] = {column.key: column for column in _COLUMNS}
 
-METRIC_COLUMNS: dict[str, MetricColumn] = {
-    column.key: column
-    for column in (
-        MetricColumn("dice", "Dice", True, "%", 100.0, 2, _DICE),
-        MetricColumn("hd", "HD", False, "mm", note=_HD),
-        MetricColumn("hd95", "HD95", False, "mm", note=_HD95),
-        MetricColumn("tre", "TRE", False, "mm", note=_TRE),
-        MetricColumn("folded_percent", "Folded", False, "%", 1.0, 3, _FOLDED),
-        MetricColumn("std_log_jacobian", "std log|J|", False, "", 1.0, 3, _STD_LOG),
-        MetricColumn("sdlogj_learn2reg", "SDlogJ", False, "", 1.0, 3, _SDLOGJ),
-        MetricColumn("ndv_percent", "NDV", False, "%", 1.0, 3, _NDV),
-    )
-}
-"""Metrics of the evaluation, by their name in its results."""
-
+#: entries of a method's ``cost`` and their headings
 COST_HEADINGS: dict[str, str] = {
     "training_pairs": "Training pairs",
     "smoothness_weight": "λ",
@@ -102,29 +96,19 @@ COST_HEADINGS: dict[str, str] = {
     "inference_seconds": "Inference (s/pair)",
     "steps": "Steps (finest level)",
 }
-"""Entries of a method's ``cost`` and their headings."""
 
 
 def metric_columns(metrics: Sequence[str | MetricColumn]) -> list[MetricColumn]:
-    """
-    How metrics are shown.
-
-    Args:
-        metrics: keys of :py:data:`METRIC_COLUMNS`, or columns of your own.
-
-    Raises:
-        ValueError: When there is none, or one is unknown or given twice.
-    """
+    """How metrics are shown, keys of :py:data:`METRIC_COLUMNS` or own columns; one or more, each once."""
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics: expected a list of one metric or more, got {metrics!r}.")
-    columns = []
     for metric in metrics:
         if isinstance(metric, str) and metric not in METRIC_COLUMNS:
             raise ValueError(
                 f"metrics: expected names among {', '.join(METRIC_COLUMNS)}, got {metric!r}. Give a MetricColumn to "
                 "show another one."
             )
-        columns.append(METRIC_COLUMNS[metric] if isinstance(metric, str) else metric)
+    columns = [METRIC_COLUMNS[metric] if isinstance(metric, str) else metric for metric in metrics]
     keys = [column.key for column in columns]
     if len(set(keys)) != len(keys):
         raise ValueError(f"metrics: expected each metric once, got {', '.join(keys)}.")
@@ -139,10 +123,10 @@ class MethodResult:
     Args:
         name: short name, e.g. ``"deqreg"``; no two methods of a table share it.
         title: name for the reader, e.g. ``"DEQReg"``.
-        scores: as :py:func:`read_pair_results` gives them. Defaults to none, for a method that failed.
-        cost: numbers or texts by keys of :py:data:`COST_HEADINGS`; ``training_memory_mb`` needs ``memory_kind``.
-        failure: why there are no scores. Defaults to ``None``: there are.
-        ranked: whether it may be best: a starting point has no folds either. Defaults to ``True``.
+        scores: as :py:func:`read_pair_results` gives them, none for a method that failed.
+        cost: numbers or texts by keys of ``COST_HEADINGS``; ``training_memory_mb`` needs ``memory_kind``.
+        failure: why there are no scores.
+        ranked: whether it may be best: a starting point has no folds either.
 
     Raises:
         ValueError: When scores and failure are missing, or a cost is unknown or a memory without its kind.
@@ -163,24 +147,20 @@ class MethodResult:
         if self.failure is not None and not self.failure.strip():
             raise ValueError(f"method {self.name!r}: expected the reason of the failure, got {self.failure!r}.")
         cost = self.cost or {}
-        unknown = [k for k in cost if k not in COST_HEADINGS]
-        if unknown:
+        if unknown := [k for k in cost if k not in COST_HEADINGS]:
             raise ValueError(
                 f"method {self.name!r}: cost knows {', '.join(COST_HEADINGS)}, got {', '.join(map(repr, unknown))}."
             )
-        memory = cost.get("training_memory_mb")
-        if memory is not None and not isinstance(memory, str) and not cost.get("memory_kind"):
+        if not isinstance(cost.get("training_memory_mb"), (str, type(None))) and not cost.get("memory_kind"):
             raise ValueError(f"method {self.name!r}: say in cost['memory_kind'] how the training memory was measured.")
 
 
 def _describe_difference(expected: Iterable[Hashable], got: Iterable[Hashable], limit: int = 3) -> str:
     """What ``got`` lacks and has too much, ``"lacks (a, b) and 2 more; has besides (c, d)"``; ``limit`` are named."""
     expected, got = dict.fromkeys(expected), dict.fromkeys(got)
+    lacking, besides = [i for i in expected if i not in got], [i for i in got if i not in expected]
     parts = []
-    for word, items in (
-        ("lacks", [i for i in expected if i not in got]),
-        ("has besides", [i for i in got if i not in expected]),
-    ):
+    for word, items in (("lacks", lacking), ("has besides", besides)):
         if items:
             names = [f"({', '.join(map(str, i))})" if isinstance(i, tuple) else str(i) for i in items[:limit]]
             parts.append(f"{word} {', '.join(names)}" + (f" and {len(items) - limit} more" if items[limit:] else ""))
@@ -190,33 +170,28 @@ def _describe_difference(expected: Iterable[Hashable], got: Iterable[Hashable], 
 def common_pairs(results: Sequence[MethodResult], reference: str | None = None) -> list[tuple[str, str]]:
     """
     The pairs (fixed, moving) that all methods were scored on, none when every method failed: means and tests over
-    different pairs do not compare.
-
-    Args:
-        results: the methods; one that failed is passed over.
-        reference: name of the method that the error compares with. Defaults to the first.
+    different pairs do not compare. One that failed is passed over.
 
     Raises:
-        ValueError: When a name is missing or repeats, or a method was scored on other pairs.
+        ValueError: When a name is missing or repeats, or a method was scored on others than the reference (the first).
     """
     names = [result.name for result in results]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"results: expected one method or more, each name once, got {names}.")
     if reference is not None and reference not in names:
         raise ValueError(f"reference: expected a name among {', '.join(names)}, got {reference!r}.")
-    scored = [result for result in results if result.failure is None]
+    scored = {result.name: result.scores.index.to_list() for result in results if result.failure is None}
     if not scored:
         return []
-    first = next((result for result in scored if result.name == reference), scored[0])
-    expected = first.scores.index.to_list()
-    for result in scored:
-        pairs = result.scores.index.to_list()
-        if set(pairs) != set(expected):
+    first = reference if reference in scored else next(iter(scored))
+    for name, pairs in scored.items():
+        if set(pairs) != set(scored[first]):
             raise ValueError(
-                f"method {result.name!r}: expected the {len(expected)} pairs (fixed, moving) of {first.name!r}, got "
-                f"{len(pairs)}: it {_describe_difference(expected, pairs)}. Evaluate every method on the same pairs."
+                f"method {name!r}: expected the {len(scored[first])} pairs (fixed, moving) of {first!r}, got "
+                f"{len(pairs)}: it {_describe_difference(scored[first], pairs)}. Evaluate every method on the same "
+                "pairs."
             )
-    return expected
+    return scored[first]
 
 
 def _number(text: str) -> float | None:
@@ -256,8 +231,7 @@ def read_pair_results(csv_path: str | Path) -> pd.DataFrame:
     if not text.endswith("\n"):
         raise ValueError(f"{path} does not end with a line break and may be cut off. Evaluate again.")
     header, *rows = lines
-    missing = [name for name in PAIR if name not in header]
-    if missing:
+    if missing := [name for name in PAIR if name not in header]:
         raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}. It has {', '.join(header)}.")
     for cells in rows:
         if len(cells) != len(header):
@@ -270,15 +244,15 @@ def read_pair_results(csv_path: str | Path) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=header).set_index(PAIR)
     for fixed, moving in frame.index[frame.index.duplicated()]:
         raise ValueError(f"{path}: the pair fixed {fixed!r}, moving {moving!r} is there twice.")
-    numbers: dict[str, list[float | None]] = {name: [_number(cell) for cell in frame[name]] for name in frame}
+    scores: dict[str, list[float | None]] = {name: [_number(cell) for cell in frame[name]] for name in frame}
     # texts such as the reason why the solver stopped have no number in any row
-    scores = {name: values for name, values in numbers.items() if any(v is not None for v in values)}
+    scores = {name: values for name, values in scores.items() if any(v is not None for v in values)}
     for name, values in scores.items():
-        for (fixed, moving), cell, value in zip(frame.index, frame[name], values, strict=True):
-            if value is None:
-                raise ValueError(
-                    f"{path}, pair fixed {fixed!r}, moving {moving!r}: expected a number in {name!r}, got {cell!r}."
-                )
+        if None in values:
+            (fixed, moving), cell = frame.index[values.index(None)], frame[name].iloc[values.index(None)]
+            raise ValueError(
+                f"{path}, pair fixed {fixed!r}, moving {moving!r}: expected a number in {name!r}, got {cell!r}."
+            )
     return pd.DataFrame(scores, index=frame.index, dtype=float)
 
 
@@ -293,10 +267,7 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
     multiple test procedure", Scand. J. Statist. 6, 1979).
 
     Args:
-        p_values: in [0, 1], in any order; NaN is a test that could not be made, stays NaN and does not count.
-
-    Raises:
-        ValueError: When a p-value is outside [0, 1].
+        p_values: in [0, 1], else ``ValueError``; NaN is a test that could not be made, stays NaN and does not count.
     """
     p = pd.Series(p_values, dtype=float)
     if ((p < 0) | (p > 1)).any():
@@ -308,16 +279,20 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Outcome of a paired test of a reference against another method."""
+    """
+    Outcome of a paired test of a reference against another method.
+
+    Args:
+        p_value: two-sided; NaN when no pair has both scores.
+        median_difference: of reference minus other over the pairs; NaN when no pair has both scores.
+        pairs: number of pairs with both scores.
+        left_out: number of pairs in which one of the two has no score.
+    """
 
     p_value: float
-    """Two-sided; NaN when no pair has both scores."""
     median_difference: float
-    """Of reference minus other over the pairs; NaN when no pair has both scores."""
     pairs: int
-    """Number of pairs with both scores."""
     left_out: int
-    """Number of pairs in which one of the two has no score."""
 
 
 def paired_wilcoxon(

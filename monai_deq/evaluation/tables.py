@@ -46,21 +46,16 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: S
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
-def _p_text(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-
-
 def _cost_text(key: str, value: float | str | None) -> str:
     if isinstance(value, str):
         return cell_text(value) or _DASH
     if value is None or not math.isfinite(value):
         return _DASH
-    if key in ("parameters", "training_pairs"):
-        return f"{value:,.0f}"
     if key in ("steps", "smoothness_weight"):
         return f"{value:.1f}".removesuffix(".0")
-    # three digits; from 100 on all before the point
-    return f"{value:,.0f}" if value >= 99.95 or value == 0 else f"{value:#.3g}"
+    # three digits; counts, and all from 100 on, before the point
+    whole = key in ("parameters", "training_pairs") or value >= 99.95 or value == 0
+    return f"{value:,.0f}" if whole else f"{value:#.3g}"
 
 
 def _shown(value: float, column: MetricColumn, sign: str = "", extra: int = 0) -> str:
@@ -90,8 +85,7 @@ class ComparisonTable:
 
     Raises:
         TypeError: When ``info`` holds what JSON does not know.
-        ValueError: When methods were scored on different pairs, or a name, entry or metric is missing, repeats or is
-            unknown.
+        ValueError: When methods were scored on different pairs, or what is needed is missing, repeats or is unknown.
     """
 
     def __init__(
@@ -114,20 +108,19 @@ class ComparisonTable:
             json.dumps(self.info, allow_nan=False)
         except (TypeError, ValueError) as e:
             raise TypeError(f"info must be plain values that JSON knows, got {self.info}.") from e
-        for column in self.columns:
-            if scored and not any(column.key in result.scores for result in scored):
-                there = sorted({key for result in scored for key in result.scores})
-                raise ValueError(f"metrics: no method has {column.key!r}. They have {', '.join(there)}.")
 
         self.statistics: dict[tuple[str, str], dict[str, Any]] = {}
         for column in self.columns:
-            having = [result for result in scored if column.key in result.scores]
-            for result in having:
-                scores = finite_scores(result.scores[column.key])
-                statistics = {"mean": scores.mean(), "std": scores.std(), "pairs": len(scores)}
-                self.statistics[result.name, column.key] = statistics
-            self._mark(column, [result.name for result in having if result.ranked])
-            self._test(column.key, {result.name: result.scores[column.key] for result in having})
+            scores = {r.name: r.scores[column.key] for r in scored if column.key in r.scores}
+            if scored and not scores:
+                there = sorted({key for result in scored for key in result.scores})
+                raise ValueError(f"metrics: no method has {column.key!r}. They have {', '.join(there)}.")
+            for name, of_pairs in scores.items():
+                finite = finite_scores(of_pairs)
+                statistics = {"mean": finite.mean(), "std": finite.std(), "pairs": len(finite)}
+                self.statistics[name, column.key] = statistics
+            self._mark(column, [r.name for r in scored if r.ranked and r.name in scores])
+            self._test(column.key, scores)
 
     def _mark(self, column: MetricColumn, ranked: Sequence[str]) -> None:
         means = pd.Series({name: self.statistics[name, column.key]["mean"] for name in ranked}, dtype=float).dropna()
@@ -168,8 +161,9 @@ class ComparisonTable:
         test = value.get("test")
         if test is None or not test["pairs"]:
             return _DASH
-        difference = _shown(test["median_difference"], column, sign="+", extra=1)
-        return f"{difference}, {_p_text(value['adjusted_p_value'])}{self._count(test['pairs'])}"
+        p_value = value["adjusted_p_value"]
+        p_text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+        return f"{_shown(test['median_difference'], column, '+', 1)}, {p_text}{self._count(test['pairs'])}"
 
     def _title_of(self, name: str | None) -> str:
         return cell_text(next(result.title for result in self.results if result.name == name))
@@ -189,8 +183,7 @@ class ComparisonTable:
             lines += ["", *self._cost_lines()]
         more = {k: v for k, v in self.info.items() if k not in _TITLE_INFO and v is not None}
         if more:
-            settings = (f"- {cell_text(str(k))}: {cell_text(str(v))}" for k, v in more.items())
-            lines += ["", "### Settings", "", *settings]
+            lines += ["", "### Settings", "", *(f"- {cell_text(str(k))}: {cell_text(str(v))}" for k, v in more.items())]
         return "\n".join(lines) + "\n"
 
     def _score_lines(self) -> list[str]:
@@ -210,8 +203,10 @@ class ComparisonTable:
         if any(value["pairs"] != len(self.pairs) for value in self.statistics.values()):
             note += " \\[n]: over n pairs alone, the others have no score."
         notes = (f"- {cell_text(c.heading)}: {cell_text(c.note)}." for c in self.columns if c.note)
-        header = ["Method", *(cell_text(column.title) for column in self.columns)]
-        return [markdown_table(header, rows), "", note, "", *notes]
+        return [markdown_table(self._header("Method"), rows), "", note, "", *notes]
+
+    def _header(self, first: str) -> list[str]:
+        return [first, *(cell_text(column.title) for column in self.columns)]
 
     def _test_lines(self) -> list[str]:
         reference = self._title_of(self.reference)
@@ -219,25 +214,25 @@ class ComparisonTable:
         others = [r for r in self.results if r.failure is None and r.name != self.reference]
         if failed or not others:
             return [f"No tests: {reference} failed." if failed else f"No tests: no other method than {reference}."]
-        header = [f"{reference} against", *(cell_text(column.title) for column in self.columns)]
         rows = [[cell_text(r.title), *(self._test_cell(r, column) for column in self.columns)] for r in others]
-        made = [[self._at(r, c).get("test", {}).get("pairs", 0) > 0 for r in others] for c in self.columns]
+        made = [sum(self._at(r, c).get("test", {}).get("pairs", 0) > 0 for r in others) for c in self.columns]
         note = (
             f"Median over the pairs of {reference} minus the other method, and the p-value of the two-sided Wilcoxon "
-            f"signed-rank test on the same pairs, adjusted by Holm's method for the comparisons of each metric "
-            f"({max(map(sum, made))} at most)."
+            "signed-rank test on the same pairs, adjusted by Holm's method for the comparisons of each metric "
+            f"({max(made)} at most)."
         )
         subjects = [name for pair in self.pairs for name in set(pair)]
         if len(set(subjects)) < len(subjects):
             note += " Some pairs share a subject; the test takes the pairs as independent."
         if any(test["left_out"] for test in self._tests):
             note += " \\[n]: n pairs have both scores, the others are left out."
-        return [f"### {reference} against the other methods", "", markdown_table(header, rows), "", note]
+        table = markdown_table(self._header(f"{reference} against"), rows)
+        return [f"### {reference} against the other methods", "", table, "", note]
 
     def _cost_lines(self) -> list[str]:
-        costs = [(result, result.cost) for result in self.results if result.cost]
+        costs = [(result.title, result.cost) for result in self.results if result.cost]
         keys = [key for key in COST_HEADINGS if any(cost.get(key) is not None for _, cost in costs)]
-        rows = [[cell_text(r.title), *(_cost_text(key, cost.get(key)) for key in keys)] for r, cost in costs]
+        rows = [[cell_text(title), *(_cost_text(key, cost.get(key)) for key in keys)] for title, cost in costs]
         note = (
             "Memory and time are those of one pair, batch one. A training step is forward, loss and backward, its time "
             "with the optimizer's; saved for backward is the peak of what autograd keeps, without the weights. Times "
@@ -260,13 +255,10 @@ class ComparisonTable:
             for column in self.columns:
                 value = self._at(result, column)
                 test = value.get("test", {})
-                row |= {f"{column.key}_{entry}": value.get(entry) for entry in ("mean", "std", "pairs", "mark")}
-                row |= {
-                    f"{column.key}_median_difference": test.get("median_difference"),
-                    f"{column.key}_p": test.get("p_value"),
-                    f"{column.key}_p_adjusted": value.get("adjusted_p_value"),
-                    f"{column.key}_tested_pairs": test.get("pairs"),
-                }
+                entries = {entry: value.get(entry) for entry in ("mean", "std", "pairs", "mark")}
+                entries |= {"median_difference": test.get("median_difference"), "p": test.get("p_value")}
+                entries |= {"p_adjusted": value.get("adjusted_p_value"), "tested_pairs": test.get("pairs")}
+                row |= {f"{column.key}_{entry}": number for entry, number in entries.items()}
             rows.append(json_ready({**row, **{key: (result.cost or {}).get(key) for key in COST_HEADINGS}}))
         # as objects: a whole number stays one in a column where another is missing
         return pd.DataFrame(rows, dtype=object)
@@ -276,26 +268,27 @@ class ComparisonTable:
         methods = []
         for result in self.results:
             own = {c.key: self._at(result, c) for c in self.columns if self._at(result, c)}
-            tested = {key: value for key, value in own.items() if "test" in value}
+            tested = {
+                k: {**v["test"], "adjusted_p_value": v["adjusted_p_value"]} for k, v in own.items() if "test" in v
+            }
             methods.append(
                 {
                     **{key: getattr(result, key) for key in _METHOD},
                     "scores": {k: {e: value[e] for e in ("mean", "std", "pairs")} for k, value in own.items()},
                     "marks": {key: value["mark"] for key, value in own.items() if "mark" in value},
-                    "tests": {k: {**v["test"], "adjusted_p_value": v["adjusted_p_value"]} for k, v in tested.items()},
+                    "tests": tested,
                     "cost": dict(result.cost) if result.cost else None,
                 }
             )
+        test = {
+            "name": "Wilcoxon signed-rank test, two-sided",
+            "correction": "Holm, over the comparisons of each metric",
+        }
         content = {
             **self.info,
             "num_pairs": len(self.pairs),
             "metrics": [asdict(column) for column in self.columns],
-            "test": {
-                "reference": self.reference,
-                "name": "Wilcoxon signed-rank test, two-sided",
-                "correction": "Holm, over the comparisons of each metric",
-                "alpha": _ALPHA,
-            },
+            "test": {"reference": self.reference, **test, "alpha": _ALPHA},
             "methods": methods,
         }
         return json_ready(content)
@@ -306,10 +299,7 @@ class ComparisonTable:
 
         Args:
             output_dir: folder of the files; it is made.
-            overwrite: replace existing files. Defaults to ``False``.
-
-        Raises:
-            FileExistsError: When one of them exists and ``overwrite`` is not set; none is written then.
+            overwrite: replace existing files; else ``FileExistsError`` when one of them is there, and none is written.
         """
         paths = [Path(output_dir) / f"comparison.{suffix}" for suffix in ("md", "csv", "json")]
         if not overwrite:

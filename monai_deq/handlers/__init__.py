@@ -3,21 +3,10 @@
 
 from __future__ import annotations
 
-from .checkpoints import TrainingCheckpoint, WeightsLoader
-from .metrics import MetricHandler, regularity_metrics
-from .results import OutputGuard, PairResultsSaver
-from .training import EpochMeanLoss, GradientClipping, ListedOutput, SamplerEpochSetter, StatePoolUpdater
+from . import checkpoints, metrics, results, training
+from .checkpoints import *  # noqa: F403
+from .metrics import *  # noqa: F403
+from .results import *  # noqa: F403
+from .training import *  # noqa: F403
 
-__all__ = [
-    "EpochMeanLoss",
-    "GradientClipping",
-    "ListedOutput",
-    "MetricHandler",
-    "OutputGuard",
-    "PairResultsSaver",
-    "SamplerEpochSetter",
-    "StatePoolUpdater",
-    "TrainingCheckpoint",
-    "WeightsLoader",
-    "regularity_metrics",
-]
+__all__ = checkpoints.__all__ + metrics.__all__ + results.__all__ + training.__all__

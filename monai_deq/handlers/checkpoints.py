@@ -7,21 +7,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from ignite.engine import Events
+from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 
 from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record
 from monai_deq.networks.nets import IteratedNet
 from monai_deq.utils import gather_items, process_count, process_rank, refuse_existing
 
-if TYPE_CHECKING:
-    from ignite.engine import Engine
-
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
+_OWN = {"network", "averaged", "scaler", "training"}
 #: where the learning rate schedules of PyTorch and MONAI keep their length
 _SCHEDULE_LENGTHS = ("total_iters", "total_steps", "T_max", "t_total")
 
@@ -31,38 +30,31 @@ class TrainingCheckpoint:
     After each epoch writes ``last.pt`` by Ignite's :py:class:`ignite.handlers.Checkpoint`, all that is needed to go on
     (network, optimizer and what else is named, state of the trainer and of its gradient scaler, best validation score,
     random state of the CPU), and, when the validation score is the best so far, ``model.pt``, the weights of the
-    network alone, or those of its running mean, with their record ``model.json``, see
-    :py:class:`monai_deq.networks.NetworkRecord`.
+    network or of its running mean, with their record ``model.json``, see :py:class:`monai_deq.networks.NetworkRecord`.
 
-    Unlike :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
+    Unlike with :py:class:`monai.handlers.CheckpointSaver` files are put into place whole, the best score survives a
     resume, and a folder that holds a checkpoint is not written to unless asked. In the middle of a learning rate
-    schedule a training is not resumed with a schedule of another length. Place it after the validation handler and
-    after the handler that steps the learning rate.
-
-    Of several processes the first one writes, and all of them read: the folder must be one that they share.
-    ``state_dict`` of the objects is called in all processes, so that it may gather what each of them has, as that of
-    :py:class:`monai_deq.data.StatePool` does.
+    schedule a training is not resumed with one of another length. Place it after the validation handler and the one
+    that steps the learning rate. Of several processes the first one writes and all read: the folder must be shared.
+    ``state_dict`` of the objects is called in all of them, so that it may gather what each has.
 
     Args:
         save_dir: folder of the checkpoints.
         network: the network, without ``DistributedDataParallel`` around it.
         objects: other objects with ``state_dict``/``load_state_dict``, by name (optimizer, scheduler).
         validator: engine whose key metric decides on ``model.pt``; without one the last epoch is the best.
-        resume: go on from ``last.pt`` where there is one. Defaults to ``False``.
-        overwrite: start anew over an existing checkpoint. Defaults to ``False``.
-        weights: checkpoint whose weights the network starts from, when it does not resume. Defaults to none.
-        coarse_weights: checkpoint that the coarser networks have their weights from already; ``weights`` leave them as
-            they are. Defaults to none.
+        resume: go on from ``last.pt`` where there is one.
+        overwrite: start anew over an existing checkpoint.
+        weights: checkpoint whose weights the network starts from, when it does not resume.
+        coarse_weights: checkpoint that the coarser networks have their weights from already; ``weights`` leave them.
         averaged: running mean of the network, such as ``ema_model`` of :py:class:`ignite.handlers.EMAHandler`: it
-            starts from the same weights, and ``model.pt`` has its weights. The validator should score it. Defaults to
-            none.
-        record: fields of the :py:class:`monai_deq.networks.NetworkRecord` but the network's own. Those that are others
-            than the training began with are named in a warning when it is resumed.
+            starts from the same weights, and ``model.pt`` has its weights. The validator should score it.
+        record: fields of the record but the network's own; ``TypeError`` for what JSON does not know. Those that are
+            others than the training began with are named in a warning when it is resumed.
 
     Raises:
         ValueError: When both ``resume`` and ``overwrite`` are asked for, or a name in ``objects`` is one of the
             checkpoint's own; when a training starts with coarser networks that nothing has trained.
-        TypeError: When the record holds what JSON does not know.
     """
 
     def __init__(
@@ -81,16 +73,11 @@ class TrainingCheckpoint:
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other.")
         self.resume, self.overwrite = resume, overwrite
-        self.last_path = Path(save_dir) / "last.pt"
-        self.best_path = Path(save_dir) / "model.pt"
-        self.network = network
+        self.last_path, self.best_path = Path(save_dir) / "last.pt", Path(save_dir) / "model.pt"
+        self.network, self.averaged, self.validator = network, averaged, validator
+        self.weights, self.coarse_weights = weights, coarse_weights
         self.objects = dict(objects or {})
-        self.validator = validator
-        self.weights = weights
-        self.coarse_weights = coarse_weights
-        self.averaged = averaged
-        taken = {"network", "averaged", "scaler", "training"} & set(self.objects)
-        if taken:
+        if taken := _OWN & set(self.objects):
             raise ValueError(f"objects must not be called {sorted(taken)}: the checkpoint has entries of that name.")
         self.logger = logging.getLogger("monai_deq")
         try:
@@ -103,10 +90,7 @@ class TrainingCheckpoint:
         self.earlier_pairs = 0
 
     def attach(self, engine: Engine) -> None:
-        """
-        Args:
-            engine: the trainer.
-        """
+        """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
@@ -145,8 +129,7 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
-        absent = {"network", "averaged", "scaler", "training", *self.objects} - set(checkpoint)
-        if absent:
+        if absent := (_OWN | set(self.objects)) - set(checkpoint):
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         training = checkpoint["training"]
         if training["epoch_length"] != engine.state.epoch_length:
@@ -155,12 +138,6 @@ class TrainingCheckpoint:
                 f"{engine.state.epoch_length}: resume with the same pairs_per_epoch and batch_size."
             )
         epochs_left = training["epoch"] < (engine.state.max_epochs or 0)
-        rates = [group["lr"] for name in self.objects for group in _param_groups(checkpoint[name])]
-        if epochs_left and rates and not any(rates):
-            raise ValueError(
-                f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
-                "its weights in another folder, with --weights."
-            )
         if epochs_left:
             self._refuse_other_schedule(checkpoint)
         load_weights(self.network, self.last_path)
@@ -173,8 +150,7 @@ class TrainingCheckpoint:
         if scaler is not None and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         self.earlier_pairs = training["earlier_pairs"]
-        engine.state.epoch = training["epoch"]
-        engine.state.iteration = training["iteration"]
+        engine.state.epoch, engine.state.iteration = training["epoch"], training["iteration"]
         if self.validator is not None and training["best_epoch"] >= 0:
             if self.best_path.is_file():
                 state: Any = self.validator.state
@@ -195,7 +171,13 @@ class TrainingCheckpoint:
 
     def _refuse_other_schedule(self, checkpoint: Mapping[str, Any]) -> None:
         """Of another length it would end at the wrong epoch: it is the checkpoint's that goes on."""
-        groups = [group for name in self.objects for group in _param_groups(checkpoint[name])]
+        parts = [part for name in self.objects if isinstance(part := checkpoint[name], Mapping)]
+        groups = [group for part in parts for group in part.get("param_groups", ())]
+        if groups and not any(group["lr"] for group in groups):
+            raise ValueError(
+                f"{self.last_path} cannot be trained on: its schedule has ended at a learning rate of 0. Start from "
+                "its weights in another folder, with --weights."
+            )
         if all(group["lr"] == group.get("initial_lr", group["lr"]) for group in groups):
             return
         for name, item in self.objects.items():
@@ -208,30 +190,19 @@ class TrainingCheckpoint:
                         "with, or start from its weights in another folder, with --weights."
                     )
 
-    def epoch_completed(self, engine: Engine) -> None:
+    def epoch_completed(self, engine: Any) -> None:
         """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""
         best_epoch, best_metric = engine.state.epoch, float("nan")
         if self.validator is not None:
             best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
             best_metric = float(getattr(self.validator.state, "best_metric", -1))
-        training = {
-            "epoch": engine.state.epoch,
-            "iteration": engine.state.iteration,
-            "epoch_length": engine.state.epoch_length,
-            "best_epoch": best_epoch,
-            "best_metric": best_metric,
-            "rng_state": torch.get_rng_state(),
-            "earlier_pairs": self.earlier_pairs,
-            "pairs": self.earlier_pairs + engine.state.epoch * _pairs_per_epoch(engine),
-            "record": asdict(self.record),
-        }
-        objects = {
-            "network": self.network,
-            "averaged": self.averaged or _State({}),
-            **self.objects,
-            "training": _State(training),
-            "scaler": getattr(engine, "scaler", None) or _State({}),
-        }
+        training = {key: getattr(engine.state, key) for key in ("epoch", "iteration", "epoch_length")}
+        training |= dict(best_epoch=best_epoch, best_metric=best_metric, rng_state=torch.get_rng_state())
+        # of all processes
+        pairs = len(getattr(engine.data_loader, "sampler", None) or ()) * process_count() * engine.state.epoch
+        training |= dict(earlier_pairs=self.earlier_pairs, pairs=self.earlier_pairs + pairs, record=asdict(self.record))
+        objects = {"network": self.network, "averaged": self.averaged or _part({}), **self.objects}
+        objects |= {"training": _part(training), "scaler": getattr(engine, "scaler", None) or _part({})}
         saver = DiskSaver(str(self.last_path.parent), atomic=True, create_dir=True, require_empty=False)
         if best_epoch == engine.state.epoch:
             best = {"network": self.averaged or self.network}
@@ -251,19 +222,9 @@ class TrainingCheckpoint:
             )
 
 
-class _State:
+def _part(state: dict[str, Any]) -> Any:
     """A part of a checkpoint that no object keeps."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-
-def _param_groups(state: Any) -> list[Mapping[str, Any]]:
-    """Those of an optimizer; none of any other object."""
-    return list(state.get("param_groups", ())) if isinstance(state, Mapping) else []
+    return SimpleNamespace(state_dict=lambda: state)
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -272,12 +233,6 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return out
-
-
-def _pairs_per_epoch(engine: Any) -> int:
-    """Pairs of all processes in an epoch."""
-    sampler = getattr(engine.data_loader, "sampler", None)
-    return 0 if sampler is None else len(sampler) * process_count()
 
 
 def _pairs_behind(weights: str | Path) -> int:
@@ -292,26 +247,15 @@ def _pairs_behind(weights: str | Path) -> int:
 
 
 class WeightsLoader:
-    """
-    Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error.
-
-    Args:
-        network: the network.
-        path: checkpoint file.
-    """
+    """Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error."""
 
     def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
-        self.network = network
-        self.path = Path(path)
+        self.network, self.path = network, Path(path)
 
     def attach(self, engine: Engine) -> None:
-        """
-        Args:
-            engine: the engine that uses the network.
-        """
+        """Attach to the engine that uses the network."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Load the weights."""
         load_weights(self.network, self.path)
         logging.getLogger("monai_deq").info(f"loaded the weights in {self.path}")

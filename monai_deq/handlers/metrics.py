@@ -20,18 +20,14 @@ class MetricHandler(IgniteMetricHandler):
     """
     Score the output of every iteration by a metric, and put the reduced score into ``engine.state.metrics``.
 
-    The metric gets each value whole, a batch-first tensor or a list with one tensor an item: nothing is dealt out by
-    position as in :py:class:`monai.handlers.IgniteMetricHandler`, which takes one tensor with two items for a
-    prediction and its target. Items of a decollated output may differ in size, such as keypoints.
+    The metric gets each value whole, a batch-first tensor or a list with one tensor an item, which may differ in size:
+    :py:class:`monai.handlers.IgniteMetricHandler` takes one tensor with two items for a prediction and its target.
 
     Args:
         metric: e.g. one of :py:mod:`monai_deq.metrics`.
         keys: keys of ``engine.state.output``, a dictionary or a list of them (decollated), in the order of the metric's
-            arguments; None passes None. Defaults to the displacement, ``"ddf"``.
-        save_details: whether to keep the scores of every item in ``engine.state.metric_details``. Defaults to True.
-
-    Raises:
-        TypeError: when ``metric`` is none, or ``keys`` are no texts.
+            arguments; None passes None.
+        save_details: whether to keep the scores of every item in ``engine.state.metric_details``.
     """
 
     def __init__(
@@ -46,13 +42,7 @@ class MetricHandler(IgniteMetricHandler):
 
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
-        """
-        Score the output of an iteration.
-
-        Raises:
-            TypeError: when the output is neither a dictionary nor a list of them.
-            KeyError: when it lacks a key.
-        """
+        """Score the output of an iteration, ``TypeError`` for one of another kind, ``KeyError`` when it lacks a key."""
         self.update(engine.state.output)
 
     def update(self, output: Any) -> None:
@@ -74,13 +64,9 @@ def regularity_metrics(
     keys: str | Sequence[str] = "ddf", suffix: str = "", ndv: bool = True
 ) -> dict[str, MetricHandler]:
     """
-    The metrics of a displacement's regularity by the names they have in tables: ``folded_percent``,
-    ``std_log_jacobian`` (the paper's form), ``sdlogj_learn2reg`` and ``ndv_percent``.
-
-    Args:
-        keys: displacement, and mask of the fixed image if any, in the output of the engine. Defaults to ``"ddf"``.
-        suffix: put behind each name. Defaults to none.
-        ndv: whether the non-diffeomorphic volume is among them. Defaults to ``True``.
+    The metrics of a displacement's regularity by the names they have in tables with ``suffix`` behind:
+    ``folded_percent``, ``std_log_jacobian`` (the paper's form), ``sdlogj_learn2reg`` and, with ``ndv``,
+    ``ndv_percent``. ``keys``: displacement, and mask of the fixed image if any, in the output of the engine.
     """
     metrics: dict[str, CumulativeIterationMetric] = {
         "folded_percent": FoldedVoxelsMetric(),

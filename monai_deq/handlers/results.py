@@ -29,24 +29,18 @@ class _Saver(Protocol):
 
 class OutputGuard:
     """
-    When an engine starts, let the writer of its results refuse every item whose files are there already. Of several
-    processes the first one sees to the items of all, before any of them writes.
-
-    Args:
-        saver: the transform that will write the results, with ``refuse_existing(item)``.
-        data: items with the names that the files are called after.
+    When an engine starts, let the writer of its results (``saver.refuse_existing(item)``) refuse every item of ``data``
+    whose files are there already. Of several processes the first one sees to the items of all, before any writes.
     """
 
     def __init__(self, saver: _Saver, data: Sequence[Mapping[Any, Any]]) -> None:
-        self.saver = saver
-        self.data = data
+        self.saver, self.data = saver, data
 
     def attach(self, engine: Engine) -> None:
         """Attach to the engine that produces the results."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Check every item."""
         if process_rank() == 0:
             for item in self.data:
                 self.saver.refuse_existing(item)
@@ -79,16 +73,12 @@ class PairResultsSaver:
         labels: number and name of each label scored.
         label_set: name of the label set, put into every output.
         metrics: names of the metrics to write, as the engine knows them. Defaults to None: all that it keeps.
-        prefix: start of the file names. Defaults to ``"evaluation"``.
+        prefix: start of the file names.
         columns: further keys of ``engine.state.output`` to write, one scalar or text a pair.
-        info: what else the summary should state (data set, checkpoint, ...).
-        overwrite: replace existing files. Defaults to False.
-        percentiles: percentile over the pairs by name of a metric, put beside its mean as ``"p<percentile>"``, e.g.
-            ``{"tre": 70}`` for the error that 30 % of the pairs exceed. Defaults to none.
-
-    Raises:
-        TypeError: when ``info`` holds what JSON does not know.
-        ValueError: when a percentile is not in 0 to 100 or of no metric, or ``overwrite`` is not a bool.
+        info: what else the summary should state (data set, checkpoint, ...), in types of JSON, else ``TypeError``.
+        overwrite: replace existing files.
+        percentiles: percentile (0 to 100) over the pairs by name of a metric, put beside its mean as
+            ``"p<percentile>"``, e.g. ``{"tre": 70}`` for the error that 30 % of the pairs exceed.
     """
 
     def __init__(
@@ -105,11 +95,9 @@ class PairResultsSaver:
     ) -> None:
         self.csv_path = Path(output_dir) / f"{prefix}_pairs.csv"
         self.json_path = Path(output_dir) / f"{prefix}_summary.json"
-        self.labels = dict(labels)
-        self.label_set = label_set
+        self.labels, self.label_set = dict(labels), label_set
         self.metrics = None if metrics is None else tuple(metrics)
-        self.columns = tuple(columns)
-        self.percentiles = dict(percentiles or {})
+        self.columns, self.percentiles = tuple(columns), dict(percentiles or {})
         known = self.percentiles if self.metrics is None else self.metrics
         wrong = {k: v for k, v in self.percentiles.items() if k not in known or not 0 <= v <= 100}
         if wrong:
@@ -135,9 +123,8 @@ class PairResultsSaver:
         """Refuse to overwrite before any work is done."""
         self.rows = []
         if not self.overwrite and process_rank() == 0:
-            refuse_existing(
-                [self.csv_path, self.json_path], "Replace it with --overwrite true, or name another --output_dir."
-            )
+            advice = "Replace it with --overwrite true, or name another --output_dir."
+            refuse_existing([self.csv_path, self.json_path], advice)
 
     def iteration_completed(self, engine: Engine) -> None:
         """Keep the names and the solver's words of this iteration's pairs."""
@@ -157,8 +144,7 @@ class PairResultsSaver:
         metrics = tuple(details) if self.metrics is None else self.metrics
         summary: dict[str, dict[str, Any]] = {}
         per_label: dict[str, dict[str, Any]] = {}
-        means: dict[str, np.ndarray] = {}
-        label_scores: dict[str, np.ndarray] = {}
+        means, label_scores = {}, {}
         for name in (*metrics, *self.percentiles):
             if name not in details:
                 raise RuntimeError(
@@ -173,9 +159,8 @@ class PairResultsSaver:
             if scores.shape[1] > 1 or (len(self.labels) == 1 and name.startswith(("dice", "hd"))):
                 by_label = dict(zip(self.labels, scores.T, strict=True))
                 label_scores.update({f"{name}_{n}": values for n, values in by_label.items()})
-                per_label[name] = {
-                    str(n): {"name": self.labels[n], **_statistics(values)} for n, values in by_label.items()
-                }
+                words = {str(n): {"name": self.labels[n], **_statistics(values)} for n, values in by_label.items()}
+                per_label[name] = words
         # as objects, each number is written as Python writes it
         said = pd.DataFrame(rows, columns=["fixed", "moving", *columns], dtype=object)
         frame = pd.concat([said, pd.DataFrame({**means, **label_scores}, dtype=object)], axis=1)
@@ -183,17 +168,11 @@ class PairResultsSaver:
         for key in columns:
             if all(isinstance(value, (bool, int, float)) for value in frame[key]):
                 summary[key] = _statistics(frame[key], solver=True)
-        verdicts = frame["verdict"].value_counts(sort=False).to_dict() if "verdict" in columns else None
-        result = {
-            **self.info,
-            "label_set": self.label_set,
-            "labels": self.labels,
-            "num_pairs": len(frame),
-            "summary": summary,
-            **({} if verdicts is None else {"verdicts": verdicts}),
-            "per_label": per_label,
-            "pairs": frame.to_dict("records"),
-        }
+        result = {**self.info, "label_set": self.label_set, "labels": self.labels, "num_pairs": len(frame)}
+        result["summary"] = summary
+        if "verdict" in columns:
+            result["verdicts"] = frame["verdict"].value_counts(sort=False).to_dict()
+        result.update(per_label=per_label, pairs=frame.to_dict("records"))
         with replace_file(self.csv_path) as path:
             frame.to_csv(path, index=False, na_rep="nan", lineterminator="\n")
         write_json(self.json_path, result)

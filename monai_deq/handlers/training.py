@@ -21,19 +21,13 @@ __all__ = ["EpochMeanLoss", "GradientClipping", "ListedOutput", "SamplerEpochSet
 
 class EpochMeanLoss:
     """
-    Put the mean loss over the iterations of an epoch into ``engine.state.metrics``. Attach it before the loggers.
-
-    Of several processes, whose batches are of one size, it is the mean over all of them, and so is the loss that each
-    iteration leaves in ``engine.state.output``.
-
-    Args:
-        name: name of the metric. Defaults to ``"train_loss"``.
+    Put the mean loss over the iterations of an epoch into ``engine.state.metrics`` as ``name``. Attach it before the
+    loggers. Of several processes, whose batches are of one size, it is the mean over all of them, and so is the loss
+    that each iteration leaves in ``engine.state.output``.
     """
 
     def __init__(self, name: str = "train_loss") -> None:
-        self.name = name
-        self.total = 0.0
-        self.count = 0
+        self.name, self.total, self.count = name, 0.0, 0
 
     def attach(self, engine: Engine) -> None:
         """Attach to a trainer."""
@@ -65,26 +59,19 @@ class EpochMeanLoss:
 
 class GradientClipping:
     """
-    Scale the gradient that MONAI's trainer takes a step with (the sum, where it accumulates) down to a bound.
-
-    An update that is not yet contractive can blow a state up within one iteration; one such gradient would fill the
-    second moments of Adam, and training would stand still for hundreds of iterations.
+    Scale the gradient that MONAI's trainer takes a step with (the sum, where it accumulates) down to a bound: an update
+    that is not yet contractive can blow a state up, and one such gradient would fill the second moments of Adam.
 
     Args:
         network: the network.
-        max_norm: bound on the L2 norm over all parameters; None is none: a gradient that is not finite is an error
-            still.
-
-    Raises:
-        ValueError: when ``max_norm`` is not above 0.
+        max_norm: bound above 0 on the L2 norm over all parameters. None is none, but that it be finite.
     """
 
     def __init__(self, network: torch.nn.Module, max_norm: float | None) -> None:
         max_norm = math.inf if max_norm is None else max_norm
         if not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, got {max_norm}.")
-        self.network = network
-        self.max_norm = float(max_norm)
+        self.network, self.max_norm = network, float(max_norm)
 
     def attach(self, engine: Engine) -> None:
         """Attach to a :py:class:`monai.engines.SupervisedTrainer`."""
@@ -112,10 +99,8 @@ class GradientClipping:
 
 class ListedOutput:
     """
-    After each iteration of a trainer that does not decollate, put its output into a list of one.
-
-    MONAI's loggers (``--tracking mlflow``) take the loss from the first item of a decollated output; of a dictionary
-    they would log a tuple. Attach it after handlers that read the output as a dictionary, and before the loggers.
+    After each iteration of a trainer that does not decollate, put its output into a list of one: MONAI's loggers
+    (``--tracking mlflow``) take the loss from its first item. Attach it after handlers that read a dictionary.
     """
 
     def attach(self, engine: Engine) -> None:
@@ -123,7 +108,6 @@ class ListedOutput:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Make it a list."""
         state: Any = engine.state
         if not isinstance(state.output, list):
             state.output = [state.output]
@@ -134,12 +118,7 @@ class _EpochSampler(Protocol):
 
 
 class SamplerEpochSetter:
-    """
-    Call ``sampler.set_epoch(epoch)`` before each epoch; MONAI's engines do so for distributed samplers only.
-
-    Args:
-        sampler: object with ``set_epoch``.
-    """
+    """Call ``sampler.set_epoch(epoch)`` before each epoch; MONAI's engines do so for distributed samplers only."""
 
     def __init__(self, sampler: _EpochSampler) -> None:
         self.sampler = sampler
@@ -152,10 +131,8 @@ class SamplerEpochSetter:
 
 class StatePoolUpdater:
     """
-    After each iteration of a trainer that does not decollate keep where its pairs stand.
-
-    Args:
-        pool: the pool that :py:class:`monai_deq.engines.PreparePooledPairBatch` takes the states from.
+    After each iteration of a trainer that does not decollate keep where its pairs stand, in the pool that
+    :py:class:`monai_deq.engines.PreparePooledPairBatch` takes the states from.
     """
 
     def __init__(self, pool: StatePool) -> None:
@@ -166,7 +143,6 @@ class StatePoolUpdater:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Keep the displacements of this iteration."""
-        output: Any = engine.state.output
-        batch: Any = engine.state.batch
+        state: Any = engine.state
+        output, batch = state.output, state.batch
         self.pool.put(batch["slot"].tolist(), batch["ticket"].tolist(), output[CommonKeys.PRED][1])

@@ -23,11 +23,11 @@ class FixedPointInferer(Inferer):
 
     Args:
         certificate: examine each solution, see :py:func:`monai_deq.certificates.check_certificate`; an empty
-            dictionary for what costs one step. Defaults to ``None``: not examined.
-        max_steps: step limit. Defaults to the network's own.
-        tolerance: RMS residual in voxels at which a pair stops. Defaults to the network's own.
-        relative_tolerance: relative residual at which a pair stops. Defaults to the network's own.
-        solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
+            dictionary for what costs one step. Defaults to None: not examined.
+        max_steps: step limit. Defaults, as the next four, to the network's own.
+        tolerance: RMS residual in voxels at which a pair stops.
+        relative_tolerance: relative residual at which a pair stops.
+        solver: ``"plain"`` or ``"anderson"``.
         solver_options: further options of the solver.
     """
 
@@ -41,21 +41,12 @@ class FixedPointInferer(Inferer):
         solver_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.changes = {
-            "max_steps": max_steps,
-            "tolerance": tolerance,
-            "relative_tolerance": relative_tolerance,
-            "name": solver,
-            "options": solver_options,
-        }
+        self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
+        self.changes["relative_tolerance"] = relative_tolerance
         self.certificate = check_certificate(certificate)
 
     def __call__(  # type: ignore[override]
-        self,
-        inputs: torch.Tensor,
-        network: nn.Module,
-        fixed: torch.Tensor,
-        initial_ddf: torch.Tensor | None = None,
+        self, inputs: torch.Tensor, network: nn.Module, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> dict[str, Any]:
         """
         Args:
@@ -66,15 +57,14 @@ class FixedPointInferer(Inferer):
 
         Returns:
             ``warped`` and ``ddf``, and per item the tensors ``steps``, ``evaluations`` (those at smaller sizes by their
-            share of the voxels), ``residual``, ``relative_residual`` (at the
-            last step) and ``converged``, and the list ``reason``. With a certificate the residuals are those at the
-            solution itself, and there are the list ``verdict`` (of a classical method its ``reason``) and, where asked
-            for, the tensors ``spectral_radius`` and ``start_distance``.
+            share of the voxels), ``residual``, ``relative_residual`` (at the last step) and ``converged``, and the list
+            ``reason``. With a certificate the residuals are those at the solution itself, and there are the list
+            ``verdict`` (of a classical method its ``reason``) and, where asked for, the tensors ``spectral_radius`` and
+            ``start_distance``.
         """
         module: Any = network.module if isinstance(network, DistributedDataParallel) else network
-        ddf, record, certificates = certified_solve(
-            module, inputs, fixed, initial_ddf, self.certificate, **self.changes
-        )
+        solved = certified_solve(module, inputs, fixed, initial_ddf, self.certificate, **self.changes)
+        ddf, record, certificates = solved
         with torch.no_grad():
             warped = warp_by_ddf(inputs, ddf)
         output = {

@@ -24,24 +24,20 @@ _FINEST = 1 / 16
 
 
 class EquilibriumLoss(nn.Module):
-    """
-    A training loss with a penalty on the map ``g`` itself, with full steps, at the displacement ``x`` that the network
-    has returned: the mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2``. Two iterations that stand apart come
+    """A training loss with a penalty on the map ``g`` itself, with full steps, at the displacement ``x`` that the
+    network has returned: the mean over voxels of ``|g(x + e) - g(x)|^2 / |e|^2``. Two iterations that stand apart come
     together, so that they end in the same place wherever they began. Not in the paper.
 
     ``e`` is a random smooth displacement whose RMS length is drawn log-uniformly up to 3 voxels; a share
     ``contraction_along_step`` of the draws takes the step ``g(x) - x`` itself, made longer: after many steps it points
-    along the change that dies out slowest, which random ones seldom meet. ``g(x)`` and ``x`` count as given.
-
-    Of several processes each draws the same lengths, and displacements of its own, those that one process would draw
-    for the items of all, dealt out in turn. Costs an evaluation of the map with its backward pass and one without.
+    along the change that dies out slowest. ``g(x)`` and ``x`` count as given. Several processes draw what one would for
+    the items of all, dealt out in turn. Costs an evaluation of the map with its backward pass and one without.
 
     Args:
         loss: loss of ``(prediction, target)``, e.g. :py:class:`monai_deq.losses.StatesLoss`.
         network: the network that is trained; without ``rest`` any.
         rest: ``contraction_weight`` and ``contraction_along_step``. Defaults to ``None``: no penalty.
-        seed: of ``e``. The state of its generator is in ``state_dict()``, for a training that is resumed. Defaults to
-            0.
+        seed: of ``e``; the generator's state is in ``state_dict()``, for a training that is resumed. Defaults to 0.
 
     Raises:
         ValueError: When the penalty is asked for and the network has a hidden state or is no DEQ network.
@@ -67,21 +63,16 @@ class EquilibriumLoss(nn.Module):
         return {"generator": self.generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """
-        Args:
-            state: what :py:meth:`get_extra_state` returned.
-        """
+        """Restore what :py:meth:`get_extra_state` returned."""
         self.generator.set_state(state["generator"])
 
     def forward(self, prediction: Any, target: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
+        """The loss, a scalar.
+
         Args:
             prediction: ``(warped, ddf, ...)``, what the network returned.
-            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``; where the network has a proximal term
-                and coarser levels also ``"proximal_center"``, or the penalty solves for it.
-
-        Returns:
-            The loss, a scalar.
+            target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``; with a proximal term and coarser
+                levels also ``"proximal_center"``, or the penalty solves for it.
         """
         total: torch.Tensor = self.loss(prediction, target)
         if not self.rest.contraction_weight:

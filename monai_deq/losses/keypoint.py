@@ -15,17 +15,13 @@ __all__ = ["KeypointLoss", "KeypointSupervisedLoss"]
 
 
 class KeypointLoss(nn.Module):
-    """
-    Mean squared distance between ``x + ddf(x)``, for the keypoints ``x`` of the fixed image, and the corresponding
-    keypoints of the moving image; the field is interpolated linearly, in float32 with autocast off, see
-    :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`.
-
-    The mean is taken over the points of a pair, then over the pairs of the batch.
+    """Mean squared distance between ``x + ddf(x)``, for the keypoints ``x`` of the fixed image, and the corresponding
+    keypoints of the moving image, over the points of a pair, then over the pairs; in float32 with autocast off.
 
     Args:
         spacing: voxel size along each axis in mm, for a distance in squared mm. Defaults to ``None``: squared voxels.
-        outside: fixed keypoints outside the grid are an error with ``"refuse"``; with ``"clamp"`` they move by the
-            displacement of the nearest border point, and their number is logged. Defaults to ``"refuse"``.
+        outside: for fixed keypoints, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`. Defaults to
+            ``"refuse"``.
 
     Raises:
         ValueError: When a spacing is not above zero, or ``outside`` is neither.
@@ -45,19 +41,16 @@ class KeypointLoss(nn.Module):
         fixed_keypoints: torch.Tensor | Sequence[torch.Tensor],
         moving_keypoints: torch.Tensor | Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """
+        """The loss, a scalar.
+
         Args:
             ddf: ``(B, ndim, *spatial)``, voxels.
-            fixed_keypoints: ``(B, N, ndim)``, or a list of ``(N, ndim)`` with as many points as each pair has; voxel
-                coordinates on the grid of ``ddf``.
+            fixed_keypoints: ``(B, N, ndim)``, or a list of ``(N, ndim)`` with as many points as each pair has; voxels
+                of ``ddf``.
             moving_keypoints: the corresponding points of the moving image, row by row.
 
-        Returns:
-            The loss, a scalar.
-
         Raises:
-            ValueError: When shapes or numbers do not fit, a coordinate is not finite, or a fixed keypoint is outside
-                the grid and is refused.
+            ValueError: When shapes or numbers do not fit, a coordinate is not finite, or a fixed keypoint is refused.
         """
         ndim = ddf.ndim - 2
         if ndim not in (2, 3) or ddf.shape[1] != ndim:
@@ -101,9 +94,8 @@ def _mean_square(
 
 
 class KeypointSupervisedLoss(nn.Module):
-    """
-    A training loss with the distance of corresponding points added, at the displacement that the network has returned:
-    ``loss(prediction, target) + weight * keypoint_loss(ddf, fixed_keypoints, moving_keypoints)``.
+    """A training loss with the distance of corresponding points added, at the displacement that the network has
+    returned: ``loss(prediction, target) + weight * keypoint_loss(ddf, fixed_keypoints, moving_keypoints)``.
 
     Args:
         loss: loss of ``(prediction, target)``, e.g. :py:class:`monai_deq.losses.StatesLoss`.
@@ -137,13 +129,8 @@ class KeypointSupervisedLoss(nn.Module):
         self.target_keys = (*getattr(loss, "target_keys", ()), *(self.keys if weight else ()))
 
     def forward(self, prediction: Any, target: dict[str, Any]) -> torch.Tensor:
-        """
-        Args:
-            prediction: ``(warped, ddf, ...)``, what the network returned.
-            target: what ``loss`` wants, and the keypoints, see :py:meth:`KeypointLoss.forward`.
-
-        Returns:
-            The loss, a scalar.
+        """The loss, a scalar, of ``(warped, ddf, ...)`` and what ``loss`` wants with the keypoints, see
+        :py:class:`KeypointLoss`.
 
         Raises:
             KeyError: When the target has no keypoints.

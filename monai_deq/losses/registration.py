@@ -20,8 +20,7 @@ def _cross_correlation(spatial_dims: int, reduction: str = "mean") -> nn.Module:
 
 
 class RegistrationLoss(nn.Module):
-    """
-    ``similarity(warped, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1), in float32 with autocast off: local
+    """``similarity(warped, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1), in float32 with autocast off: local
     cross-correlation in half precision gives NaN.
 
     Args:
@@ -29,8 +28,7 @@ class RegistrationLoss(nn.Module):
         weight: ``lambda``. Defaults to 0.1 (paper, OASIS).
         similarity: loss of ``(warped, fixed)``, or of ``(warped, fixed, mask)`` where a mask is given. Defaults to
             MONAI's local normalised cross-correlation with window 5.
-        smoothness: loss of ``ddf``. Defaults to MONAI's diffusion loss, which is not divided by the number of axes
-            or the image size.
+        smoothness: loss of ``ddf``. Defaults to MONAI's diffusion loss, not divided by number of axes or image size.
         masked: whether the default similarity is a :py:class:`MaskedSimilarityLoss`. Defaults to ``False``.
 
     Raises:
@@ -57,16 +55,13 @@ class RegistrationLoss(nn.Module):
     def forward(
         self, warped: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """
+        """The loss, a scalar.
+
         Args:
             warped: moving image pulled back by ``ddf``, ``(B, 1, *spatial)``.
             fixed: ``(B, 1, *spatial)``.
             ddf: ``(B, ndim, *spatial)``, voxels.
-            mask: ``(B, 1, *spatial)`` of the fixed image, for the similarity; the smoothness is that of the whole
-                field. Defaults to ``None``: the similarity is given none.
-
-        Returns:
-            The loss, a scalar.
+            mask: ``(B, 1, *spatial)`` of the fixed image, for the similarity alone. Defaults to ``None``: none.
         """
         with torch.autocast(device_type=ddf.device.type, enabled=False):
             # float64 stays, for checks of gradients
@@ -76,13 +71,9 @@ class RegistrationLoss(nn.Module):
 
 
 class MaskedSimilarityLoss(nn.Module):
-    """
-    Mean of a similarity over the voxels inside a mask, e.g. over the lungs of a chest CT, in float32 with autocast off.
-    Every image of a batch counts the same, whatever the size of its mask; with a mask of all voxels this is the mean
-    over the image.
-
-    The similarity of a voxel may look at its surroundings beyond the mask: the window of the local cross-correlation
-    sees the border of the lung from inside.
+    """Mean of a similarity over the voxels inside a mask, e.g. over the lungs of a chest CT, in float32 with autocast
+    off. Every image of a batch counts the same, whatever the size of its mask. The similarity of a voxel may look
+    beyond the mask: the window of the local cross-correlation sees the border of the lung from inside.
 
     Args:
         spatial_dims: 2 or 3, for the default similarity. Defaults to 3.
@@ -95,14 +86,8 @@ class MaskedSimilarityLoss(nn.Module):
         self.similarity = _cross_correlation(spatial_dims, reduction="none") if similarity is None else similarity
 
     def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            warped: moving image on the grid of the fixed one, ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            mask: ``(B, 1, *spatial)`` of the fixed image; inside where greater than zero.
-
-        Returns:
-            The loss, a scalar.
+        """The loss, a scalar, of three tensors ``(B, 1, *spatial)``; inside is where the fixed image's mask is above
+        zero.
 
         Raises:
             ValueError: When the mask has another shape or is empty, or the similarity is reduced.
@@ -128,18 +113,17 @@ class MaskedSimilarityLoss(nn.Module):
 
 
 class StatesLoss(nn.Module):
-    """
-    Loss at the final state plus the weighted sum of the losses at the intermediate states (paper, Eq. 4 and Eq. 9).
+    """Loss at the final state plus the weighted sum of the losses at the intermediate states (paper, Eq. 4 and Eq. 9).
 
     Args:
         loss: loss of ``(warped, fixed, ddf)``, e.g. :py:class:`RegistrationLoss`.
-        gamma: weight of each intermediate state: one number for all (Eq. 9), one number for each, or
-            ``"exponential"``: ``w_t = 10^((t - 1) / (T - 1))`` of RIIR (Eq. 4), divided by that of the final state,
-            which is one here. Defaults to 0.5.
-        checkpointed: keep nothing of each loss but its arguments for the backward pass, and evaluate it again there:
-            the memory of one loss instead of that of all states. Defaults to ``False``.
-        mask_key: key of the fixed image's mask in the target, which ``loss`` is given as a fourth argument. Defaults to
-            ``None``: it is given none.
+        gamma: weight of each intermediate state: one number for all (Eq. 9), one number for each, or ``"exponential"``:
+            ``w_t = 10^((t - 1) / (T - 1))`` of RIIR (Eq. 4), divided by that of the final state, which is one here.
+            Defaults to 0.5.
+        checkpointed: keep only the arguments of each loss for the backward pass, and evaluate it again there: the
+            memory of one loss instead of that of all states. Defaults to ``False``.
+        mask_key: key of the fixed image's mask in the target, a fourth argument of ``loss``. Defaults to ``None``:
+            none.
 
     Raises:
         ValueError: When a weight is negative, or a text other than ``"exponential"``.
@@ -165,15 +149,7 @@ class StatesLoss(nn.Module):
             raise ValueError(f"gamma must not be negative, got {gamma}.")
 
     def weights(self, num_states: int) -> list[float]:
-        """
-        Weights of the intermediate states.
-
-        Args:
-            num_states: their number.
-
-        Raises:
-            ValueError: When ``gamma`` is a sequence of another length.
-        """
+        """Weights of so many intermediate states; a ``ValueError`` when ``gamma`` is a sequence of another length."""
         if isinstance(self.gamma, str):
             return [10.0 ** (t / num_states - 1) for t in range(num_states)]
         if not isinstance(self.gamma, Sequence):
@@ -183,17 +159,13 @@ class StatesLoss(nn.Module):
         return [float(w) for w in self.gamma]
 
     def forward(
-        self,
-        prediction: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]],
-        target: dict[str, torch.Tensor],
+        self, prediction: tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]], target: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """
+        """The loss, a scalar.
+
         Args:
             prediction: ``(warped, ddf, states)`` as a registration network in training mode returns it.
             target: ``{"fixed": ..., "moving": ...}``, each ``(B, 1, *spatial)``, with the mask where ``mask_key`` says.
-
-        Returns:
-            The loss, a scalar.
 
         Raises:
             ValueError: When the prediction is not of that form.

@@ -17,11 +17,9 @@ from monai.utils import MetricReduction, convert_to_tensor, look_up_option
 
 from monai_deq.utils import gather_items
 
-__all__ = ["ReducedIterationMetric", "check_ddf", "check_spacing", "image_spacing"]
 
-
-def check_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
-    """Check a displacement field, shape ``(B, ndim, *spatial)``; return it as a plain float32 or float64 tensor."""
+def require_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
+    """A displacement field ``(B, ndim, *spatial)``, checked, as a plain float32 or float64 tensor."""
     if not isinstance(ddf, torch.Tensor):
         raise TypeError(f"ddf: expected a torch.Tensor, got {type(ddf).__name__}.")
     if ddf.ndim not in (4, 5) or ddf.shape[1] != ddf.ndim - 2 or ddf.shape[0] == 0:
@@ -32,18 +30,14 @@ def check_ddf(ddf: torch.Tensor, min_size: int = 2) -> torch.Tensor:
             f"{tuple(ddf.shape[2:])}. Drop an axis of length 1 together with its channel."
         )
     field: torch.Tensor = convert_to_tensor(ddf, track_meta=False)
-    if field.dtype != torch.float64:
-        field = field.float()
-    finite = torch.isfinite(field).flatten(1).all(dim=1)
-    if not finite.all():
-        # NaN <= 0 is false: a field that diverged would pass for one without folds
-        bad = torch.nonzero(~finite).flatten().tolist()
+    # NaN <= 0 is false: a field that diverged would pass for one without folds
+    if bad := [i for i, item in enumerate(field) if not torch.isfinite(item).all()]:
         raise ValueError(f"ddf: expected finite displacements, got NaN or infinity in batch item(s) {bad}.")
-    return field
+    return field if field.dtype == torch.float64 else field.float()
 
 
 def check_spacing(spacing: float | Sequence[float] | torch.Tensor, batch: int, ndim: int) -> torch.Tensor:
-    """Check voxel sizes in mm, one number, ``(ndim,)`` or ``(batch, ndim)``, and return them as ``(batch, ndim)``."""
+    """Voxel sizes in mm, one number, ``(ndim,)`` or ``(batch, ndim)``, checked, as ``(batch, ndim)``."""
     given = torch.as_tensor(spacing, dtype=torch.float64)
     if tuple(given.shape) not in ((), (ndim,), (batch, ndim)) or not (torch.isfinite(given) & (given > 0)).all():
         raise ValueError(
@@ -54,15 +48,13 @@ def check_spacing(spacing: float | Sequence[float] | torch.Tensor, batch: int, n
 
 
 def image_spacing(image: torch.Tensor) -> torch.Tensor | None:
-    """
-    Voxel sizes of a batch-first image in mm, shape (B, ndim), from its affine; None without one. MONAI's ``pixdim`` is
-    wrong for a 2-D slice with a 4x4 affine that does not lie in x and y; the length of the whole column is right.
-    """
+    """Voxel sizes of a batch-first image in mm, shape (B, ndim), from its affine; None without one."""
     if not isinstance(image, MetaTensor):
         return None
     affines = np.asarray(image.affine, dtype=np.float64)
     # a batch that a data loader has collated carries one affine an item
     affines = np.broadcast_to(affines, (len(image), *affines.shape[-2:]))
+    # MONAI's ``pixdim`` is wrong for a 2-D slice with a 4x4 affine that does not lie in x and y
     return torch.from_numpy(np.linalg.norm(affines[:, :-1, : image.ndim - 2], axis=1))
 
 
@@ -70,15 +62,14 @@ class ReducedIterationMetric(CumulativeIterationMetric):
     """
     Base of the cumulative metrics: keeps (B, C) scores, NaN where there is none, and reduces them.
 
-    It reports no number that nothing supports: without any score the reduction is NaN (MONAI's metrics give 0), and
-    lists of different length or what is no tensor are refused (MONAI's drop them). Of several processes each gets the
-    scores of all in the order of the processes. A subclass implements ``compute_scores``, whose parameters take None
-    where that is their default.
+    Unlike with MONAI's metrics the reduction is NaN without any score, and lists of different length or what is no
+    tensor are refused. Of several processes each gets the scores of all, in their order. A subclass implements
+    ``compute_scores``, whose parameters take None where that is their default.
 
     Args:
         reduction: one of :py:class:`monai.utils.MetricReduction`; NaN scores are left out. ``"mean"`` averages over
-            channels, then over items. Defaults to ``"mean"``.
-        get_not_nans: whether ``aggregate`` returns ``(score, number of scores that are not NaN)``. Defaults to False.
+            channels, then over items.
+        get_not_nans: whether ``aggregate`` returns ``(score, number of scores that are not NaN)``.
     """
 
     def __init__(self, reduction: MetricReduction | str = "mean", get_not_nans: bool = False) -> None:
@@ -98,20 +89,12 @@ class ReducedIterationMetric(CumulativeIterationMetric):
         self, y_pred: TensorOrList | None, y: TensorOrList | None = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """
-        Compute the scores of a batch and keep them.
+        Compute the scores of a batch, shape (B, C), and keep them.
 
         Args:
-            y_pred: batch-first tensor, or a list of tensors without the batch axis.
-            y: the same, or None for a metric that does without.
-            args: what else the metric takes, in the same forms, in order.
-            kwargs: the same by name.
-
-        Returns:
-            scores, shape (B, C).
-
-        Raises:
-            TypeError: when one is neither a tensor nor a list of tensors.
-            ValueError: when they do not hold the same number of items.
+            y_pred: batch-first tensor, or a list of tensors without the batch axis (``TypeError`` for what is neither).
+            y: the same, of as many items (``ValueError``), or None for a metric that does without.
+            args, kwargs: what else the metric takes, in the same forms.
         """
         signature = inspect.signature(self.compute_scores)
         given: dict[str, Any] = {}
@@ -163,13 +146,8 @@ class ReducedIterationMetric(CumulativeIterationMetric):
         self, reduction: MetricReduction | str | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """
-        Reduce the scores kept so far; ValueError when there is none.
-
-        Args:
-            reduction: one of :py:class:`monai.utils.MetricReduction`. Defaults to ``self.reduction``.
-
-        Returns:
-            the reduced score, or ``(score, not_nans)`` with ``get_not_nans``.
+        The scores kept so far reduced, by ``self.reduction`` unless another one is given, or ``(score, not_nans)`` with
+        ``get_not_nans``; ``ValueError`` when there is none.
         """
         scores = self.get_buffer()
         if scores is None:

@@ -60,20 +60,15 @@ def compute_label_dice(
     """
     Dice coefficient of each label.
 
-    A label that one of the two images lacks has no score; with ``moving_label``, that is judged before the warp, as
-    Learn2Reg does: a label that the warp itself made vanish scores 0, not NaN.
-
     Args:
         warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
         fixed_label: fixed labels, same shape.
-        labels: the labels to score, without the background 0.
-        moving_label: moving labels before the warp, shape ``(B, 1, *any spatial shape)``. Defaults to None.
+        labels: the labels to score, each once, without the background 0.
+        moving_label: moving labels before the warp, shape ``(B, 1, *any spatial shape)``. Where they are given, it is
+            they that lack a label, as in Learn2Reg: one that the warp itself made vanish scores 0, not NaN.
 
     Returns:
-        scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where a label is absent.
-
-    Raises:
-        ValueError: when shapes do not fit, values are not integers, or ``labels`` holds 0 or a label twice.
+        scores in [0, 1] in the order of ``labels``, shape (B, len(labels)); NaN where either image lacks the label.
     """
     labels = _check_labels(labels)
     warped, fixed = _renumber_pair(warped_label, fixed_label, labels)
@@ -94,23 +89,17 @@ def compute_label_hausdorff(
     percentile: float | None = None,
 ) -> torch.Tensor:
     """
-    Symmetric Hausdorff distance of each label, between the voxels on the two surfaces.
-
-    MONAI's :py:func:`monai.metrics.compute_hausdorff_distance`, fast on the joint bounding box of each label. With
-    ``percentile``, the larger of the two directed percentiles, unweighted by area.
+    Symmetric Hausdorff distance of each label, between the voxels on the two surfaces: MONAI's
+    :py:func:`monai.metrics.compute_hausdorff_distance`, fast on the joint bounding box of each label.
 
     Args:
-        warped_label: moving labels warped with nearest neighbour, shape ``(B, 1, *spatial)``, integer values.
-        fixed_label: fixed labels, same shape.
-        labels: the labels to score, without the background 0.
+        warped_label, fixed_label, labels: see :py:func:`compute_label_dice`.
         spacing: size of a voxel in mm, one number, one per axis, or shape (B, ndim). Defaults to None: 1 mm.
-        percentile: above 0, up to 100, e.g. 95 for HD95. Defaults to None: the largest distance.
+        percentile: above 0, up to 100, e.g. 95 for HD95: the larger of the two directed percentiles, unweighted by
+            area. Defaults to None: the largest distance.
 
     Returns:
         distances in mm in the order of ``labels``, shape (B, len(labels)); NaN where either image lacks the label.
-
-    Raises:
-        ValueError: as :py:func:`compute_label_dice`; when ``spacing`` or ``percentile`` is out of range.
     """
     labels = _check_labels(labels)
     warped, fixed = (item.cpu().numpy()[:, 0] for item in _renumber_pair(warped_label, fixed_label, labels))
@@ -124,9 +113,8 @@ def compute_label_hausdorff(
         for i, (box_warped, box_fixed) in enumerate(zip(*boxes, strict=True)):
             if box_warped is None or box_fixed is None:
                 continue
-            box = tuple(
-                slice(min(w.start, f.start), max(w.stop, f.stop)) for w, f in zip(box_warped, box_fixed, strict=True)
-            )
+            both = zip(box_warped, box_fixed, strict=True)
+            box = tuple(slice(min(w.start, f.start), max(w.stop, f.stop)) for w, f in both)
             pred, target = (torch.from_numpy(item[b][box] == i + 1)[None, None] for item in (warped, fixed))
             distances[b, i] = compute_hausdorff_distance(
                 pred, target, include_background=True, percentile=percentile, spacing=voxel_size[b]
@@ -143,12 +131,7 @@ def _check_fixed(y: torch.Tensor | None) -> torch.Tensor:
 class LabelDiceMetric(ReducedIterationMetric):
     """
     Cumulative form of :py:func:`compute_label_dice`, ``metric(warped_label, fixed_label[, moving_label])``: mean over
-    the labels of a pair, then over the pairs.
-
-    Args:
-        labels: the labels to score, without the background 0.
-        reduction: see :py:class:`ReducedIterationMetric`.
-        get_not_nans: see :py:class:`ReducedIterationMetric`.
+    the ``labels`` of a pair, then over the pairs. For the other arguments see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(
@@ -169,12 +152,10 @@ class LabelHausdorffMetric(ReducedIterationMetric):
     of a pair, then over the pairs.
 
     Args:
-        labels: the labels to score, without the background 0.
+        labels, percentile: see :py:func:`compute_label_hausdorff`.
         spacing: size of a voxel in mm, one number or one per axis. Defaults to None: that of the fixed labels where
             they are MetaTensors, else 1 mm.
-        percentile: e.g. 95 for HD95. Defaults to None: the largest distance.
-        reduction: see :py:class:`ReducedIterationMetric`.
-        get_not_nans: see :py:class:`ReducedIterationMetric`.
+        reduction, get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(
@@ -186,9 +167,7 @@ class LabelHausdorffMetric(ReducedIterationMetric):
         get_not_nans: bool = False,
     ) -> None:
         super().__init__(reduction, get_not_nans)
-        self.labels = _check_labels(labels)
-        self.spacing = spacing
-        self.percentile = percentile
+        self.labels, self.spacing, self.percentile = _check_labels(labels), spacing, percentile
 
     def compute_scores(self, y_pred: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         fixed = _check_fixed(y)

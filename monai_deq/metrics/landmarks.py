@@ -11,15 +11,11 @@ import torch
 from monai.utils import MetricReduction, convert_to_tensor
 from scipy import ndimage
 
-from monai_deq.metrics.base import ReducedIterationMetric, check_ddf, check_spacing, image_spacing
+from monai_deq.metrics.base import ReducedIterationMetric, check_spacing, image_spacing, require_ddf
 from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_points_by_ddf
 
-__all__ = [
-    "TargetRegistrationErrorForm",
-    "TargetRegistrationErrorMetric",
-    "compute_landmark_errors",
-    "compute_target_registration_error",
-]
+__all__ = ["TargetRegistrationErrorForm", "TargetRegistrationErrorMetric"]
+__all__ += ["compute_landmark_errors", "compute_target_registration_error"]
 
 TargetRegistrationErrorForm = Literal["linear", "learn2reg"]
 
@@ -71,37 +67,28 @@ def compute_landmark_errors(
     .. math:: e_n = \left\lVert s \odot \left(p_n + \mathrm{ddf}(p_n) - q_n\right) \right\rVert_2
 
     with fixed points :math:`p_n`, moving points :math:`q_n` and the voxel size :math:`s`. The pull-back field moves
-    FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`. In float64.
-
-    The two forms differ by the roughness of the field: say which one a table shows.
-
-    - ``"linear"``: the displacement is interpolated linearly, as the image is when it is warped.
-    - ``"learn2reg"``: by cubic splines, and it is zero beyond the outermost voxel centres, as the program of the
-      Learn2Reg challenge has it (Hering et al., IEEE TMI 2023).
+    FIXED points into the moving image, see :py:func:`monai_deq.networks.blocks.warp_points_by_ddf`.
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
         fixed_points: landmarks of the fixed image, shape (B, N, ndim), voxel units, coordinate i along array axis i.
         moving_points: the same landmarks in the moving image, same shape and order; they may lie outside the grid.
         spacing: voxel size of the moving image in mm: one number, one per axis, or shape (B, ndim).
-        outside: fixed points outside the voxels of the grid are an error with ``"refuse"``; with ``"clamp"`` they move
-            by the displacement of the nearest border point (``"learn2reg"``: not at all), and their number is logged.
-            Defaults to ``"refuse"``.
-        form: ``"linear"`` or ``"learn2reg"``. Defaults to ``"linear"``.
+        outside: ``"refuse"`` fixed points outside the grid, or ``"clamp"``: they move by the displacement of the
+            nearest border point (``"learn2reg"``: not at all), and their number is logged.
+        form: ``"linear"``, as the image is warped, or ``"learn2reg"``, by cubic splines and zero beyond the outermost
+            voxel centres, as the program of the challenge has it (Hering et al., IEEE TMI 2023). They differ by the
+            roughness of the field: say which one a table shows.
 
     Returns:
-        errors in mm, shape (B, N), float64.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, the points do not fit it or each other, are not finite or lie
-            outside and are refused, or ``spacing``, ``outside`` or ``form`` is wrong.
+        errors in mm, shape (B, N), float64; ``ValueError`` for fields and points that are not finite.
     """
     _check_form(form)
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     fixed_points = _check_points("fixed_points", fixed_points)
     moving_points = _check_points("moving_points", moving_points, tuple(fixed_points.shape)).to(ddf.device)
     voxel_size = check_spacing(spacing, ddf.shape[0], ddf.shape[1]).to(ddf.device)
-    found = warp_points_by_ddf(fixed_points, ddf, outside=outside)
+    found = warp_points_by_ddf(fixed_points, ddf, outside=outside)  # checks the points for both forms
     if form == "learn2reg":
         found = _warp_by_splines(fixed_points, ddf)
     return torch.linalg.vector_norm((found - moving_points) * voxel_size[:, None], dim=-1)
@@ -117,11 +104,8 @@ def compute_target_registration_error(
     form: TargetRegistrationErrorForm = "linear",
 ) -> torch.Tensor:
     """
-    Mean, or a percentile, of the landmark errors of each pair in mm, shape (B, 1), float64; NaN without landmarks. For
-    the other arguments and errors see :py:func:`compute_landmark_errors`.
-
-    Args:
-        percentile: over the landmarks of a pair, 0 to 100, interpolated linearly. Defaults to None: the mean.
+    Mean, or the ``percentile`` of 0 to 100, interpolated linearly, of the landmark errors of each pair in mm, shape
+    (B, 1), float64; NaN without landmarks. See :py:func:`compute_landmark_errors`.
     """
     _check_percentile("percentile", percentile)
     errors = compute_landmark_errors(ddf, fixed_points, moving_points, spacing, outside, form)
@@ -133,22 +117,17 @@ def compute_target_registration_error(
 class TargetRegistrationErrorMetric(ReducedIterationMetric):
     """
     Cumulative form of :py:func:`compute_target_registration_error`: mean over the landmarks of a pair, then over the
-    pairs.
-
-    Called as ``metric(ddf, fixed_points, moving_points[, reference])``, reference an image on the field's grid; in
-    lists, pairs may differ in the number of landmarks. No field is no displacement: ``metric(None, fixed_points,
-    moving_points, reference)`` is the error before registration.
+    pairs. ``metric(ddf, fixed_points, moving_points[, reference])``, reference an image on the field's grid; in lists,
+    pairs may differ in the number of landmarks. A field None is no displacement: the error before registration.
 
     Args:
         spacing: voxel size in mm, one number or one per axis. Defaults to None: that of the reference, or of the field,
             a MetaTensor.
         percentile: percentile over the landmarks of a pair. Defaults to None: their mean.
         pair_percentile: percentile over the pairs, in place of ``reduction``; 70 is Learn2Reg's robustness (TRE30,
-            Hering et al., IEEE TMI 2023): 30 % of the pairs have a larger mean error. Defaults to None.
-        outside: ``"refuse"`` or ``"clamp"``, see :py:func:`compute_landmark_errors`. Defaults to ``"refuse"``.
-        form: ``"linear"`` or ``"learn2reg"``, see :py:func:`compute_landmark_errors`. Defaults to ``"linear"``.
-        reduction: see :py:class:`ReducedIterationMetric`.
-        get_not_nans: see :py:class:`ReducedIterationMetric`.
+            Hering et al., IEEE TMI 2023): 30 % of the pairs have a larger mean error.
+        outside, form: see :py:func:`compute_landmark_errors`.
+        reduction, get_not_nans: see :py:class:`ReducedIterationMetric`.
     """
 
     def __init__(
@@ -166,11 +145,8 @@ class TargetRegistrationErrorMetric(ReducedIterationMetric):
         _check_percentile("pair_percentile", pair_percentile)
         check_outside(outside)
         _check_form(form)
-        self.spacing = spacing
-        self.percentile = percentile
-        self.pair_percentile = pair_percentile
-        self.outside = outside
-        self.form = form
+        self.spacing, self.outside, self.form = spacing, outside, form
+        self.percentile, self.pair_percentile = percentile, pair_percentile
 
     def compute_scores(
         self,

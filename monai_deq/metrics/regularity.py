@@ -13,18 +13,11 @@ import torch
 import torch.nn.functional as F
 from monai.utils import MetricReduction, convert_to_tensor
 
-from monai_deq.metrics.base import ReducedIterationMetric, check_ddf
+from monai_deq.metrics.base import ReducedIterationMetric, require_ddf
 
-__all__ = [
-    "FoldedVoxelsMetric",
-    "NonDiffeomorphicVolumeMetric",
-    "StdLogJacobianForm",
-    "StdLogJacobianMetric",
-    "compute_folded_voxels",
-    "compute_non_diffeomorphic_volume",
-    "compute_std_log_jacobian",
-    "jacobian_determinant",
-]
+__all__ = ["FoldedVoxelsMetric", "NonDiffeomorphicVolumeMetric", "StdLogJacobianForm", "StdLogJacobianMetric"]
+__all__ += ["compute_folded_voxels", "compute_non_diffeomorphic_volume", "compute_std_log_jacobian"]
+__all__ += ["jacobian_determinant"]
 
 StdLogJacobianForm = Literal["paper", "learn2reg"]
 
@@ -68,11 +61,9 @@ def _determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 def _jacobian(ddf: torch.Tensor) -> torch.Tensor:
     """|J| of a checked field, shape ``(B, 1, *spatial)``."""
-    spatial_dims = ddf.shape[1]
-    matrix = [list(torch.gradient(ddf[:, i], dim=tuple(range(1, spatial_dims + 1)))) for i in range(spatial_dims)]
-    for i in range(spatial_dims):
-        matrix[i][i] = matrix[i][i] + 1
-    return _determinant(matrix).unsqueeze(1)
+    axes = range(ddf.shape[1])
+    rows = [torch.gradient(ddf[:, i], dim=tuple(axis + 1 for axis in axes)) for i in axes]
+    return _determinant([[rows[i][j] + 1 if i == j else rows[i][j] for j in axes] for i in axes]).unsqueeze(1)
 
 
 def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
@@ -84,14 +75,12 @@ def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
 
     Args:
         ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; channel i displaces array axis i.
+            ``ValueError`` unless it is finite and has at least 2 voxels along each axis.
 
     Returns:
         shape ``(B, 1, *spatial)``, float32, or float64 for a float64 field.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field of at least 2 voxels along each axis.
     """
-    return _jacobian(check_ddf(ddf))
+    return _jacobian(require_ddf(ddf))
 
 
 def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -99,13 +88,10 @@ def compute_folded_voxels(ddf: torch.Tensor, mask: torch.Tensor | None = None) -
     Percentage of voxels with ``|J| <= 0``, see :py:func:`jacobian_determinant`; shape (B, 1), NaN for an empty mask.
 
     Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
+        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units; ``ValueError`` unless finite.
         mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
     """
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     return _reduce_inside(
         _jacobian(ddf), _check_mask(mask, ddf), lambda v: 100.0 * torch.count_nonzero(v <= 0).to(v.dtype) / v.numel()
     )
@@ -123,16 +109,12 @@ def compute_std_log_jacobian(
       Learn2Reg evaluation (Hering et al., IEEE TMI 2023).
 
     Args:
-        ddf: displacement field, ``(B, ndim, *spatial)``, voxel units; 2 voxels or more an axis, 5 for ``"learn2reg"``.
-        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
-
-    Raises:
-        ValueError: when ``form`` is unknown, ``ddf`` is not a finite field, or ``mask`` does not fit it.
+        ddf, mask: see :py:func:`compute_folded_voxels`; 5 voxels or more an axis for ``"learn2reg"``.
+        form: ``"paper"`` or ``"learn2reg"``.
     """
     _check_form(form)
     crop, offset = _FORMS[form]
-    ddf = check_ddf(ddf, min_size=max(2, 2 * crop + 1))
+    ddf = require_ddf(ddf, min_size=max(2, 2 * crop + 1))
     mask = _check_mask(mask, ddf)
     jacobian = _jacobian(ddf)
     if crop:
@@ -157,8 +139,8 @@ def _simplices(spatial_dims: int) -> list[np.ndarray]:
 
 def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     r"""
-    Volume that the field turns inside out, in % of the volume of the mask (2-D: area); shape (B, 1), NaN for an empty
-    mask.
+    Volume that the field turns inside out, in % of that of the mask (2-D: area); shape (B, 1), NaN for an empty mask.
+    For the arguments see :py:func:`compute_folded_voxels`.
 
     Liu et al., "On Finite Difference Jacobian Computation in Deformable Image Registration", IJCV 2024. With the field
     linear inside the ten tetrahedra of a voxel, their determinants of finite differences (:math:`J^{\pm\pm\pm}, J_1^*,
@@ -169,15 +151,8 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
 
     It says how badly the field folds, sees the folds that central differences step over, and may exceed 100 %. Beyond
     the border the displacement goes on unchanged, as in the authors' program.
-
-    Args:
-        ddf: displacement field, shape (B, 2, H, W) or (B, 3, D, H, W), voxel units.
-        mask: shape ``(B, 1, *spatial)``; only voxels greater than zero are counted. Defaults to None: the whole grid.
-
-    Raises:
-        ValueError: when ``ddf`` is not a finite field, or ``mask`` does not fit it; TypeError for what is no tensor.
     """
-    ddf = check_ddf(ddf)
+    ddf = require_ddf(ddf)
     mask = _check_mask(mask, ddf)
     spatial_dims = ddf.shape[1]
     padded = F.pad(ddf, (1, 1) * spatial_dims, mode="replicate")
@@ -210,14 +185,7 @@ class NonDiffeomorphicVolumeMetric(ReducedIterationMetric):
 
 
 class StdLogJacobianMetric(ReducedIterationMetric):
-    """
-    Cumulative form of :py:func:`compute_std_log_jacobian`: ``metric(ddf)`` or ``metric(ddf, mask)``.
-
-    Args:
-        form: ``"paper"`` or ``"learn2reg"``. Defaults to ``"paper"``.
-        reduction: see :py:class:`ReducedIterationMetric`.
-        get_not_nans: see :py:class:`ReducedIterationMetric`.
-    """
+    """Cumulative form of :py:func:`compute_std_log_jacobian`: ``metric(ddf)`` or ``metric(ddf, mask)``."""
 
     def __init__(
         self, form: StdLogJacobianForm = "paper", reduction: MetricReduction | str = "mean", get_not_nans: bool = False

@@ -14,12 +14,7 @@ __all__ = ["load_checkpoint", "load_weights"]
 
 
 def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") -> Mapping[str, Any]:
-    """
-    Read a checkpoint file, weights only.
-
-    Args:
-        path: the file.
-        map_location: where the tensors go. Defaults to the CPU.
+    """Read a checkpoint file, weights only, with its tensors on a device, by default the CPU.
 
     Raises:
         FileNotFoundError: When there is no such file.
@@ -38,17 +33,12 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
 
 
 def load_weights(network: nn.Module, path: str | Path, without: str | None = None) -> nn.Module:
-    """
-    Load the weights of a network in place.
+    """Load the weights of a network in place, and return the network.
 
     Args:
         network: the network.
         path: checkpoint file: a state dict, or a training checkpoint that has one under ``"network"``.
-        without: beginning of the names of weights that stay as they are, whether the checkpoint has them or not, such
-            as ``"coarse."``. Defaults to none.
-
-    Returns:
-        The network.
+        without: weights whose names begin with it, such as ``"coarse."``, stay as they are. Defaults to none.
 
     Raises:
         FileNotFoundError: When there is no such file.

@@ -14,16 +14,9 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def compile_backbones(network: Network) -> Network:
-    """
-    Have the backbones of a network's updates, their convolutions, compiled by ``torch.compile`` when they are first
-    called; the iteration around them is left as it is, as are the names of the parameters. PyTorch needs a C++
-    compiler for it on a CPU, and it has no second derivatives.
-
-    Args:
-        network: changed in place; modules with a backbone are those with an attribute ``backbone``.
-
-    Returns:
-        The network.
+    """Have the backbones of a network's updates, modules under an attribute ``backbone``, compiled in place by
+    ``torch.compile`` when they are first called, and return the network. The iteration and the names of the parameters
+    stay as they are. Needs a C++ compiler on a CPU; there are no second derivatives.
 
     Raises:
         ValueError: When there is no backbone in it.
@@ -39,17 +32,8 @@ def compile_backbones(network: Network) -> Network:
 
 
 def on_device(network: Network, device: torch.device | str, compiled: bool = False) -> Network:
-    """
-    Move a network to a device, there in the memory format in which its convolutions are fast: channels last on a CPU,
-    where it was measured to be faster in 2-D and 3-D, with float32 and bfloat16; elsewhere the format that is there.
-
-    Args:
-        network: changed in place.
-        device: where it goes.
-        compiled: whether to have its backbones compiled, see :py:func:`compile_backbones`. Defaults to ``False``.
-
-    Returns:
-        The network.
+    """Move a network to a device in place, on a CPU to channels-last memory format, measured to be faster there in 2-D
+    and 3-D, with float32 and bfloat16; ``compiled`` with :py:func:`compile_backbones`. Return the network.
     """
     memory_format = torch.preserve_format
     if torch.device(device).type == "cpu":

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from pydoc import locate
@@ -42,12 +42,9 @@ _TRAINING = ("smoothness_weight", "learning_rate", "batch_size", "training_pairs
 
 
 def describe(component: Any) -> Any:
-    """
-    Describe a network as a MONAI component: ``{"_target_": ..., argument: value, ...}``, nested. Each argument of a
-    class is read from its attribute of the same name; what the weights hold is left out.
-
-    Args:
-        component: a module, a settings dataclass, or a plain value.
+    """Describe a network, its settings or a plain value as a MONAI component: ``{"_target_": ..., argument: value,
+    ...}``, nested. Each argument of a class is read from its attribute of the same name; what the weights hold is left
+    out.
 
     Raises:
         ValueError: When an argument cannot be read.
@@ -116,11 +113,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def build_component(description: Any) -> Any:
-    """
-    Build what :py:func:`describe` described. Nothing but classes of networks and settings is called.
-
-    Args:
-        description: the description.
+    """Build what :py:func:`describe` described. Nothing but classes of networks and settings is called.
 
     Raises:
         ValueError: When it names anything else, or a text that MONAI would run as an expression.
@@ -146,16 +139,15 @@ def build_component(description: Any) -> Any:
 
 @dataclass(frozen=True)
 class NetworkRecord:
-    """
-    What is known of trained weights, kept beside ``model.pt`` as ``model.json``.
+    """What is known of trained weights, kept beside ``model.pt`` as ``model.json``.
 
     Args:
         network: description of the network, see :py:func:`describe`. ``None`` where there is none.
         method: name of the system. Defaults to ``"DEQReg"``.
         spatial_size: size in voxels that images are resampled to. Defaults to ``None``: as they are.
         steps: step limit of the solver in evaluation. Defaults to 48.
-        preprocessing: further settings of the preprocessing, such as ``"window"``.
-        training: what the training was, such as ``"training_pairs"``, ``"epoch"``, ``"smoothness_weight"``.
+        preprocessing: further settings of the preprocessing, such as ``"window"``. Defaults to none.
+        training: what the training was, such as ``"training_pairs"``, ``"epoch"``. Defaults to nothing.
     """
 
     network: dict[str, Any] | None = None
@@ -171,8 +163,7 @@ class NetworkRecord:
         coarse_tolerance: float | None = 2e-4,
         autocast_dtype: str | None = None,
     ) -> RegistrationNet:
-        """
-        The network with fresh weights, in eval mode and with as many steps as the record says.
+        """The network with fresh weights, in eval mode and with as many steps as the record says.
 
         Args:
             coarse_solver: solver of the coarser networks, where there are any. Defaults to ``"plain"``.
@@ -195,10 +186,7 @@ class NetworkRecord:
         return network.eval()
 
     def write(self, path: str | Path) -> None:
-        """
-        Args:
-            path: the file, which appears whole or not at all.
-        """
+        """Write the record as JSON to a file, which appears whole or not at all."""
         text = json.dumps(json_ready(asdict(self)), indent=2, allow_nan=False)
         # sizes and channels on one line
         text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
@@ -206,17 +194,17 @@ class NetworkRecord:
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_record(path: str | Path | None) -> NetworkRecord:
-    """
-    Read the record of a checkpoint.
+def read_record(path: str | Path | None, spatial_dims: int | None = None) -> NetworkRecord:
+    """Read the record of a checkpoint.
 
     Args:
-        path: checkpoint file, whose record lies beside it (``model.pt`` -> ``model.json``; that of ``last.pt``, the
-            last epoch of the same training, too), or ``None`` for a method that has none.
+        path: checkpoint file, whose record lies beside it (``model.pt`` or ``last.pt`` -> ``model.json``), or ``None``
+            for a method that has none.
+        spatial_dims: 2 or 3, what the network should be for. Defaults to ``None``: either.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.
-        ValueError: When the file holds no record.
+        ValueError: When the file holds no record, or that of a network for images of other dimensions.
     """
     if path is None:
         return NetworkRecord()
@@ -235,23 +223,33 @@ def read_record(path: str | Path | None) -> NetworkRecord:
     except ValueError as e:
         raise ValueError(f"{file} is not readable JSON ({e}): restore it.") from e
     if isinstance(content, dict) and "network" not in content and "max_steps" in content:
-        return _from_settings(content)
-    known = {f.name for f in fields(NetworkRecord)}
-    if not isinstance(content, dict) or not isinstance(content.get("network"), (dict, type(None))):
+        record = _from_settings(content)
+    elif isinstance(content, dict) and isinstance(content.get("network"), (dict, type(None))):
+        known = {f.name for f in fields(NetworkRecord)}
+        record = NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    else:
         raise ValueError(f"{file} holds no record of a network.")
-    return NetworkRecord(**{k: v for k, v in content.items() if k in known})
+    own = _spatial_dims(record.network)
+    if spatial_dims is not None and own not in (None, spatial_dims):
+        raise ValueError(
+            f"{path} is of a {own}-D network, spatial_dims is {spatial_dims}: use the configuration it was trained "
+            "with, for slices with slices.json, for volumes without."
+        )
+    return record
+
+
+def _spatial_dims(description: Any) -> int | None:
+    """The first one in the description of a network."""
+    if isinstance(description, Mapping) and isinstance(description.get("spatial_dims"), int):
+        return description["spatial_dims"]  # type: ignore[no-any-return]
+    parts: Iterable[Any] = description.values() if isinstance(description, Mapping) else ()
+    parts = description if isinstance(description, list) else parts
+    return next((dims for dims in map(_spatial_dims, parts) if dims is not None), None)
 
 
 def load_network(path: str | Path, **kwargs: Any) -> RegistrationNet:
-    """
-    Build a trained network from the record beside its weights, and load them.
-
-    Args:
-        path: checkpoint file.
-        kwargs: see :py:meth:`NetworkRecord.build`.
-
-    Returns:
-        The network in eval mode, on the CPU.
+    """Build a trained network from the record beside its checkpoint file, on the CPU and in eval mode, and load its
+    weights; ``kwargs`` of :py:meth:`NetworkRecord.build`.
 
     Raises:
         FileNotFoundError: When there is no such checkpoint or no record.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Plain and Anderson fixed-point iteration for displacement fields, as solvers of TorchDEQ.
+"""Plain and Anderson fixed-point iteration for displacement fields, as solvers of TorchDEQ.
 
 TorchDEQ's own solvers stop batch-wide by the raw L2 norm, return the lowest-residual state (the first, when the flow
 layer starts near zero), and let a NaN in one item reach the others. These stop item by item, by residual in voxels or
@@ -35,15 +34,8 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def residual_norms(fx: torch.Tensor, gx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Residual and relative residual of each item.
-
-    Args:
-        fx: ``(B, C, *spatial)``, ``g(x) - x``.
-        gx: ``(B, C, *spatial)``, ``g(x)``.
-
-    Returns:
-        ``(B,)`` RMS over voxels of ``|f|``, and ``(B,)`` ``|f| / |g|``, 0 where nothing moves.
+    """RMS over voxels of ``|f|`` and ``|f| / |g|``, 0 where nothing moves, ``(B,)`` each, of ``f = g(x) - x`` and ``g =
+    g(x)``, ``(B, C, *spatial)`` both.
     """
     norm = _norm(fx)
     return norm * max(fx[0, 0].numel(), 1) ** -0.5, torch.where(norm == 0, norm, norm / _norm(gx))
@@ -164,8 +156,7 @@ def plain_solver(
     damping: float = 1.0,
     patience: int = 0,
 ) -> SolverOutput:
-    """
-    Fixed-point iteration ``x <- x + damping * (g(x) - x)``, per item.
+    """Fixed-point iteration ``x <- x + damping * (g(x) - x)``, per item.
 
     An item stops when its residual (RMS over voxels of ``|g(x) - x|``) is at most ``tol``, when its relative residual
     is at most ``rel_tol``, when the map returns something non-finite for it (it then keeps its last finite state), or
@@ -175,22 +166,21 @@ def plain_solver(
         func: the map ``g``, ``(B, C, ...) -> (B, C, ...)``, that does not mix items of the batch.
         x0: initial state ``(B, C, ...)``.
         max_iter: step limit. Defaults to 48.
-        tol: tolerance in voxels (``stop_mode="abs"``) or relative (``"rel"``). 0 stops only at an exact fixed point.
+        tol: tolerance in voxels (``"abs"``) or relative (``"rel"``); 0 stops only at a fixed point. Defaults to 1e-3.
         stop_mode: ``"abs"`` or ``"rel"``, TorchDEQ's words. Defaults to ``"abs"``.
-        indexing: step numbers (from 1) whose states are returned. An index past the last step gets the final state.
+        indexing: step numbers (from 1) whose states are returned, past the last step the final one. Defaults to none.
         rel_tol: further tolerance on the relative residual. Defaults to 0.
-        ddf_channels: number of leading channels that are the displacement, where the state has a hidden part behind
-            it. The residuals recorded are those of the displacement alone; to stop, the hidden part must be at rest to
-            the same tolerance too, in its own units. Defaults to ``None``: all channels.
+        ddf_channels: number of leading channels that are the displacement, with a hidden state behind it. Residuals
+            recorded are those of the displacement; to stop, the hidden state must be at rest to the same tolerance too,
+            in its own units. Defaults to ``None``: all channels.
         damping: share of the step that is taken, in (0, 1]. Defaults to 1.
-        patience: number of steps after which an item whose residual has not fallen below its smallest takes steps
-            half as long from there on, down to a sixteenth: a map that steps across its fixed point and back again
-            cycles, and shorter steps come to rest there. Residuals are those of full steps all the same. Defaults to
-            0: steps are as long as they are.
+        patience: number of steps after which an item whose residual has not fallen below its smallest takes steps half
+            as long from there on, down to a sixteenth, so that a cycle across its fixed point comes to rest. Residuals
+            stay those of full steps. Defaults to 0: steps are as long as they are.
 
     Returns:
-        The final state, the states at ``indexing``, and TorchDEQ's statistics with a
-        :py:class:`SolverRecord` under ``"record"``.
+        The final state, the states at ``indexing``, and TorchDEQ's statistics with a :py:class:`SolverRecord` under
+        ``"record"``.
 
     Raises:
         ValueError: When an option is out of its range.
@@ -281,34 +271,21 @@ def anderson_solver(
     regularization: float = 1e-5,
     growth_limit: float = 2.0,
 ) -> SolverOutput:
-    """
-    Anderson acceleration (type II, no damping) of the fixed-point iteration, per item.
+    """Anderson acceleration (type II, no damping) of the fixed-point iteration, per item.
 
-    The next state mixes the last ``window`` images ``g(x_j)`` with the weights, summing to one, that minimise the
-    norm of the mixed residuals (Walker and Ni, SIAM J. Numer. Anal. 2011). The states are kept in their own
-    precision, ``2 * window`` of them; the small linear system is solved in float64. When a mixed step takes an item's
-    residual past ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
+    The next state mixes the last ``window`` images ``g(x_j)`` with the weights, summing to one, that minimise the norm
+    of the mixed residuals (Walker and Ni, SIAM J. Numer. Anal. 2011). The ``2 * window`` states kept have their own
+    precision; the small linear system is solved in float64. When a mixed step takes an item's residual past
+    ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
+
+    Arguments, return and errors as :py:func:`plain_solver`, and:
 
     Args:
-        func: the map ``g``.
-        x0: initial state ``(B, C, ...)``.
-        max_iter: step limit. Defaults to 48.
-        tol: see :py:func:`plain_solver`.
-        stop_mode: see :py:func:`plain_solver`.
-        indexing: see :py:func:`plain_solver`.
-        rel_tol: see :py:func:`plain_solver`.
-        ddf_channels: see :py:func:`plain_solver`. Mixing looks at the whole state.
         window: number of states mixed, at least 1 (1 is the plain iteration). Defaults to 4.
         regularization: ridge on the Gram matrix of the residuals, relative to their squared norms. Much below the
             rounding of float32 (1e-7), residuals that are alike get large weights of either sign by chance, which can
             throw the state far away at an unchanged residual. Defaults to 1e-5.
         growth_limit: growth of the residual at which the history is dropped, above 1. Defaults to 2.
-
-    Returns:
-        As :py:func:`plain_solver`.
-
-    Raises:
-        ValueError: When an option is out of its range.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
@@ -326,11 +303,7 @@ SOLVERS: dict[str, Callable[..., SolverOutput]] = {"plain": plain_solver, "ander
 
 
 def torchdeq_name(solver: str) -> str:
-    """
-    Name under which a solver is registered with TorchDEQ.
-
-    Args:
-        solver: ``"plain"`` or ``"anderson"``.
+    """Name under which a solver, ``"plain"`` or ``"anderson"``, is registered with TorchDEQ.
 
     Raises:
         ValueError: When there is no such solver.

@@ -20,9 +20,8 @@ def random_smooth_ddf(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """
-    Random smooth displacement fields: white noise under a Gaussian, scaled. The noise is drawn on the CPU, the same for
-    all devices, and smoothed on the one asked for.
+    """Random smooth displacement fields: white noise under a Gaussian, scaled. The noise is drawn on the CPU, the same
+    for all devices, and smoothed on the one asked for.
 
     Args:
         shape: ``(B, ndim, *spatial)``.
@@ -31,9 +30,6 @@ def random_smooth_ddf(
         seed: of the noise. Defaults to 0.
         device: device of the fields. Defaults to the CPU.
         dtype: their type. Defaults to ``torch.float32``.
-
-    Returns:
-        ``(B, ndim, *spatial)``.
 
     Raises:
         ValueError: When a number is out of its range.

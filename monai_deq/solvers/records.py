@@ -24,8 +24,7 @@ class StopReason:
 
 @dataclass(frozen=True)
 class SolverRecord:
-    """
-    Record of a solve, one entry per item of the batch, on the CPU and without gradient.
+    """Record of a solve, one entry per item of the batch, on the CPU and without gradient.
 
     Attributes:
         steps: ``(B,)``, evaluations of the map for the item; one that gave a non-finite result is not counted.
@@ -34,8 +33,8 @@ class SolverRecord:
         relative_residual: ``(B, N)``, ``|g(x_k) - x_k| / |g(x_k)|``; NaN after the item had stopped.
         converged: ``(B,)``, whether the item met a tolerance.
         reason: why each item stopped, one of the values of :py:class:`StopReason`.
-        coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the
-            one before. Empty where there was none.
+        coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the one
+            before. Empty where there was none.
     """
 
     steps: torch.Tensor
@@ -59,12 +58,7 @@ class SolverRecord:
         return self._last(self.relative_residual)
 
     def evaluations(self, spatial_dims: int) -> torch.Tensor:
-        """
-        What the solve has cost, ``(B,)``: evaluations of the map, those at a smaller size by their share of the voxels.
-
-        Args:
-            spatial_dims: 2 or 3.
-        """
+        """Cost of the solve, ``(B,)``: evaluations of the map, those at a smaller size by their share of the voxels."""
         total = self.steps.double()
         for level, steps in enumerate(self.coarse_steps, start=1):
             total = total + steps / 2.0 ** (spatial_dims * level)
@@ -75,12 +69,7 @@ class SolverRecord:
         return trace.gather(1, last[:, None])[:, 0]
 
     def item(self, index: int) -> dict[str, Any]:
-        """
-        The record of one item in plain Python values, fit for JSON: a residual that is not finite is ``None``.
-
-        Args:
-            index: position in the batch.
-        """
+        """The record of one item in plain Python values, fit for JSON: a residual that is not finite is ``None``."""
         n = int(self.steps[index])
         content: dict[str, Any] = json_ready(
             {

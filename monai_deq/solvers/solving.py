@@ -21,16 +21,14 @@ _COMMON = {"func", "x0", "max_iter", "tol", "stop_mode", "indexing", "rel_tol", 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """
-    How far a fixed point is solved for.
+    """How far a fixed point is solved for.
 
     Args:
         name: ``"plain"`` or ``"anderson"``. Defaults to ``"plain"``.
         max_steps: step limit. Defaults to 48 (paper, ``T``).
         tolerance: RMS residual in voxels at which an item stops. Defaults to 1e-3.
         relative_tolerance: relative residual at which an item stops. Defaults to 0 (not used).
-        options: further arguments of :py:func:`monai_deq.solvers.plain_solver` or
-            :py:func:`monai_deq.solvers.anderson_solver`. Defaults to none.
+        options: further arguments of :py:func:`plain_solver` or :py:func:`anderson_solver`. Defaults to none.
 
     Raises:
         ValueError: When the solver or an option is unknown, or a number out of its range.
@@ -59,11 +57,7 @@ class SolverSettings:
         SOLVERS[self.name](lambda x: x, torch.zeros(1, 1, 1), max_iter=1, **(self.options or {}))
 
     def changed(self, **changes: Any) -> SolverSettings:
-        """
-        The settings with some of them changed; ``None`` leaves one as it is. Options belong to one solver.
-
-        Args:
-            changes: fields by name.
+        """The settings with some fields changed; ``None`` leaves one as it is. Options belong to one solver.
 
         Raises:
             TypeError: When there is no such field.
@@ -79,12 +73,8 @@ class SolverSettings:
 
 
 def build_deq(settings: SolverSettings, **kwargs: Any) -> torch.nn.Module:
-    """
-    TorchDEQ's module with one of our solvers, stopping by residual in voxels.
-
-    Args:
-        settings: of the solver.
-        kwargs: further arguments of :py:func:`torchdeq.get_deq` (``grad``, ``tau``, ``n_states``, ``ift``, ...).
+    """TorchDEQ's module with one of our solvers, stopping by residual in voxels; ``kwargs`` of
+    :py:func:`torchdeq.get_deq` (``grad``, ``tau``, ``n_states``, ``ift``, ...).
     """
     # TorchDEQ's default core, "sliced", goes on from the end of each state's phantom steps: these would become a part
     # of the iteration, and its acceleration would start anew at each of them
@@ -104,18 +94,13 @@ def solve_fixed_point(
     settings: SolverSettings | None = None,
     ddf_channels: int | None = None,
 ) -> tuple[torch.Tensor, SolverRecord]:
-    """
-    Solve ``x = g(x)`` without gradients, under TorchDEQ's :py:func:`get_deq`.
+    """Solve ``x = g(x)`` without gradients, under TorchDEQ's :py:func:`get_deq`: the final state and the record.
 
     Args:
         func: the map ``g``, ``(B, C, *spatial) -> (B, C, *spatial)``.
         initial: initial state; half precision is raised to float32.
         settings: of the solver. Defaults to those of :py:class:`SolverSettings`.
-        ddf_channels: number of leading channels that are the displacement, where the state has a hidden part behind
-            it; residuals are then those of the displacement. Defaults to ``None``: all channels.
-
-    Returns:
-        The final state and the :py:class:`SolverRecord`.
+        ddf_channels: see :py:func:`plain_solver`. Defaults to ``None``: all channels.
 
     Raises:
         ValueError: When the map changes the shape.

@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from . import fields, images, keypoints, loading, saving, warping
+from . import fields, fixed_point_solver, loading, warping
 from .fields import *  # noqa: F403
-from .fixed_point_solver import FixedPointSolver, FixedPointSolverD, FixedPointSolverd, FixedPointSolverDict
-from .images import *  # noqa: F403
-from .keypoints import *  # noqa: F403
+from .fixed_point_solver import *  # noqa: F403
 from .loading import *  # noqa: F403
-from .saving import *  # noqa: F403
 from .warping import *  # noqa: F403
 
-__all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
-__all__ += fields.__all__ + images.__all__ + keypoints.__all__ + loading.__all__ + saving.__all__ + warping.__all__
+__all__ = fields.__all__ + fixed_point_solver.__all__ + loading.__all__ + warping.__all__

@@ -15,13 +15,13 @@ from monai.utils import TransformBackends, convert_to_tensor
 from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
 from monai_deq.networks.nets import RegistrationNet
-from monai_deq.transforms.warping import on_grid_of
+from monai_deq.transforms.warping import on_grid_of, require_keys
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
 
 
 def _plain(data: NdarrayOrTensor, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Channel-first image of any kind to a batch of one plain tensor."""
+    """A channel-first image of any kind as a batch of one plain tensor."""
     tensor = convert_to_tensor(data, track_meta=False)
     if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (3, 4):
         came = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(data).__name__
@@ -32,26 +32,20 @@ def _plain(data: NdarrayOrTensor, name: str, device: torch.device, dtype: torch.
 class FixedPointSolver(Transform):
     """
     Solve for the displacement that a registration network's map leaves unchanged, any number of steps beyond what
-    the network was trained with (paper, Eq. 5).
-
-    The warped image and the displacement live on the fixed image's grid: given MetaTensors, both carry the affine
-    and meta data of the fixed image. Images of any number type are converted to that of the network's parameters.
+    the network was trained with (paper, Eq. 5). Results lie on the grid and the device of the fixed image, with its
+    affine and meta data if it is a MetaTensor. Images of any number type are converted to that of the parameters.
 
     Args:
-        network: a :py:class:`monai_deq.networks.nets.RegistrationNet`. It is used in eval mode, and each of its modules
-            is left in the mode it was in.
-        solver: ``"plain"`` or ``"anderson"``. Defaults to the network's own.
-        max_steps: step limit. Defaults to the network's own.
-        tolerance: RMS residual in voxels at which to stop. Defaults to the network's own.
-        relative_tolerance: relative residual at which to stop. Defaults to the network's own.
+        network: a :py:class:`monai_deq.networks.nets.RegistrationNet`, else ``TypeError``. It is used in eval mode, and
+            each of its modules is left in the mode it was in.
+        solver: ``"plain"`` or ``"anderson"``. Defaults, as the next four, to the network's own.
+        max_steps: step limit.
+        tolerance: RMS residual in voxels at which to stop.
+        relative_tolerance: relative residual at which to stop.
         solver_options: further options of the solver.
         certificate: examine the solution, see :py:func:`monai_deq.certificates.check_certificate`; an empty dictionary
-            for what costs one step. Defaults to ``None``: not examined.
-        device: where to solve, for a network without parameters. Defaults to the device of the network's parameters.
-            Results come back to the device of the fixed image.
-
-    Raises:
-        TypeError: When the network is none.
+            for what costs one step. Defaults to None: not examined.
+        device: where to solve. Defaults to the device of the network's parameters.
     """
 
     backend = [TransformBackends.TORCH]
@@ -70,13 +64,8 @@ class FixedPointSolver(Transform):
         if not isinstance(network, RegistrationNet):
             raise TypeError(f"network must be a RegistrationNet, which can be solved, got {type(network).__name__}.")
         self.network = network
-        self.changes = {
-            "name": solver,
-            "max_steps": max_steps,
-            "tolerance": tolerance,
-            "relative_tolerance": relative_tolerance,
-            "options": solver_options,
-        }
+        self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
+        self.changes["relative_tolerance"] = relative_tolerance
         self.certificate = check_certificate(certificate)
         self.device = None if device is None else torch.device(device)
 
@@ -85,8 +74,7 @@ class FixedPointSolver(Transform):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """
         Args:
-            moving: ``(1, *spatial)``, intensities in [0, 1].
-            fixed: ``(1, *spatial)``, intensities in [0, 1].
+            moving, fixed: ``(1, *spatial)``, intensities in [0, 1].
             initial_ddf: displacement to start from, ``(ndim, *spatial)`` in voxels. Defaults to zero.
 
         Returns:
@@ -94,9 +82,6 @@ class FixedPointSolver(Transform):
             ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
             ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a certificate the
             fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution itself.
-
-        Raises:
-            ValueError: When the shapes do not fit.
         """
         # NumPy's default is float64, which the weights of a float32 network would refuse
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -118,8 +103,7 @@ class FixedPointSolver(Transform):
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
         warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
-        words = record.item(0)
-        words["evaluations"] = float(record.evaluations(ddf.ndim - 1)[0])
+        words = {**record.item(0), "evaluations": float(record.evaluations(ddf.ndim - 1)[0])}
         if certificates is not None:
             words.update(certificates[0].as_dict())
         elif self.certificate is not None:
@@ -132,14 +116,10 @@ class FixedPointSolverd(MapTransform):
     Dictionary-based wrapper of :py:class:`FixedPointSolver`.
 
     Args:
-        network: see :py:class:`FixedPointSolver`.
-        moving_key: key of the moving image. Defaults to ``"moving"``.
-        fixed_key: key of the fixed image. Defaults to ``"fixed"``.
-        initial_ddf_key: key of a displacement to start from; an item without it starts from zero. Defaults to none.
-        ddf_key: key under which the displacement is put. Defaults to ``"ddf"``.
-        warped_key: key under which the warped image is put. Defaults to ``"warped"``.
-        record_key: key under which the record is put. Defaults to ``"record"``.
-        kwargs: further arguments of :py:class:`FixedPointSolver`.
+        network, kwargs: see :py:class:`FixedPointSolver`.
+        moving_key, fixed_key: the images.
+        initial_ddf_key: a displacement to start from, if any; an item without it starts from zero.
+        ddf_key, warped_key, record_key: where displacement, warped image and record are put.
     """
 
     backend = FixedPointSolver.backend
@@ -156,24 +136,16 @@ class FixedPointSolverd(MapTransform):
         **kwargs: Any,
     ) -> None:
         super().__init__((moving_key, fixed_key))
-        self.moving_key = moving_key
-        self.fixed_key = fixed_key
-        self.initial_ddf_key = initial_ddf_key
-        self.ddf_key = ddf_key
-        self.warped_key = warped_key
-        self.record_key = record_key
+        self.moving_key, self.fixed_key, self.initial_ddf_key = moving_key, fixed_key, initial_ddf_key
+        self.ddf_key, self.warped_key, self.record_key = ddf_key, warped_key, record_key
         self.solve = FixedPointSolver(network, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Solve for the pair in ``data`` and put the displacement, the warped image and the record beside it."""
         d = dict(data)
-        for key in (self.moving_key, self.fixed_key):
-            if key not in d:
-                raise KeyError(f"FixedPointSolverd needs the key {key!r}, the item has {sorted(map(str, d))}.")
-        initial = d.get(self.initial_ddf_key) if self.initial_ddf_key is not None else None
-        d[self.warped_key], d[self.ddf_key], d[self.record_key] = self.solve(
-            d[self.moving_key], d[self.fixed_key], initial
-        )
+        require_keys(d, (self.moving_key, self.fixed_key), "FixedPointSolverd")
+        initial = None if self.initial_ddf_key is None else d.get(self.initial_ddf_key)
+        results = self.solve(d[self.moving_key], d[self.fixed_key], initial)
+        d[self.warped_key], d[self.ddf_key], d[self.record_key] = results
         return d
 
 

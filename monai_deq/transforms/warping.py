@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images, label maps and keypoints of an item warped by the displacement in it."""
+"""Images, label maps and keypoints of an item warped by the displacement in it, and what all transforms share."""
 
 from __future__ import annotations
 
@@ -33,20 +33,32 @@ def require_keys(data: Mapping[Hashable, Any], keys: Sequence[Hashable], transfo
         raise KeyError(f"{transform} finds no {absent} in the item, which has {sorted(map(str, data))}.")
 
 
-class WarpByDDFd(MapTransform):
+class PerKeyd(MapTransform):
+    """Base of what treats an item key by key: ``treat`` changes the item, its own copy."""
+
+    #: what goes with each of ``keys``, given to ``treat`` behind the key
+    beside: tuple[Sequence[Any], ...] = ()
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for _, key, *args in self.key_iterator(d, self.keys, *self.beside):
+            self.treat(d, key, *args)
+        return d
+
+
+class WarpByDDFd(PerKeyd):
     """
     Pull images or label maps back through a displacement field of the item. The results lie on the field's grid.
 
     Args:
         keys, allow_missing_keys: of the images ``(C, *spatial)``; see MONAI's ``MapTransform``.
-        ddf_key: displacement ``(ndim, *spatial)`` in voxels. Defaults to ``"ddf"``.
+        ddf_key: displacement ``(ndim, *spatial)`` in voxels.
         output_keys: where the results go. Defaults to ``keys`` (in place).
-        mode: ``"bilinear"``, or ``"nearest"`` for label maps; one, or one a key. Defaults to ``"bilinear"``. With
-            ``"nearest"`` the number type stays; with ``"bilinear"`` an image of whole numbers becomes float32.
-
-    Raises:
-        ValueError: When a mode is unknown, or the numbers of keys, output keys and modes differ.
-        KeyError: When the item has no displacement, or not one of ``keys``.
+        mode: ``"bilinear"`` (whole numbers become float32), or ``"nearest"`` for label maps (the number type stays);
+            one, or one a key.
     """
 
     backend = [TransformBackends.TORCH]
@@ -61,23 +73,18 @@ class WarpByDDFd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.ddf_key = ddf_key
-        self.output_keys = ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys))
-        self.mode = ensure_tuple_rep(mode, len(self.keys))
-        if not set(self.mode) <= {"bilinear", "nearest"}:
+        modes = ensure_tuple_rep(mode, len(self.keys))
+        self.beside = (ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys)), modes)
+        if not set(modes) <= {"bilinear", "nearest"}:
             raise ValueError(f'mode must be "bilinear" or "nearest", got {mode!r}.')
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        require_keys(d, (self.ddf_key,), "WarpByDDFd")
-        field = d[self.ddf_key]
-        ddf = convert_to_tensor(field, track_meta=False)
-        for key, out_key, mode in self.key_iterator(d, self.output_keys, self.mode):
-            image = convert_to_tensor(d[key], track_meta=False)
-            # label numbers are exact in float32 up to 2^24
-            work = image if image.is_floating_point() else image.to(torch.float32)
-            warped = warp_by_ddf(work[None], ddf[None].to(work.device), mode=mode)[0]
-            d[out_key] = on_grid_of(warped.to(image.dtype) if mode == "nearest" else warped, field)
-        return d
+    def treat(self, item: dict[Hashable, Any], key: Hashable, output_key: Hashable, mode: str) -> None:
+        require_keys(item, (self.ddf_key,), "WarpByDDFd")
+        ddf, image = (convert_to_tensor(item[k], track_meta=False) for k in (self.ddf_key, key))
+        # label numbers are exact in float32 up to 2^24
+        work = image if image.is_floating_point() else image.to(torch.float32)
+        warped = warp_by_ddf(work[None], ddf[None].to(work.device), mode=mode)[0]
+        item[output_key] = on_grid_of(warped.to(image.dtype) if mode == "nearest" else warped, item[self.ddf_key])
 
 
 class WarpPointsByDDF(Transform):
@@ -87,7 +94,7 @@ class WarpPointsByDDF(Transform):
 
     Args:
         outside: ``"refuse"`` points outside the grid of the field, or ``"clamp"``: they move by the displacement of
-            the nearest border point, and their number is logged. Defaults to ``"refuse"``.
+            the nearest border point, and their number is logged.
     """
 
     backend = [TransformBackends.TORCH]
@@ -99,31 +106,20 @@ class WarpPointsByDDF(Transform):
     def __call__(self, points: NdarrayOrTensor, ddf: NdarrayOrTensor) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
-            points: ``(N, ndim)``, voxels of the fixed image, coordinate ``i`` along array axis ``i``.
+            points: ``(N, ndim)``, finite, voxels of the fixed image, coordinate ``i`` along array axis ``i``.
             ddf: ``(ndim, *spatial)`` in voxels.
 
         Returns:
             ``(N, ndim)``, voxels of the moving image; float32, or float64 where points or field are.
-
-        Raises:
-            ValueError: When the shapes do not fit, a point is not finite, or lies outside and is refused.
         """
         plain_points, plain_ddf = (convert_to_tensor(value, track_meta=False) for value in (points, ddf))
         return warp_points_by_ddf(plain_points[None], plain_ddf[None], outside=self.outside)[0]
 
 
-class WarpPointsByDDFd(MapTransform):
+class WarpPointsByDDFd(PerKeyd):
     """
-    Dictionary-based wrapper of :py:class:`WarpPointsByDDF`.
-
-    Args:
-        keys, allow_missing_keys: of the points ``(N, ndim)`` of the fixed image; see MONAI's ``MapTransform``.
-        ddf_key: displacement ``(ndim, *spatial)`` in voxels. Defaults to ``"ddf"``.
-        output_keys: where the results go. Defaults to ``keys`` (in place).
-        outside: see :py:class:`WarpPointsByDDF`. Defaults to ``"refuse"``.
-
-    Raises:
-        KeyError: When the item has no displacement, or not one of ``keys``.
+    Dictionary-based wrapper of :py:class:`WarpPointsByDDF`, for the points ``(N, ndim)`` under ``keys``; for the other
+    arguments see :py:class:`WarpByDDFd`.
     """
 
     backend = WarpPointsByDDF.backend
@@ -138,15 +134,12 @@ class WarpPointsByDDFd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.ddf_key = ddf_key
-        self.output_keys = ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys))
+        self.beside = (ensure_tuple_rep(self.keys if output_keys is None else output_keys, len(self.keys)),)
         self.warp = WarpPointsByDDF(outside)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        require_keys(d, (self.ddf_key,), "WarpPointsByDDFd")
-        for key, out_key in self.key_iterator(d, self.output_keys):
-            d[out_key] = self.warp(d[key], d[self.ddf_key])
-        return d
+    def treat(self, item: dict[Hashable, Any], key: Hashable, output_key: Hashable) -> None:
+        require_keys(item, (self.ddf_key,), "WarpPointsByDDFd")
+        item[output_key] = self.warp(item[key], item[self.ddf_key])
 
 
 WarpByDDFD = WarpByDDFDict = WarpByDDFd

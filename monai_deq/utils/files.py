@@ -17,15 +17,7 @@ __all__ = ["json_ready", "refuse_existing", "replace_file", "write_json"]
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """
-    Write a file under a temporary name beside it and move it into place when the block ends without an exception.
-
-    Args:
-        path: where the file goes; its folder is made. The temporary name keeps the suffixes.
-
-    Yields:
-        The temporary path to write to.
-    """
+    """Write a file under a temporary name, of its suffixes, and move it into place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix
@@ -34,42 +26,24 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp lets the owner alone read; give what a plain open() would have given
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # as open() would have made it; mkstemp lets the owner alone read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:
-    """
-    Raise when a file that would be written is there already.
-
-    Args:
-        paths: files about to be written.
-        advice: what the user can do, put at the end of the message.
-
-    Raises:
-        FileExistsError: When one of them exists.
-    """
-    there = [str(p) for p in paths if Path(p).exists()]
-    if there:
+    """Raise FileExistsError, whose message ends with the advice, when one of the files about to be written exists."""
+    if there := [str(p) for p in paths if Path(p).exists()]:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise FileExistsError(f"{there[0]}{more} exists already and is not overwritten. {advice}")
 
 
 def json_ready(value: Any) -> Any:
-    """
-    A value as JSON takes it: numbers of NumPy and PyTorch as Python's, paths as text, ``None`` in place of NaN and
-    infinity, which JSON does not know.
+    """Numbers, texts, paths, mappings and sequences as JSON takes them; what else there is raises TypeError.
 
-    Args:
-        value: numbers, texts, and mappings and sequences of them.
-
-    Raises:
-        TypeError: When there is something else in it.
+    NumPy's and PyTorch's numbers and arrays become Python's; NaN and infinity, which JSON does not know, None.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -87,13 +61,6 @@ def json_ready(value: Any) -> Any:
 
 
 def write_json(path: str | Path, content: Any, indent: int = 2) -> None:
-    """
-    Write a JSON file that appears whole or not at all.
-
-    Args:
-        path: the file.
-        content: see :py:func:`json_ready`.
-        indent: of the text. Defaults to 2.
-    """
+    """Write a JSON file that appears whole or not at all; for the content see :py:func:`json_ready`."""
     with replace_file(path) as temporary:
         temporary.write_text(json.dumps(json_ready(content), indent=indent, allow_nan=False) + "\n", encoding="utf-8")

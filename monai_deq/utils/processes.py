@@ -12,15 +12,8 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
-    "end_processes",
-    "gather_items",
-    "gather_to_first",
-    "init_processes",
-    "local_device",
-    "mean_over_processes",
-    "process_count",
-    "process_rank",
-    "wait_for_all",
+    *("end_processes", "gather_items", "gather_to_first", "init_processes", "local_device", "mean_over_processes"),
+    *("process_count", "process_rank", "wait_for_all"),
 ]
 
 Item = TypeVar("Item")
@@ -41,34 +34,20 @@ def process_count() -> int:
 
 
 def local_device() -> torch.device:
-    """
-    Device of this process: the GPU with its number among the processes of the node, or the CPU where PyTorch finds no
-    GPU.
-
-    Raises:
-        ValueError: When the node has fewer GPUs than processes.
-    """
+    """The GPU with this process's number on the node, which must be there, or the CPU where PyTorch finds no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(
-            f"process {number} of this node has no GPU, there are {count}: start torchrun with --nproc_per_node of at "
-            "most that, or give --device cpu."
-        )
+        advice = "start torchrun with --nproc_per_node of at most that, or give --device cpu."
+        raise ValueError(f"process {number} of this node has no GPU, there are {count}: {advice}")
     return torch.device("cuda", number)
 
 
 def init_processes(device: torch.device | str) -> None:
-    """
-    Join the other processes that ``torchrun`` has started: by NCCL for tensors on a GPU, by Gloo for those on the CPU.
-    All processes but the first log warnings and errors only.
+    """Join the other processes of ``torchrun``, by NCCL for tensors on a GPU and by Gloo for those on the CPU.
 
-    Args:
-        device: where this process computes.
-
-    Raises:
-        RuntimeError: When the process was not started by ``torchrun``.
+    All processes but the first log warnings and errors only. RuntimeError when ``torchrun`` did not start this one.
     """
     device = torch.device(device)
     if not _in_group():
@@ -78,8 +57,7 @@ def init_processes(device: torch.device | str) -> None:
                 "torchrun --nproc_per_node=2 -m monai.bundle run ..."
             )
         if device.type == "cuda":
-            # otherwise what NCCL does by itself would happen on the first GPU in all of them
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # else what NCCL does by itself happens on the first GPU in all of them
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if process_rank() > 0:
         logging.disable(logging.INFO)
@@ -93,12 +71,7 @@ def end_processes() -> None:
 
 
 def gather_items(items: Sequence[Item]) -> list[Item]:
-    """
-    The items of all processes, those of the first process first. Each process may have any number of them.
-
-    Args:
-        items: what this process has; anything that can be pickled.
-    """
+    """The items of all processes, any number in each, those of the first process first; they must be picklable."""
     if process_count() == 1:
         return list(items)
     parts: list[list[Item]] = [[] for _ in range(process_count())]
@@ -107,12 +80,7 @@ def gather_items(items: Sequence[Item]) -> list[Item]:
 
 
 def gather_to_first(item: Item) -> list[Item] | None:
-    """
-    In the first process the items of all processes, in the order of their numbers; in the others ``None``.
-
-    Args:
-        item: what this process has; anything that can be pickled.
-    """
+    """In the first process the items (picklable) of all, in the order of their numbers; in the others None."""
     if process_count() == 1:
         return [item]
     parts = [item] * process_count() if process_rank() == 0 else None
@@ -121,12 +89,7 @@ def gather_to_first(item: Item) -> list[Item] | None:
 
 
 def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """
-    Mean of a tensor over the processes, without gradient.
-
-    Args:
-        value: of the same shape in all processes.
-    """
+    """Mean of a tensor, of the same shape in all processes, over them; without gradient."""
     value = value.detach()
     if process_count() == 1:
         return value

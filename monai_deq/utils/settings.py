@@ -20,17 +20,7 @@ __all__ = ["as_flag", "refuse_unknown_settings"]
 
 
 def as_flag(value: Any, name: str) -> bool:
-    """
-    A flag of a configuration: ``--resume false`` on the command line arrives as the text ``"false"``, which Python
-    takes for true.
-
-    Args:
-        value: a bool, or the text ``"true"`` or ``"false"`` in any case.
-        name: name of the flag, for the error.
-
-    Raises:
-        ValueError: When it is something else.
-    """
+    """A flag of a configuration; from the command line it is text, ``"true"`` or ``"false"`` in any case."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -39,17 +29,14 @@ def as_flag(value: Any, name: str) -> bool:
 
 
 def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
-    """
-    Refuse settings on the command line of ``python -m monai.bundle run`` that would do nothing: those that the
-    configuration does not have, which MONAI adds as new entries, and those that nothing refers to that is run, such as
-    a setting of another method. An entry that another setting of the command line refers to (``--my_update "{...}"
-    --update @my_update``) is none of these. Nothing happens in any other program.
+    """Refuse settings on the command line of ``python -m monai.bundle run`` that would do nothing (ValueError).
+
+    Those are settings that the configuration does not have, which MONAI adds as new entries, and settings to which
+    nothing refers that is run, such as one of another method; what another setting of the command line refers to
+    (``--my_update "{...}" --update @my_update``) is neither. Nothing happens in any other program.
 
     Args:
         argv: the words of the command, the program first. Defaults to those of this process.
-
-    Raises:
-        ValueError: When there are such settings.
     """
     words = list(sys.argv if argv is None else argv)
     if Path(words[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or words[1:2] != ["run"]:
@@ -82,10 +69,8 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
         said = (n + "".join(f" (is it {m}?)" for m in get_close_matches(n, sorted(known), 1)) for n in sorted(unknown))
         raise ValueError(f"{files} has no setting {', '.join(said)}.")
     if unused:
-        raise ValueError(
-            f"{config.get('method', files)} has no use for {', '.join(sorted(unused))}: leave it out, or take another "
-            "method."
-        )
+        user = config.get("method", files)
+        raise ValueError(f"{user} has no use for {', '.join(sorted(unused))}: leave it out, or take another method.")
 
 
 def _references(content: Any) -> set[str]:

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OASIS bundle, run the way a user runs it: through ``python -m monai.bundle``, from another folder."""
+"""The OASIS bundle, run the way a user runs it: by ``python -m monai.bundle``, from another folder."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from scipy.ndimage import map_coordinates
-from shell import output_of, run_bundle
+from shell import as_before, assert_equal, configs, error_of, output_of, run_bundle, run_bundle_in_shell, workflow
 
-from monai_deq.data import write_sample_cohort
-
-BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
 # a tiny network and schedule; every one of them is a plain override of the bundle's settings
 TINY = {
     "max_epochs": 1,
@@ -29,118 +26,114 @@ TINY = {
     "val_steps": 3,
     "split_sizes": "[3,2,2]",
 }
+IMAGES = {2: ("slice_norm.nii.gz", "slice_seg24.nii.gz"), 3: ("aligned_norm.nii.gz", "aligned_seg35.nii.gz")}
 
 
-def configs(name: str, spatial_dims: int) -> str:
-    files = [BUNDLE / f"{name}.json", *([BUNDLE / "slices.json"] if spatial_dims == 2 else [])]
-    return str([str(f) for f in files])
+def files(name: str, spatial_dims: int, *overlays: str) -> list[str]:
+    return configs("oasis", name, *(["slices.json"] if spatial_dims == 2 else []), *overlays)
 
 
-def bundle(run_id: str, name: str, spatial_dims: int, folder: Path, **overrides: object) -> subprocess.CompletedProcess:
-    return run_bundle(run_id, configs(name, spatial_dims), folder, **overrides)
+def bundle(run_id: str, name: str, spatial_dims: int, folder: Path, shell: bool = False, **overrides: object) -> str:
+    run = run_bundle_in_shell if shell else run_bundle
+    return output_of(run(run_id, files(name, spatial_dims), folder, **overrides))
 
 
-def succeed(*args: object, **kwargs: object) -> str:
-    return output_of(bundle(*args, **kwargs))  # type: ignore[arg-type]
+def fail(message: str, run_id: str, name: str, spatial_dims: int, folder: Path, **overrides: object) -> None:
+    error = error_of(run_bundle(run_id, files(name, spatial_dims), folder, **overrides))
+    assert message in error, error[-4000:]
 
 
-def fail(message: str, *args: object, **kwargs: object) -> None:
-    result = bundle(*args, **kwargs)  # type: ignore[arg-type]
-    assert result.returncode != 0
-    assert message in result.stdout + result.stderr, result.stderr[-4000:]
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "models" / "last.pt", weights_only=True)
+
+
+def losses(out: str) -> list[str]:
+    return re.findall(r"train_loss: (\S+)", out)
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample_cohort(
-        tmp_path_factory.mktemp("data") / "cohort", 7, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
-    )
+def trainings(tmp_path_factory: pytest.TempPathFactory, brain_cohort: Path) -> dict[int, tuple[Path, str]]:
+    """One for slices, one for volumes, with what was printed."""
+    done = {}
+    for dims in (2, 3):
+        folder = tmp_path_factory.mktemp(f"trained{dims}")
+        settings = {"dataset_dir": brain_cohort, "bundle_root": folder, **TINY}
+        done[dims] = folder, bundle("training", "train", dims, folder, dims == 3, **settings)
+    return done
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> tuple[int, Path]:
-    folder = tmp_path_factory.mktemp(f"trained{request.param}")
-    succeed("training", "train", request.param, folder, dataset_dir=cohort, bundle_root=folder, **TINY)
-    return request.param, folder
+@pytest.fixture(params=[2, 3])
+def trained(request: pytest.FixtureRequest, trainings: dict[int, tuple[Path, str]]) -> tuple[int, Path]:
+    return request.param, trainings[request.param][0]
 
 
 def test_training_writes_checkpoints_and_logs(trained: tuple[int, Path]) -> None:
     spatial_dims, folder = trained
-    assert {p.name for p in folder.glob("models*/**/*") if p.is_file()} == {"last.pt", "model.pt", "model.json"}
-    settings = json.loads(next(folder.glob("models*/**/model.json")).read_text())
-    assert settings["spatial_dims"] == spatial_dims and settings["max_steps"] == 3
-    assert list(folder.glob("eval*/**/events.out.tfevents.*"))
+    assert {p.name for p in (folder / "models").iterdir()} == {"last.pt", "model.pt", "model.json"}
+    assert list((folder / "eval").glob("events.out.tfevents.*"))
+    record = json.loads((folder / "models" / "model.json").read_text())
+    assert set(record) == {"network", "method", "spatial_size", "steps", "preprocessing", "training"}
+    network = record["network"]
+    assert network["_target_"] == "monai_deq.networks.nets.DEQRegistrationNet" and network["coarse"] is None
+    assert network["update"]["spatial_dims"] == spatial_dims
+    assert network["solver"]["max_steps"] == 3 and network["gradient"]["num_states"] == 1
+    assert (record["method"], record["steps"], record["spatial_size"]) == ("DEQReg", 3, None)
+    assert record["training"] == {
+        "smoothness_weight": 1.0 if spatial_dims == 2 else 0.1,
+        "learning_rate": 0.0005 if spatial_dims == 2 else 0.0015,
+        "training_pairs": 2,
+        "epoch": 1,
+    }
+    checkpoint = last(folder)
+    objects = {"optimizer", "lr_scheduler", "loss", "pool", "pool_draws"}
+    assert set(checkpoint) == {"network", "averaged", *objects, "training", "scaler"}
+    assert checkpoint["training"]["epoch"] == 1 and checkpoint["training"]["pairs"] == 2
 
 
-def test_evaluation_files_agree_with_each_other(trained: tuple[int, Path], cohort: Path, tmp_path: Path) -> None:
+def test_evaluation_files_agree_with_each_other(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:
     spatial_dims, folder = trained
-    out = succeed(
-        "evaluating",
-        "evaluate",
-        spatial_dims,
-        tmp_path,
-        dataset_dir=cohort,
-        bundle_root=folder,
-        output_dir=tmp_path / "out",
-        split_sizes="[3,2,2]",
-        solver_steps=3,
-        batch_size=2,
-    )
+    common = {"dataset_dir": brain_cohort, "bundle_root": folder, "output_dir": "out", "split_sizes": "[3,2,2]"}
+    settings = {**common, "solver_steps": 2, "batch_size": 2}
+    out = bundle("evaluating", "evaluate", spatial_dims, tmp_path, spatial_dims == 2, **settings)
     assert "dice_before" in out and "folded_percent" in out and "residual" in out
     summary = json.loads((tmp_path / "out" / "evaluation_summary.json").read_text())
     with (tmp_path / "out" / "evaluation_pairs.csv").open() as f:
         rows = list(csv.DictReader(f))
     assert summary["label_set"] == "all" and len(summary["labels"]) == (24 if spatial_dims == 2 else 35)
-    assert [(r["fixed"], r["moving"]) for r in rows] == [
-        ("OASIS_OAS1_9006_MR1", "OASIS_OAS1_9007_MR1"),
-        ("OASIS_OAS1_9007_MR1", "OASIS_OAS1_9006_MR1"),
-    ]
+    subjects = [f"OASIS_OAS1_900{n}_MR1" for n in (6, 7)]
+    assert [[r["fixed"], r["moving"]] for r in rows] == [subjects, subjects[::-1]]
     for name in ("dice", "dice_before", "hd", "hd95", "folded_percent", "std_log_jacobian", "sdlogj_learn2reg"):
         values = [float(r[name]) for r in rows]
         assert summary["summary"][name]["mean"] == pytest.approx(np.mean(values))
         assert summary["summary"][name]["std"] == pytest.approx(np.std(values, ddof=1))
-    assert {r["steps"] for r in rows} <= {"1", "2", "3"}
+    assert {r["steps"] for r in rows} == {"2"}
     # before registration, counted here from the files
-    labels = [
-        np.asarray(nib.load(cohort / s / f"{'slice_seg24' if spatial_dims == 2 else 'aligned_seg35'}.nii.gz").dataobj)
-        for s in ("OASIS_OAS1_9006_MR1", "OASIS_OAS1_9007_MR1")
-    ]
+    labels = [np.asarray(nib.load(brain_cohort / s / IMAGES[spatial_dims][1]).dataobj) for s in subjects]
     both = [n for n in np.unique(labels[0]) if n and n in labels[1]]
     dice = [2 * ((labels[0] == n) & (labels[1] == n)).sum() / sum((x == n).sum() for x in labels) for n in both]
     assert float(rows[0]["dice_before"]) == pytest.approx(np.mean(dice), abs=1e-6)
     # and after, with the very command refused to overwrite it
-    fail(
-        "exists already and is not overwritten",
-        "run",
-        "evaluate",
-        spatial_dims,
-        tmp_path,
-        dataset_dir=cohort,
-        bundle_root=folder,
-        output_dir=tmp_path / "out",
-        split_sizes="[3,2,2]",
-    )
+    fail("exists already and is not overwritten", "run", "evaluate", spatial_dims, tmp_path, **common)
 
 
-def test_inference_of_two_scans(trained: tuple[int, Path], cohort: Path, tmp_path: Path) -> None:
+def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:
     spatial_dims, folder = trained
-    image, label = ("slice_norm", "slice_seg24") if spatial_dims == 2 else ("aligned_norm", "aligned_seg35")
-    fixed, moving = cohort / "OASIS_OAS1_9006_MR1", cohort / "OASIS_OAS1_9007_MR1"
+    image, label = IMAGES[spatial_dims]
+    fixed, moving = brain_cohort / "OASIS_OAS1_9006_MR1", brain_cohort / "OASIS_OAS1_9007_MR1"
     arguments = {
-        "fixed": fixed / f"{image}.nii.gz",
-        "moving": moving / f"{image}.nii.gz",
-        "moving_label": moving / f"{label}.nii.gz",
+        "fixed": fixed / image,
+        "moving": moving / image,
+        "moving_label": moving / label,
         "bundle_root": folder,
         "output_dir": tmp_path / "out",
         "solver_steps": 3,
     }
-    succeed("inference", "inference", spatial_dims, tmp_path, **arguments)
-    files = {
-        p.name.removeprefix(f"{moving.name}_{image}_to_{fixed.name}_{image}_") for p in (tmp_path / "out").iterdir()
-    }
-    assert files == {"warped.nii.gz", "ddf.nii.gz", "warped_label.nii.gz", "record.json"}
-    name = f"{moving.name}_{image}_to_{fixed.name}_{image}_"
-    fixed_nii, moving_nii = (nib.load(d / f"{image}.nii.gz") for d in (fixed, moving))
+    bundle("inference", "inference", spatial_dims, tmp_path, spatial_dims == 3, **arguments)
+    stem = image.removesuffix(".nii.gz")
+    name = f"{moving.name}_{stem}_to_{fixed.name}_{stem}_"
+    written = {p.name.removeprefix(name) for p in (tmp_path / "out").iterdir()}
+    assert written == {"warped.nii.gz", "ddf.nii.gz", "warped_label.nii.gz", "record.json"}
+    fixed_nii, moving_nii = (nib.load(d / image) for d in (fixed, moving))
     warped, ddf = (nib.load(tmp_path / "out" / f"{name}{n}.nii.gz") for n in ("warped", "ddf"))
     assert warped.shape == fixed_nii.shape and ddf.shape == (*fixed_nii.shape, spatial_dims)
     assert np.allclose(warped.affine, fixed_nii.affine) and np.allclose(ddf.affine, fixed_nii.affine)
@@ -156,11 +149,11 @@ def test_inference_of_two_scans(trained: tuple[int, Path], cohort: Path, tmp_pat
     assert record["steps"] == 3 and (record["reason"], record["verdict"]) == ("step limit", "step limit")
     # three steps and one from there are four
     start = tmp_path / "out" / f"{name}ddf.nii.gz"
-    warm = {**arguments, "initial_ddf": start, "solver_steps": 1, "output_dir": tmp_path / "warm"}
-    succeed("inference", "inference", spatial_dims, tmp_path, **warm)
-    examined = {**arguments, "solver_steps": 4, "output_dir": tmp_path / "four"}
+    warm = {**arguments, "initial_ddf": start, "solver_steps": 1, "output_dir": "warm"}
+    bundle("inference", "inference", spatial_dims, tmp_path, **warm)
+    examined = {**arguments, "solver_steps": 4, "output_dir": "four"}
     settings = "{'spectral_iterations': 3, 'random_starts': 1}"
-    succeed("inference", "inference", spatial_dims, tmp_path, **examined, certificate=settings)
+    bundle("inference", "inference", spatial_dims, tmp_path, **examined, certificate=settings)
     fields = [np.asarray(nib.load(tmp_path / d / f"{name}ddf.nii.gz").dataobj) for d in ("warm", "four", "out")]
     np.testing.assert_allclose(fields[0], fields[1], atol=1e-5)
     assert np.abs(fields[0] - fields[2]).max() > 1e-3
@@ -168,39 +161,47 @@ def test_inference_of_two_scans(trained: tuple[int, Path], cohort: Path, tmp_pat
     assert record["spectral_radius"] > 0 and record["start_distance"] > 0
 
 
-def test_inference_over_a_list(trained: tuple[int, Path], cohort: Path, tmp_path: Path) -> None:
+def test_inference_over_a_list(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:
     spatial_dims, folder = trained
-    image = "slice_norm" if spatial_dims == 2 else "aligned_norm"
-    scans = [str(cohort / f"OASIS_OAS1_900{n}_MR1" / f"{image}.nii.gz") for n in (1, 2, 3)]
+    scans = [str(brain_cohort / f"OASIS_OAS1_900{n}_MR1" / IMAGES[spatial_dims][0]) for n in (1, 2, 3)]
+    settings = {"pairs": "pairs.json", "bundle_root": folder, "output_dir": "out"}
+    if spatial_dims == 3:  # scans named as in Learn2Reg OASIS
+        scans = [str(shutil.copy(scan, tmp_path / f"OASIS_000{i}_0000.nii.gz")) for i, scan in enumerate(scans, 1)]
+        settings["submission_dir"] = "submission"
     pairs = [{"fixed": scans[0], "moving": scans[1]}, {"fixed": scans[1], "moving": scans[2]}]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    common = {"pairs": "pairs.json", "bundle_root": folder, "output_dir": "out"}
-    submission = {"submission_dir": "submission"} if spatial_dims == 3 else {}
-    if submission:  # scans named as in Learn2Reg OASIS
-        renamed = [shutil.copy(scan, tmp_path / f"OASIS_000{i}_0000.nii.gz") for i, scan in enumerate(scans, 1)]
-        pairs = [{"fixed": str(renamed[i]), "moving": str(renamed[i + 1])} for i in range(2)]
-        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    succeed("run", "inference", spatial_dims, tmp_path, **common, **submission)
+    bundle("run", "inference", spatial_dims, tmp_path, **settings)
     assert len(list((tmp_path / "out").glob("*_warped.nii.gz"))) == 2
-    for i in range(2 * len(submission)):
-        moving, fixed = f"OASIS_000{i + 2}_0000", f"OASIS_000{i + 1}_0000"
-        written = nib.load(tmp_path / "submission" / f"disp_000{i + 1}_0000_000{i + 2}_0000.nii.gz")
-        field = nib.load(tmp_path / "out" / f"{moving}_to_{fixed}_ddf.nii.gz")
-        np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(field.dataobj))
+    if spatial_dims == 3:
+        for i in (1, 2):
+            moving, fixed = f"OASIS_000{i + 1}_0000", f"OASIS_000{i}_0000"
+            written = nib.load(tmp_path / "submission" / f"disp_000{i}_0000_000{i + 1}_0000.nii.gz")
+            field = nib.load(tmp_path / "out" / f"{moving}_to_{fixed}_ddf.nii.gz")
+            np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(field.dataobj))
 
 
-def test_resumed_training_is_the_same_as_an_uninterrupted_one(cohort: Path, tmp_path: Path) -> None:
-    settings = {**TINY, "dataset_dir": cohort, "lr_decay_power": 0.0}
-    succeed("training", "train", 2, tmp_path, **{**settings, "bundle_root": tmp_path / "a", "max_epochs": 2})
-    succeed("training", "train", 2, tmp_path, **{**settings, "bundle_root": tmp_path / "b", "max_epochs": 1})
-    fail("--resume true", "training", "train", 2, tmp_path, **{**settings, "bundle_root": tmp_path / "b"})
-    succeed(
-        "run", "train", 2, tmp_path, **{**settings, "bundle_root": tmp_path / "b", "max_epochs": 2, "resume": "true"}
-    )
-    states = [torch.load(next((tmp_path / x).glob("models*/**/last.pt")), weights_only=True) for x in "ab"]
-    assert states[0]["trainer"] == states[1]["trainer"]
-    for a, b in zip(states[0]["network"].values(), states[1]["network"].values(), strict=True):
-        assert torch.equal(a, b)
+def test_training_is_reproducible(trainings: dict[int, tuple[Path, str]], brain_cohort: Path, tmp_path: Path) -> None:
+    folder, out = trainings[3]
+    again = bundle("training", "train", 3, tmp_path, dataset_dir=brain_cohort, bundle_root=tmp_path, **TINY)
+    assert losses(again) and losses(again) == losses(out)
+    assert_equal(last(tmp_path), last(folder))
+
+
+def test_resumed_training_is_the_same_as_an_uninterrupted_one(
+    trainings: dict[int, tuple[Path, str]], brain_cohort: Path, tmp_path: Path
+) -> None:
+    settings = {**TINY, "dataset_dir": brain_cohort, "max_epochs": 2}
+    bundle("run", "train", 2, tmp_path, bundle_root="whole", **settings)
+    # the schedule is that of two epochs in both
+    bundle("run", "train", 2, tmp_path, bundle_root="parts", **settings, **{"train#trainer#max_epochs": 1})
+    fail("--resume true", "training", "train", 2, tmp_path, bundle_root="parts", **settings)
+    bundle("run", "train", 2, tmp_path, True, bundle_root="parts", resume="true", **settings)
+    assert_equal(last(tmp_path / "parts"), last(tmp_path / "whole"))
+    records = [(tmp_path / name / "models" / "model.json").read_text() for name in ("parts", "whole")]
+    assert records[0] == records[1]
+    # with a schedule of another length it is not resumed
+    shorter = {**TINY, "dataset_dir": brain_cohort, "bundle_root": trainings[2][0], "max_epochs": 2, "resume": "true"}
+    fail("its schedule has ended", "training", "train", 2, tmp_path, **shorter)
 
 
 @pytest.mark.parametrize(
@@ -208,74 +209,62 @@ def test_resumed_training_is_the_same_as_an_uninterrupted_one(cohort: Path, tmp_
     [
         ("does not exist", {"dataset_dir": "nowhere"}),
         ("No OASIS data set", {"dataset_dir": "."}),
-        ("unknown solver 'newton'", {"finest_network#solver": "newton", "dataset_dir": "@cohort"}),
-        ("7 subjects", {"split_sizes": "[300,30,84]", "dataset_dir": "@cohort"}),
+        ("unknown solver 'newton'", {"solver#name": "newton"}),
+        ("7 subjects", {"split_sizes": "[300,30,84]"}),
+        ("checkpointed must be true or false, got 'maybe'", {"checkpointed": "maybe"}),
+        ("enabled must be True or False, got 'false'", {"rest#enabled": "false"}),
+        ("has no setting max_epoch (is it max_epochs?)", {"max_epoch": 2}),
+        ("has no setting pooled", {"pooled": "true"}),
+        ("unexpected keyword argument 'relaxatio'", {"rest#relaxatio": 0.3}),
+        # the sample trains without what makes an iteration come to rest
+        ("relaxation 0.25 does nothing unless rest is enabled", {"rest#relaxation": 0.25}),
     ],
 )
-def test_bad_settings_of_training(message: str, overrides: dict[str, str], cohort: Path, tmp_path: Path) -> None:
-    overrides = {k: str(cohort) if v == "@cohort" else v for k, v in overrides.items()}
-    fail(message, "training", "train", 2, tmp_path, **{**TINY, **overrides})
+def test_bad_settings_of_training(message: str, overrides: dict[str, str], brain_cohort: Path, tmp_path: Path) -> None:
+    fail(message, "training", "train", 2, tmp_path, **{**TINY, "dataset_dir": brain_cohort, **overrides})
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def test_bad_scans_and_checkpoints_of_inference(trained: tuple[int, Path], cohort: Path, tmp_path: Path) -> None:
+def test_bad_scans_and_checkpoints_of_inference(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:
     spatial_dims, folder = trained
-    image = "slice_norm" if spatial_dims == 2 else "aligned_norm"
-    good = cohort / "OASIS_OAS1_9001_MR1" / f"{image}.nii.gz"
+    good = brain_cohort / "OASIS_OAS1_9001_MR1" / IMAGES[spatial_dims][0]
     truncated = tmp_path / "truncated.nii.gz"
     truncated.write_bytes(good.read_bytes()[:-200])
     for message, arguments in {
         "truncated.nii.gz": {"moving": truncated},
         "does not exist": {"moving": "nowhere.nii.gz"},
         "no checkpoint at": {"moving": good, "ckpt_path": "nowhere.pt"},
+        "both --fixed and --moving": {"initial_ddf": good},
     }.items():
-        fail(
-            message,
-            "run",
-            "inference",
-            spatial_dims,
-            tmp_path,
-            fixed=good,
-            bundle_root=folder,
-            output_dir="o",
-            **arguments,
-        )
-    assert not (tmp_path / "o").exists()
-    fail("both --fixed and --moving", "run", "inference", spatial_dims, tmp_path, initial_ddf=good, bundle_root=folder)
+        settings = {"fixed": good, "bundle_root": folder, "output_dir": "o", **arguments}
+        fail(message, "run", "inference", spatial_dims, tmp_path, **settings)
+    # weights without their record, or with another one
+    weights = tmp_path / "model.pt"
+    shutil.copy(folder / "models" / "model.pt", weights)
+    settings = {"fixed": good, "moving": good, "ckpt_path": weights, "output_dir": "o"}
+    fail("no record at", "run", "inference", spatial_dims, tmp_path, **settings)
+    record = json.loads((folder / "models" / "model.json").read_text())
+    record["network"]["update"]["backbone"]["final_channels"] = [16]
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    fail("another architecture", "run", "inference", spatial_dims, tmp_path, **settings)
     # the network of the other number of dimensions
-    other = 5 - spatial_dims
-    wrong = cohort / "OASIS_OAS1_9001_MR1" / f"{'slice_norm' if other == 2 else 'aligned_norm'}.nii.gz"
-    checkpoint = next(folder.glob("models*/**/model.pt"))
-    fail("another architecture", "run", "inference", other, tmp_path, fixed=wrong, moving=wrong, ckpt_path=checkpoint)
+    other = brain_cohort / "OASIS_OAS1_9001_MR1" / IMAGES[5 - spatial_dims][0]
+    settings = {"fixed": other, "moving": other, "bundle_root": folder, "output_dir": "o"}
+    fail(f"is of a {spatial_dims}-D network", "run", "inference", 5 - spatial_dims, tmp_path, **settings)
+    settings = {"dataset_dir": brain_cohort, "split_sizes": "[3,2,2]", "bundle_root": folder, "output_dir": "o"}
+    fail(f"is of a {spatial_dims}-D network", "run", "evaluate", 5 - spatial_dims, tmp_path, **settings)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("name, workflow_type", [("train", "train"), ("evaluate", "infer"), ("inference", "infer")])
-@pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_properties_of_the_bundle_specification(
-    name: str, workflow_type: str, spatial_dims: int, cohort: Path, tmp_path: Path
+    name: str, workflow_type: str, trained: tuple[int, Path], brain_cohort: Path
 ) -> None:
-    files = [str(BUNDLE / f"{name}.json"), *([str(BUNDLE / "slices.json")] if spatial_dims == 2 else [])]
-    workflow = ConfigWorkflow(
-        config_file=files,
-        workflow_type=workflow_type,
-        logging_file=False,
-        dataset_dir=str(cohort),
-        bundle_root=str(tmp_path),
-        split_sizes=[3, 2, 2],
-    )
-    workflow.initialize()
-    assert workflow.check_properties() == []
-    assert workflow.network_def is not None
-    workflow.finalize()
-
-
-def test_tensorboard_and_losses_are_reproducible(cohort: Path, tmp_path: Path) -> None:
-    outputs = []
-    for run in "ab":
-        folder = tmp_path / run
-        out = succeed("training", "train", 3, tmp_path, **{**TINY, "dataset_dir": cohort, "bundle_root": folder})
-        outputs.append([line.split("train_loss:")[1].strip() for line in out.splitlines() if "train_loss:" in line])
-        assert outputs[-1]
-    assert outputs[0] == outputs[1]
-    states = [torch.load(tmp_path / x / "models" / "last.pt", weights_only=True)["network"] for x in "ab"]
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    spatial_dims, folder = trained
+    settings = {"dataset_dir": brain_cohort, "bundle_root": folder, "split_sizes": [3, 2, 2]}
+    with as_before():
+        created = workflow(files(name, spatial_dims), workflow_type, **settings)
+        created.initialize()
+        assert created.check_properties() == []
+        assert created.network_def is not None
+        created.finalize()

@@ -5,121 +5,132 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from shell import output_of, run_bundle
+from shell import assert_equal, configs, error_of, output_of, run_bundle
 
-from monai_deq.data import write_sample_cohort
+TINY: dict[str, Any] = {
+    "split_sizes": "[2,2,1]",
+    "max_epochs": 1,
+    "pairs_per_epoch": 6,
+    "max_steps": 3,
+    "val_steps": 4,
+    "lr_decay_power": 0.0,
+    "rest#enabled": True,
+    "rest#pool_slots": 2,
+    "rest#pool_renewal": 0.3,
+}
+# two epochs, stopped after the first
+STOPPED = {"max_epochs": 2, "train#trainer#max_epochs": 1}
 
-BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "oasis"
+
+def files(name: str, spatial_dims: int = 2) -> list[str]:
+    return configs("oasis", name, *(["slices.json"] if spatial_dims == 2 else []))
 
 
-def bundle(run_id: str, config: str, folder: Path, spatial_dims: int, **overrides: object) -> None:
-    files = [f"{config}.json", *(["slices.json"] if spatial_dims == 2 else [])]
-    overrides = {"bundle_root": folder, "split_sizes": "[2,2,1]", **overrides}
-    output_of(run_bundle(run_id, [str(BUNDLE / f) for f in files], folder.parent, **overrides))
-
-
-def train(folder: Path, spatial_dims: int, **overrides: object) -> dict:
-    settings = {"pooled": True, "pairs_per_epoch": 6, "max_steps": 3, "pool_slots": 2, "pool_renewal": 0.3}
-    settings["val_steps"] = 4
-    bundle("training", "train", folder, spatial_dims, **{**settings, **overrides})
+def train(folder: Path, cohort: Path, spatial_dims: int = 2, **overrides: object) -> dict[str, Any]:
+    settings = {"dataset_dir": cohort, "bundle_root": folder, **TINY, **overrides}
+    output_of(run_bundle("training", files("train", spatial_dims), folder.parent, **settings))
     return torch.load(folder / "models" / "last.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample_cohort(
-        tmp_path_factory.mktemp("data") / "cohort", 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)
-    )
-
-
-@pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_resumed_training_is_that_of_one_go(spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
-    common = {"dataset_dir": cohort, "lr_decay_power": 0.0, "pool_starts": 2, "batch_size": 1}
-    whole = train(tmp_path / "whole", spatial_dims, max_epochs=2, **common)
-    half = train(tmp_path / "parts", spatial_dims, max_epochs=1, **common)
+def test_resumed_training_is_that_of_one_go(brain_cohort: Path, tmp_path: Path) -> None:
+    common = {"batch_size": 1, "rest#random_start_share": 0.5}
+    whole = train(tmp_path / "whole", brain_cohort, max_epochs=2, **common)
+    half = train(tmp_path / "parts", brain_cohort, **common, **STOPPED)
     assert (half["pool"]["tickets"] >= 0).all() and half["pool"]["states"].abs().max() > 0
-    parts = train(tmp_path / "parts", spatial_dims, max_epochs=2, resume=True, **common)
-    assert parts["trainer"] == whole["trainer"]
-    torch.testing.assert_close(parts["network"], whole["network"])
-    torch.testing.assert_close(parts["pool"], whole["pool"])
+    parts = train(tmp_path / "parts", brain_cohort, max_epochs=2, resume=True, **common)
+    assert_equal(parts, whole)
     # the pairs went on from where they stood
-    tickets = {int(t) for t in whole["pool"]["tickets"]}
-    assert max(tickets) // 2 < 12 - 1
-    # each pair from two starts, which have not come to the same place after so few steps
-    states = whole["pool"]["states"]
-    assert len(states) == 4 and (states[::2] - states[1::2]).flatten(1).abs().amax(1).min() > 0.1
+    assert whole["pool"]["tickets"].max() < 12 - 1
 
 
-def test_running_mean_of_the_weights(cohort: Path, tmp_path: Path) -> None:
-    common = {"dataset_dir": cohort, "lr_decay_power": 0.0, "batch_size": 1, "ema_momentum": 0.25}
-    one = {**common, "pairs_per_epoch": 1, "max_epochs": 1}
-    first = train(tmp_path / "first", 2, **one)
+def test_running_mean_of_the_weights(brain_cohort: Path, tmp_path: Path) -> None:
+    common = {"batch_size": 1, "ema_momentum": 0.25}
+    one = {**common, "pairs_per_epoch": 1}
+    first = train(tmp_path / "first", brain_cohort, **one)
     # from given weights the mean begins with them
     start = tmp_path / "first" / "models" / "last.pt"
-    second = train(tmp_path / "second", 2, weights=start, **one)
+    second = train(tmp_path / "second", brain_cohort, weights=start, **one)
     for name, weight in second["network"].items():
         mean = 0.75 * first["network"][name] + 0.25 * weight
         torch.testing.assert_close(second["averaged"][name], mean)
     assert any(not torch.equal(second["averaged"][k], w) for k, w in second["network"].items())
     best = torch.load(tmp_path / "second" / "models" / "model.pt", weights_only=True)
-    torch.testing.assert_close(best, second["averaged"], rtol=0, atol=0)
+    assert_equal(best, second["averaged"])
+    record = json.loads((tmp_path / "second" / "models" / "model.json").read_text())
+    assert record["training"]["training_pairs"] == 2
     # resumed as if in one go; begun without a mean, it starts where the training stands
-    whole = train(tmp_path / "whole", 2, max_epochs=2, **common)
-    train(tmp_path / "parts", 2, max_epochs=1, **common)
-    parts = train(tmp_path / "parts", 2, max_epochs=2, resume=True, **common)
-    for key in ("network", "averaged"):
-        torch.testing.assert_close(parts[key], whole[key])
-    without = train(tmp_path / "without", 2, **{**one, "ema_momentum": "$None"})
+    two = {**common, "pairs_per_epoch": 2}
+    whole = train(tmp_path / "whole", brain_cohort, max_epochs=2, **two)
+    train(tmp_path / "parts", brain_cohort, **two, **STOPPED)
+    assert_equal(train(tmp_path / "parts", brain_cohort, max_epochs=2, resume=True, **two), whole)
+    without = train(tmp_path / "without", brain_cohort, **{**one, "ema_momentum": "$None"})
     assert without["averaged"] == {}
-    late = train(tmp_path / "without", 2, **{**one, "max_epochs": 2, "resume": True})
+    late = train(tmp_path / "without", brain_cohort, **{**one, "max_epochs": 2, "resume": True})
     for name, weight in late["network"].items():
         torch.testing.assert_close(late["averaged"][name], 0.75 * without["network"][name] + 0.25 * weight)
 
 
-def test_pool_in_a_file_and_with_workers(cohort: Path, tmp_path: Path) -> None:
-    common = {"dataset_dir": cohort, "max_epochs": 1}
+def test_pool_in_a_file_and_with_workers(brain_cohort: Path, tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
-    plain = train(tmp_path / "plain", 2, **common)
-    other = train(tmp_path / "other", 2, num_workers=1, pool_folder=tmp_path / "scratch", **common)
-    torch.testing.assert_close(other["network"], plain["network"])
+    plain = train(tmp_path / "plain", brain_cohort)
+    folder = {"pool#folder": tmp_path / "scratch"}
+    other = train(tmp_path / "other", brain_cohort, num_workers=1, **folder)
+    assert_equal(other["network"], plain["network"])
     assert len(other["pool"]["states"]) == 0 and list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_from_coarse_to_fine(spatial_dims: int, cohort: Path, tmp_path: Path) -> None:
+def test_from_coarse_to_fine(spatial_dims: int, brain_cohort: Path, tmp_path: Path) -> None:
     sizes = ([18, 16], [36, 32]) if spatial_dims == 2 else ([9, 8, 10], [18, 16, 20])
-    common = {"dataset_dir": cohort, "max_epochs": 1, "coarse_steps": 3}
-    train(tmp_path / "half", spatial_dims, spatial_size=sizes[0], **common)
+    common: dict[str, Any] = {"cohort": brain_cohort, "spatial_dims": spatial_dims, "pairs_per_epoch": 4}
+    train(tmp_path / "half", spatial_size=sizes[0], **common)
     weights = tmp_path / "half" / "models" / "model.pt"
     # a part of the pairs start where the coarser network leaves them
-    levels = {"coarser_levels": 1, "coarse_weights": weights, "random_start_share": 0.3}
-    network = train(tmp_path / "full", spatial_dims, spatial_size=sizes[1], **common, **levels)["network"]
+    common.update({"spatial_size": sizes[1], "coarser_levels": 1, "network_def#max_steps": 3})
+    levels = {**common, "coarse_weights": weights, "rest#random_start_share": 0.3}
+    network = train(tmp_path / "full", **levels)["network"]
     half = torch.load(weights, weights_only=True)
     for name, value in half.items():
-        torch.testing.assert_close(network[f"coarse.{name}"], value, rtol=0, atol=0)
+        assert torch.equal(network[f"coarse.{name}"], value)
     assert any(not torch.equal(network[name], value) for name, value in half.items())
+    assert {name.rsplit(".backbone", 1)[0] for name in network} == {"coarse.update", "update"}
+    # known by the checkpoint alone
+    settings = {"bundle_root": tmp_path / "full", "dataset_dir": brain_cohort, "split_sizes": "[2,2,1]"}
+    config = files("evaluate", spatial_dims)
+    output_of(run_bundle("evaluating", config, tmp_path, **settings, split="validation"))
+    summary = json.loads((tmp_path / "full" / "eval" / "evaluation_summary.json").read_text())
+    assert summary["num_pairs"] == 2 and summary["summary"]["dice"]["mean"] > 0
+    record = json.loads((tmp_path / "full" / "models" / "model.json").read_text())
+    assert record["network"]["coarse"]["solver"]["max_steps"] == 3 and record["spatial_size"] == sizes[1]
+    if spatial_dims == 3:
+        return
     # a network of the full size that was trained alone
     alone = {name: value + 1e-3 for name, value in half.items()}
     torch.save(alone, tmp_path / "alone.pt")
-    both = {"weights": tmp_path / "alone.pt", "learning_rate": 0.0}
-    network = train(tmp_path / "both", spatial_dims, spatial_size=sizes[1], **common, **levels, **both)["network"]
+    network = train(tmp_path / "both", **levels, weights=tmp_path / "alone.pt", learning_rate=0.0)["network"]
     for name, value in half.items():
-        torch.testing.assert_close(network[f"coarse.{name}"], value, rtol=0, atol=0)
-        torch.testing.assert_close(network[name], alone[name], rtol=0, atol=0)
-    bundle("evaluating", "evaluate", tmp_path / "full", spatial_dims, dataset_dir=cohort, split="validation")
-    assert {name.rsplit(".backbone", 1)[0] for name in network} == {"coarse.update", "update"}
-    summary = json.loads((tmp_path / "full" / "eval" / "evaluation_summary.json").read_text())
-    assert summary["num_pairs"] == 2 and summary["summary"]["dice"]["mean"] > 0
+        assert torch.equal(network[f"coarse.{name}"], value) and torch.equal(network[name], alone[name])
+    # all of it trained before, in another training or in this one
+    full = tmp_path / "full" / "models" / "last.pt"
+    network = train(tmp_path / "again", **common, weights=full, learning_rate=0.0)["network"]
+    assert_equal(network, torch.load(full, weights_only=True)["network"])
+    train(tmp_path / "full", **common, max_epochs=2, resume="true", **{"rest#random_start_share": 0.3})
+    # left to chance
+    for run_id in ("training", "run"):
+        untrained = {"dataset_dir": brain_cohort, "split_sizes": "[2,2,1]", "coarser_levels": 1}
+        error = error_of(run_bundle(run_id, files("train"), tmp_path, bundle_root="chance", **untrained))
+        assert "coarser_levels needs the coarser networks trained" in error
 
 
-def test_recomputation_changes_nothing(cohort: Path, tmp_path: Path) -> None:
-    common = {"dataset_dir": cohort, "max_epochs": 1, "pairs_per_epoch": 2, "batch_size": 2, "num_states": 1}
-    plain = train(tmp_path / "plain", 2, **common)
-    again = train(tmp_path / "again", 2, use_checkpoint=True, checkpoint_parts=2, **common)
-    start = train(tmp_path / "start", 2, **{**common, "learning_rate": 0.0})
+def test_recomputation_changes_nothing(brain_cohort: Path, tmp_path: Path) -> None:
+    common = {"pairs_per_epoch": 2, "batch_size": 2, "num_states": 1}
+    plain = train(tmp_path / "plain", brain_cohort, **common)
+    again = train(tmp_path / "again", brain_cohort, checkpointed=True, checkpoint_parts=2, **common)
+    start = train(tmp_path / "start", brain_cohort, **common, learning_rate=0.0)
     for name, weight in plain["network"].items():
         learned = weight - start["network"][name]
         # AdamW's first step is about the sign of the gradient: rounding may turn that of the smallest

@@ -63,7 +63,7 @@ MOST = {"batch_size": 2, "max_epochs": 1, "pairs_per_epoch": 2, "solver_steps": 
 MOST_STEPS = {"max_steps": 4, "network_def#max_steps": 2, "rest#pool_slots": 2, "val_steps": 2}
 UNROLLED = ("voxelmorph", "unrolling", "gradirn", "riir")
 SPLIT = "[3,2,2]"
-DEQ = {"method": "deqreg_pool", "solver_steps": 2}
+DEQ = {"method": "deqreg_pool", "solver_steps": 2, "coarse_tolerance": 1.0}
 #: options of ``monai-deq`` that make it short
 SHORT = {
     "compare": {"--methods": "affine,gradirn,deqreg", "--cost-rounds": "0"},
@@ -74,7 +74,7 @@ SHORT = {
         "--rounds": "0",
         "--cases": json.dumps({"one": {"method": "voxelmorph", "steps": "one"}, "deq": {"method": "deqreg12"}}),
     },
-    "scaling": {"--sizes": "8x8x8", "--rounds": "1", "--cases": json.dumps({"deq": DEQ})},
+    "scaling": {"--sizes": "8x8x8", "--rounds": "1", "--cases": json.dumps({"one": {"method": "voxelmorph"}})},
     "speed": {"--rounds": "1", "--cases": json.dumps({"riir": {"method": "riir"}, "deq": DEQ})},
 }
 
@@ -167,6 +167,10 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
     for key, most in {**MOST, **steps}.items():
         if key.split("#")[0] in config:
             options[f"--{key}"] = str(min(most, int(options.get(f"--{key}", most))))
+    if trained and "coarse_tolerance" in config:
+        options["--coarse_tolerance"] = "1.0"
+    if "'spectral_iterations': 40" in options.get("--certificate", ""):
+        options["--certificate"] = options["--certificate"].replace("40", "4")
     if "--train#handlers#1#interval" in options:
         options["--train#handlers#1#interval"] = "1"
     if options.get("--resume") == "true":
@@ -201,6 +205,9 @@ def shortened_own(words: Sequence[str]) -> list[str]:
     for name, value in SHORT.get(command, {}).items():
         if name != "--methods" or name not in options:
             options[name] = value
+    if command == "converge" and "," in options.get("--methods", ""):
+        methods = options["--methods"].split(",")
+        options["--methods"] = f"{methods[0]},{methods[-1]}"
     if "--spatial-size" in options:
         options["--spatial-size"] = ",".join("8" for _ in options["--spatial-size"].split(","))
     oasis = "oasis" in options.get("--bundle-dir", "")
@@ -289,8 +296,9 @@ class Workplace:
             check_command(command)
 
     def run_own(self, words: Sequence[str]) -> None:
-        from monai_deq.cli import app
         from typer.testing import CliRunner
+
+        from monai_deq.cli import app
 
         if words[0] == "download":
             name, output_dir = (words[words.index(option) + 1] for option in ("--name", "--output-dir"))

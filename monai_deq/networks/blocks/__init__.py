@@ -13,15 +13,7 @@ from .updates import (
     VoxelMorphUpdate,
     similarity_gradient,
 )
-from .warping import (
-    DDFWarp,
-    OutsidePoints,
-    check_ddf,
-    check_outside,
-    points_outside,
-    warp_by_ddf,
-    warp_points_by_ddf,
-)
+from .warping import DDFWarp, OutsidePoints, check_ddf, check_outside, points_outside, warp_by_ddf, warp_points_by_ddf
 
 __all__ = [
     "ConvGRUCell",

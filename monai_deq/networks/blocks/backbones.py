@@ -26,29 +26,40 @@ __all__ = ["RegistrationCNN", "RegistrationUNet"]
 _ACT = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
 
 
-class RegistrationUNet(nn.Module):
-    """
-    U-Net in the configuration of VoxelMorph (Balakrishnan et al., TMI 2019), built from MONAI's layers.
+def _convolutions(spatial_dims: int, ins: Sequence[int], outs: Sequence[int]) -> list[nn.Module]:
+    """Convolutions of width 3 with their activations."""
+    options: dict[str, Any] = {"kernel_size": 3, "act": _ACT, "norm": None, "adn_ordering": "A"}
+    return [Convolution(spatial_dims, i, o, **options) for i, o in zip(ins, outs, strict=True)]
 
-    Same architecture as :py:class:`monai.networks.nets.VoxelMorphUNet` with
-    ``channels=(16, 32, 32, 32, 32, 32, 32, 32)`` and ``final_conv_channels=(16, 16)``, which however refuses an odd
-    number of input channels; an update of a displacement field in 3-D has five (paper, Sec. 3). 328,627 parameters
-    with 5 input channels in 3-D. Weights start He-normal, as in the authors' Keras implementation of VoxelMorph.
+
+def _init(backbone: RegistrationUNet | RegistrationCNN, flow_std: float, zero_inputs: Sequence[int]) -> None:
+    with_small_volumes(backbone)
+    init_he_normal_(backbone)
+    init_flow_(backbone.flow, flow_std)
+    init_zero_inputs_(backbone.first_conv, zero_inputs)
+
+
+class RegistrationUNet(nn.Module):
+    """U-Net in the configuration of VoxelMorph (Balakrishnan et al., TMI 2019), built from MONAI's layers.
+
+    Same architecture as :py:class:`monai.networks.nets.VoxelMorphUNet` with ``channels=(16, 32, 32, 32, 32, 32, 32,
+    32)`` and ``final_conv_channels=(16, 16)``, which however refuses an odd number of input channels; an update of a
+    displacement field in 3-D has five (paper, Sec. 3), and 328,627 parameters. Weights start He-normal, as in the
+    authors' Keras implementation.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: number of input channels.
+        spatial_dims: 2 or 3. Defaults to 3.
+        in_channels: number of input channels. Defaults to 5.
         out_channels: number of output channels. Defaults to ``spatial_dims`` (a displacement).
         encoder_channels: channels of the encoder from the full resolution down; the last is the bottleneck.
         decoder_channels: channels of the decoder from the bottleneck up, one for each encoder level but the last.
         final_channels: channels of the convolutions at full resolution before the last one.
-        flow_std: standard deviation of the initial weights of the last convolution (its bias is zero), so that the
-            first displacement is next to zero. Defaults to 1e-5.
-        zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
-            Defaults to none.
-        checkpoint_parts: keep only the input for the backward pass, and compute what the layers made of it again
-            there: the layers at full resolution in so many parts along the last axis, one at a time. The result is the
-            same; more parts need less memory and more time. Defaults to 0: nothing is computed again.
+        flow_std: standard deviation of the initial weights of the last convolution, without bias. Defaults to 1e-5.
+        zero_inputs: input channels whose weights start at zero: the displacement of an iterated update. Defaults to
+            none.
+        checkpoint_parts: keep only the input for the backward pass, and compute the layers again there, those at full
+            resolution in so many parts along the last axis: the more, the less memory and the more time, with the same
+            result. Defaults to 0: nothing is computed again.
 
     Raises:
         ValueError: When the channels do not describe a U-Net, or another argument is out of its range.
@@ -85,23 +96,18 @@ class RegistrationUNet(nn.Module):
         #: every spatial size must be a multiple of this
         self.divisor = 2 ** (len(encoder_channels) - 1)
 
-        def conv(inc: int, outc: int) -> nn.Module:
-            return Convolution(spatial_dims, inc, outc, kernel_size=3, act=_ACT, norm=None, adn_ordering="A")
-
         ins = [in_channels, *encoder_channels[:-1]]
-        self.encoder = nn.ModuleList([conv(i, o) for i, o in zip(ins, encoder_channels, strict=True)])
+        self.encoder = nn.ModuleList(_convolutions(spatial_dims, ins, encoder_channels))
         self.down = Pool["MAX", spatial_dims](kernel_size=2)
         self.up = UpSample(spatial_dims, scale_factor=2, mode="nontrainable", interp_mode="nearest", align_corners=None)
         skips = list(encoder_channels[-2::-1])
         belows = [encoder_channels[-1], *decoder_channels[:-1]]
-        self.decoder = nn.ModuleList([conv(b + s, o) for b, s, o in zip(belows, skips, decoder_channels, strict=True)])
+        ins = [below + skip for below, skip in zip(belows, skips, strict=True)]
+        self.decoder = nn.ModuleList(_convolutions(spatial_dims, ins, decoder_channels))
         finals = [decoder_channels[-1], *final_channels]
-        self.final = nn.Sequential(*[conv(i, o) for i, o in zip(finals[:-1], finals[1:], strict=True)])
+        self.final = nn.Sequential(*_convolutions(spatial_dims, finals[:-1], finals[1:]))
         self.flow = Conv["CONV", spatial_dims](finals[-1], self.out_channels, kernel_size=3, padding=1)
-        with_small_volumes(self)
-        init_he_normal_(self)
-        init_flow_(self.flow, flow_std)
-        init_zero_inputs_(self.first_conv, zero_inputs)
+        _init(self, flow_std, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:
@@ -109,12 +115,8 @@ class RegistrationUNet(nn.Module):
         return self.encoder[0].conv  # type: ignore[return-value,union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: ``(B, in_channels, *spatial)``, each spatial size a multiple of ``self.divisor``.
-
-        Returns:
-            ``(B, out_channels, *spatial)``.
+        """Map ``(B, in_channels, *spatial)``, each size a multiple of ``self.divisor``, to ``(B, out_channels,
+        *spatial)``.
 
         Raises:
             ValueError: When the channels or a spatial size do not fit.
@@ -139,8 +141,8 @@ class RegistrationUNet(nn.Module):
         return x
 
     def _join(self, i: int, below: torch.Tensor, skip: torch.Tensor, cut: tuple[bool, bool] = (False, False)) -> Any:
-        """
-        A decoder layer: the convolution of ``[below, skip]`` as the sum of two, without a copy of both in one tensor.
+        """A decoder layer: the convolution of ``[below, skip]`` as the sum of two, without a copy of both in one
+        tensor.
         """
         layer: Any = self.decoder[i]
         weight, n = layer.conv.weight, below.shape[1]
@@ -190,10 +192,7 @@ def _layer(layer: Any, x: torch.Tensor, cut: tuple[bool, bool]) -> torch.Tensor:
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cut: tuple[bool, bool] = (False, False)
 ) -> torch.Tensor:
-    """
-    Convolution with a kernel of 3 and zeros around the image; at an end of the last axis that is cut from a larger
-    image the output is a voxel shorter.
-    """
+    """Convolution of width 3 with zeros around the image; at a cut end of the last axis it loses a voxel."""
     ndim = x.ndim - 2
     if not any(cut):
         return convolve(x, weight, bias, (1,) * ndim)
@@ -202,20 +201,18 @@ def _convolve(
 
 
 class RegistrationCNN(nn.Module):
-    """
-    Convolutions at one resolution with LeakyReLU 0.2 between them, the network inside each step of GraDIRN (Qiu et
-    al., "Embedding Gradient-based Optimization in Image Registration Networks", MICCAI 2022). With its defaults five
-    convolutions of width three, 89,987 parameters with 5 input channels in 3-D. Weights start He-normal, the last
-    convolution next to zero.
+    """Convolutions of width three at one resolution with LeakyReLU 0.2 between them, the network inside each step of
+    GraDIRN (Qiu et al., "Embedding Gradient-based Optimization in Image Registration Networks", MICCAI 2022); by
+    default five, 89,987 parameters with 5 input channels in 3-D. Weights start He-normal, the last convolution next to
+    zero.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: number of input channels.
+        spatial_dims: 2 or 3. Defaults to 3.
+        in_channels: number of input channels. Defaults to 5.
         out_channels: number of output channels. Defaults to ``spatial_dims`` (a displacement).
-        channels: channels of the convolutions before the last one.
-        flow_std: standard deviation of the initial weights of the last convolution. Defaults to 1e-5.
-        zero_inputs: input channels whose weights start at zero: those of the displacement in an iterated update.
-            Defaults to none.
+        channels: channels of the convolutions before the last one. Defaults to four times 32.
+        flow_std: see :py:class:`RegistrationUNet`. Defaults to 1e-5.
+        zero_inputs: see :py:class:`RegistrationUNet`. Defaults to none.
 
     Raises:
         ValueError: When ``spatial_dims`` is neither 2 nor 3, or ``channels`` is empty.
@@ -240,18 +237,9 @@ class RegistrationCNN(nn.Module):
         self.out_channels = spatial_dims if out_channels is None else out_channels
         self.channels = tuple(channels)
         widths = [in_channels, *channels]
-        act = ("leakyrelu", {"negative_slope": 0.2, "inplace": True})
-        self.layers = nn.Sequential(
-            *[
-                Convolution(spatial_dims, i, o, kernel_size=3, act=act, norm=None, adn_ordering="A")
-                for i, o in zip(widths[:-1], widths[1:], strict=True)
-            ]
-        )
+        self.layers = nn.Sequential(*_convolutions(spatial_dims, widths[:-1], widths[1:]))
         self.flow = Conv["CONV", spatial_dims](widths[-1], self.out_channels, kernel_size=3, padding=1)
-        with_small_volumes(self)
-        init_he_normal_(self)
-        init_flow_(self.flow, flow_std)
-        init_zero_inputs_(self.first_conv, zero_inputs)
+        _init(self, flow_std, zero_inputs)
 
     @property
     def first_conv(self) -> nn.Module:
@@ -259,15 +247,8 @@ class RegistrationCNN(nn.Module):
         return self.layers[0].conv  # type: ignore[return-value,union-attr]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: ``(B, in_channels, *spatial)``.
-
-        Returns:
-            ``(B, out_channels, *spatial)``.
-
-        Raises:
-            ValueError: When the shape does not fit.
+        """Map ``(B, in_channels, *spatial)`` to ``(B, out_channels, *spatial)``; a ``ValueError`` when the shape does
+        not fit.
         """
         _check_input(x, self.spatial_dims, self.in_channels)
         return self.flow(self.layers(x))

@@ -34,21 +34,17 @@ _WORTH_VOXELS = 1000
 def convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, padding: Sequence[int] = (1, 1, 1)
 ) -> torch.Tensor:
-    """
-    Convolution of stride 1: :py:func:`torch.nn.functional.conv2d` or ``conv3d``.
+    """Convolution of stride 1: :py:func:`torch.nn.functional.conv2d` or ``conv3d``.
 
     For one small volume on a CPU in float32 PyTorch takes a convolution of its own that is three to eight times slower
-    than oneDNN's, which it takes for two of them. There the volume is cut along its first axis into two halves, which
-    overlap by the reach of the kernel, and these are convolved as a batch; the result is the same but for rounding.
+    than oneDNN's, which it takes for two of them. There two halves of the volume along its first axis, which overlap by
+    the reach of the kernel, are convolved as a batch; the result is the same but for rounding.
 
     Args:
         x: ``(B, C, *spatial)``, 2-D or 3-D.
         weight: ``(C', C, *kernel)``.
         bias: ``(C',)``, or none. Defaults to ``None``.
         padding: zeros added at both ends of each spatial axis. Defaults to 1 on each of three axes.
-
-    Returns:
-        ``(B, C', *spatial)``, each axis changed by ``2 * padding - kernel + 1``.
     """
     if not _takes_halves(x, weight):
         conv: Any = F.conv2d if x.ndim == 4 else F.conv3d
@@ -67,10 +63,7 @@ class SmallVolumeConv3d(nn.Conv3d):
     """:py:class:`torch.nn.Conv3d` that convolves one small volume as :py:func:`convolve` does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: ``(B, C, *spatial)``.
-        """
+        """Convolve ``(B, C, *spatial)``."""
         padding = self.padding
         plain = self.stride == self.dilation == (1, 1, 1) and self.groups == 1 and self.padding_mode == "zeros"
         if not plain or isinstance(padding, str):
@@ -79,14 +72,8 @@ class SmallVolumeConv3d(nn.Conv3d):
 
 
 def with_small_volumes(module: Module) -> Module:
-    """
-    Make every :py:class:`torch.nn.Conv3d` in a module a :py:class:`SmallVolumeConv3d` with the same parameters.
-
-    Args:
-        module: changed in place; the names of its parameters and the random numbers drawn stay as they are.
-
-    Returns:
-        The module.
+    """Make every :py:class:`torch.nn.Conv3d` in a module, in place, a :py:class:`SmallVolumeConv3d` with the same
+    parameters, under the same names and without drawing random numbers; return the module.
     """
     for parent in list(module.modules()):
         for name, conv in list(parent.named_children()):
@@ -123,13 +110,9 @@ def _takes_halves(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def init_he_normal_(module: nn.Module) -> None:
-    """
-    Start all convolutions of a module He-normal for LeakyReLU 0.2, with zero biases, as in the authors' Keras
+    """Start all convolutions of a module He-normal for LeakyReLU 0.2, with zero biases, as in the authors' Keras
     implementation of VoxelMorph. PyTorch's default would shrink what depends on the images by 0.4 a layer and leave
     training on a plateau.
-
-    Args:
-        module: changed in place.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
@@ -138,27 +121,14 @@ def init_he_normal_(module: nn.Module) -> None:
 
 
 def init_flow_(conv: nn.Module, std: float) -> None:
-    """
-    Start the convolution that gives the displacement from ``N(0, std)`` with zero bias: first displacements are next
-    to zero.
-
-    Args:
-        conv: changed in place.
-        std: standard deviation of the weights.
-    """
+    """Start the convolution that gives the displacement from ``N(0, std)``, bias zero: first displacements are tiny."""
     nn.init.normal_(conv.weight, std=std)  # type: ignore[arg-type]
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
 
 
 def init_zero_inputs_(conv: nn.Module, channels: Sequence[int]) -> None:
-    """
-    Start the weights of some input channels at zero. A displacement is many times larger than an intensity: started at
-    zero, its weights cannot feed it back into itself before they are learned; otherwise the iteration explodes early
-    in training.
-
-    Args:
-        conv: first convolution of a backbone, changed in place.
-        channels: the input channels.
+    """Start the weights of some input channels at zero. A displacement is many times larger than an intensity: its
+    weights must not feed it back into itself before they are learned, or the iteration explodes early in training.
 
     Raises:
         ValueError: When there is no such channel.
@@ -171,19 +141,14 @@ def init_zero_inputs_(conv: nn.Module, channels: Sequence[int]) -> None:
 
 
 def run_backbone(backbone: nn.Module, x: torch.Tensor, autocast_dtype: str | None = None) -> torch.Tensor:
-    """
-    Run a backbone on images of any size: the input is padded with zeros on the far side of each axis to a multiple of
-    the backbone's ``divisor`` and the output is cropped back.
+    """Run a backbone on images of any size: the input is padded with zeros on the far side of each axis to a multiple
+    of the backbone's ``divisor`` and the output is cropped back.
 
     Args:
-        backbone: module ``(B, C, *spatial) -> (B, C', *spatial)``. An attribute ``divisor`` (default 1) tells of which
-            number the spatial sizes must be multiples.
+        backbone: module ``(B, C, *spatial) -> (B, C', *spatial)``, with an attribute ``divisor`` unless it is 1.
         x: ``(B, C, *spatial)``.
-        autocast_dtype: name of the dtype of an autocast around the backbone; the output has the dtype of ``x``.
-            Defaults to ``None``: none.
-
-    Returns:
-        ``(B, C', *spatial)``.
+        autocast_dtype: dtype of an autocast around the backbone; the output has that of ``x``. Defaults to ``None``:
+            none.
     """
     size = x.shape[2:]
     divisor = int(getattr(backbone, "divisor", 1))
@@ -200,15 +165,14 @@ def run_backbone(backbone: nn.Module, x: torch.Tensor, autocast_dtype: str | Non
 
 
 class ConvGRUCell(nn.Module):
-    """
-    Gated recurrent unit with convolutions in place of matrix products (Ballas et al., ICLR 2016):
-    ``z = sigmoid(W_z [x, h])``, ``r = sigmoid(W_r [x, h])``, ``h' = (1 - z) h + z tanh(W_h [x, r h])``.
+    """Gated recurrent unit with convolutions in place of matrix products (Ballas et al., ICLR 2016): ``z = sigmoid(W_z
+    [x, h])``, ``r = sigmoid(W_r [x, h])``, ``h' = (1 - z) h + z tanh(W_h [x, r h])``.
 
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the input.
         hidden_channels: channels of the hidden state.
-        kernel_size: odd width of the convolutions. Defaults to 3.
+        kernel_size: width of the convolutions. Defaults to 3.
 
     Raises:
         ValueError: When ``kernel_size`` is even.
@@ -225,13 +189,8 @@ class ConvGRUCell(nn.Module):
         with_small_volumes(self)
 
     def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: ``(B, in_channels, *spatial)``.
-            hidden: ``(B, hidden_channels, *spatial)``.
-
-        Returns:
-            The next hidden state, ``(B, hidden_channels, *spatial)``, of the dtype of ``hidden``.
+        """The hidden state ``(B, hidden_channels, *spatial)`` after an input ``(B, in_channels, *spatial)``, of its own
+        dtype.
         """
         h = hidden.to(x.dtype)
         update, reset = torch.sigmoid(self.gates(torch.cat([x, h], dim=1))).chunk(2, dim=1)

@@ -32,10 +32,10 @@ __all__ = [
 
 
 class RegistrationUpdate(nn.Module):
-    """
-    Base of the updates: called as ``update(moving, fixed, ddf) -> delta``, all of them in voxels, or, with a hidden
-    state, as ``update(moving, fixed, ddf, hidden) -> (delta, hidden)``. Another base will do: networks ask for the call
-    and for ``hidden_channels``.
+    """Base of the updates: called as ``update(moving, fixed, ddf) -> delta``, or with a hidden state as
+    ``update(moving, fixed, ddf, hidden) -> (delta, hidden)``: images ``(B, 1, *spatial)`` with intensities in [0, 1],
+    displacements ``(B, ndim, *spatial)`` in voxels. Another base will do: networks ask for the call and for
+    ``hidden_channels``.
 
     Args:
         spatial_dims: 2 or 3.
@@ -63,11 +63,8 @@ class RegistrationUpdate(nn.Module):
         return run_backbone(backbone, x, self.autocast_dtype)
 
     def displacement(self, backbone: nn.Module, x: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        """
-        :py:meth:`run_backbone` where the output is a displacement.
-
-        Raises:
-            ValueError: When it has another shape than ``ddf``.
+        """:py:meth:`run_backbone` where the output is a displacement; a ``ValueError`` when it has not the shape of
+        ``ddf``.
         """
         delta = self.run_backbone(backbone, x)
         if delta.shape != ddf.shape:
@@ -78,16 +75,13 @@ class RegistrationUpdate(nn.Module):
 
 
 class UNetUpdate(RegistrationUpdate):
-    """
-    Update ``f_theta(moving, fixed, ddf) -> delta`` of DEQReg (paper, Eq. 3) with the input ``[fixed, warped moving,
-    ddf]`` (Sec. 3). With a :py:class:`RegistrationCNN` as backbone it is the system "Unrolling" of the paper, the step
-    of GraDIRN without the similarity gradient.
+    """Update ``f_theta(moving, fixed, ddf) -> delta`` of DEQReg (paper, Eq. 3) with the input ``[fixed, warped moving,
+    ddf]`` (Sec. 3). With a :py:class:`RegistrationCNN` as backbone it is the system "Unrolling" of the paper.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
-        backbone: module that maps ``(B, 2 + ndim, *spatial)`` to ``(B, ndim, *spatial)``. An attribute ``divisor``
-            (default 1) tells of which number the spatial sizes must be multiples; the input is padded to it. Defaults
-            to :py:class:`RegistrationUNet`.
+        backbone: module that maps ``(B, 2 + ndim, *spatial)`` to ``(B, ndim, *spatial)``; the input is padded to a
+            multiple of its attribute ``divisor`` (default 1). Defaults to :py:class:`RegistrationUNet`.
         autocast_dtype: see :py:class:`RegistrationUpdate`. Defaults to ``None``.
         checkpoint_parts: of the default backbone, see :py:class:`RegistrationUNet`. Defaults to 0.
     """
@@ -108,22 +102,13 @@ class UNetUpdate(RegistrationUpdate):
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
-            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            ddf: ``(B, ndim, *spatial)``, voxels.
-
-        Returns:
-            The change of the displacement, ``(B, ndim, *spatial)``, voxels.
-        """
+        """See :py:class:`RegistrationUpdate`."""
         x = torch.cat([fixed, warp_by_ddf(moving, ddf), ddf.to(fixed.dtype)], dim=1)
         return self.displacement(self.backbone, x, ddf)
 
 
 class VoxelMorphUpdate(RegistrationUpdate):
-    """
-    VoxelMorph (Balakrishnan et al., TMI 2019) with MONAI's :py:class:`monai.networks.nets.VoxelMorphUNet`: input
+    """VoxelMorph (Balakrishnan et al., TMI 2019) with MONAI's :py:class:`monai.networks.nets.VoxelMorphUNet`: input
     ``[moving o ddf, fixed]``, output a displacement. Taken once, from zero, it is VoxelMorph. 327,331 parameters in
     3-D; they start He-normal, as in the authors' Keras implementation, the last convolution next to zero.
 
@@ -164,7 +149,7 @@ class VoxelMorphUpdate(RegistrationUpdate):
         init_flow_(flow, flow_std)
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        """See :py:meth:`UNetUpdate.forward`."""
+        """See :py:class:`RegistrationUpdate`."""
         flow = self.displacement(self.backbone, torch.cat([warp_by_ddf(moving, ddf), fixed], dim=1), ddf)
         # in half precision the integration would lose sub-voxel displacements at high voxel indices
         with torch.autocast(ddf.device.type, enabled=False):
@@ -174,20 +159,18 @@ class VoxelMorphUpdate(RegistrationUpdate):
 def similarity_gradient(
     similarity: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    ``N * grad_ddf D(moving o ddf, fixed)`` with ``N`` the number of elements of the batch, so that a loss that is a
+    """``N * grad_ddf D(moving o ddf, fixed)`` with ``N`` the number of elements of the batch, so that a loss that is a
     mean gives steps that depend neither on the image size nor on the batch. Where gradients are on, the result can be
     differentiated itself; the gradient is found also where they are off.
 
     Args:
-        similarity: loss ``D(warped, fixed)``, differentiable, a mean over the items of the batch. It is computed in
-            float32 at least, with autocast off.
+        similarity: differentiable loss ``D(warped, fixed)``, a mean over the batch; in float32 at least, autocast off.
         moving: ``(B, 1, *spatial)``.
         fixed: ``(B, 1, *spatial)``.
         ddf: ``(B, ndim, *spatial)``, voxels.
 
     Returns:
-        The gradient ``(B, ndim, *spatial)``, and the warped image it was taken at.
+        The gradient, of the shape of ``ddf``, and the warped image it was taken at.
 
     Raises:
         ValueError: When the loss does not depend on the displacement, or is no scalar.
@@ -215,19 +198,16 @@ def similarity_gradient(
 
 
 class GradientUpdate(RegistrationUpdate):
-    """
-    Update of GraDIRN (Qiu et al., "Embedding Gradient-based Optimization in Image Registration Networks", MICCAI
+    """Update of GraDIRN (Qiu et al., "Embedding Gradient-based Optimization in Image Registration Networks", MICCAI
     2022): ``delta = -s * N * grad_ddf D(fixed, moving o ddf) - CNN([ddf, fixed, moving o ddf])``, with ``N`` the number
     of elements and ``s`` a learned step. In training the gradient is differentiated through. 89,988 parameters in 3-D.
     The original's normalisation of the displacement by ``2 / size`` is left out: displacements are in voxels.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
-        similarity: ``D``, loss of ``(warped, fixed)``, a mean over the batch: any differentiable one of
-            :py:mod:`monai.losses`. Defaults to the mean squared error.
+        similarity: ``D``, a differentiable loss of ``(warped, fixed)``, a mean. Defaults to the mean squared error.
         step_size: start of ``s``. Defaults to 0.5.
-        backbone: module that maps ``(B, ndim + 2, *spatial)`` to ``(B, ndim, *spatial)``. Defaults to
-            :py:class:`RegistrationCNN`.
+        backbone: maps ``(B, ndim + 2, *spatial)`` to ``(B, ndim, *spatial)``. Defaults to :py:class:`RegistrationCNN`.
         autocast_dtype: see :py:class:`RegistrationUpdate`. Defaults to ``None``.
 
     Raises:
@@ -252,21 +232,20 @@ class GradientUpdate(RegistrationUpdate):
         self.backbone = backbone
 
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
-        """See :py:meth:`UNetUpdate.forward`."""
+        """See :py:class:`RegistrationUpdate`."""
         gradient, warped = similarity_gradient(self.similarity, moving, fixed, ddf)
-        x = torch.cat([ddf.to(fixed.dtype), fixed, warped.to(fixed.dtype)], dim=1)
+        x = torch.cat([t.to(fixed.dtype) for t in (ddf, fixed, warped)], dim=1)
         return -self.step_size * gradient - self.displacement(self.backbone, x, ddf)
 
 
 class RecurrentUpdate(RegistrationUpdate):
-    """
-    Update in the manner of RIIR (Zhang et al., "Recurrent Inference Machine for Medical Image Registration"): input
+    """Update in the manner of RIIR (Zhang et al., "Recurrent Inference Machine for Medical Image Registration"): input
     ``[ddf, N * grad_ddf D, moving o ddf, fixed]``, two convolutional gated recurrent units. In training the gradient is
     differentiated through.
 
-    **This is a reconstruction.** The sizes of the hidden states are not published. Ours takes the U-Net of VoxelMorph
-    (:py:class:`RegistrationUNet`) with its two last hidden layers, at full resolution, made recurrent: two
-    :py:class:`ConvGRUCell` with ``hidden_size`` channels each before the convolution that gives the displacement.
+    **This is a reconstruction**: the sizes of the hidden states are not published. Ours takes the U-Net of VoxelMorph
+    (:py:class:`RegistrationUNet`) with two :py:class:`ConvGRUCell` in place of its two last hidden layers, at full
+    resolution.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
@@ -305,18 +284,8 @@ class RecurrentUpdate(RegistrationUpdate):
     def forward(
         self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            moving: ``(B, 1, *spatial)``, intensities in [0, 1].
-            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            ddf: ``(B, ndim, *spatial)``, voxels.
-            hidden: ``(B, hidden_channels, *spatial)``, zero at the start.
-
-        Returns:
-            The change of the displacement ``(B, ndim, *spatial)`` in voxels, and the next hidden state.
-
-        Raises:
-            ValueError: When the hidden state does not fit.
+        """See :py:class:`RegistrationUpdate`; the hidden state is ``(B, hidden_channels, *spatial)``, or a
+        ``ValueError``.
         """
         expected = (ddf.shape[0], self.hidden_channels, *ddf.shape[2:])
         if tuple(hidden.shape) != expected:

@@ -35,15 +35,8 @@ def _identity_grid(spatial_size: tuple[int, ...], device: torch.device, dtype: t
 
 
 def check_ddf(image: torch.Tensor, ddf: torch.Tensor) -> None:
-    """
-    Check that a displacement field fits an image.
-
-    Args:
-        image: ``(B, C, *spatial)``.
-        ddf: ``(B, ndim, *spatial)``.
-
-    Raises:
-        ValueError: When the image is not 2-D or 3-D, or when the field has not the expected shape.
+    """Check that a field ``(B, ndim, *spatial)`` fits a 2-D or 3-D image ``(B, C, *spatial)``; or else a
+    ``ValueError``.
     """
     ndim = image.ndim - 2
     if ndim not in (2, 3):
@@ -56,21 +49,16 @@ def check_ddf(image: torch.Tensor, ddf: torch.Tensor) -> None:
 
 
 def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
-    """
-    Pull an image back through a displacement field: ``warped(x) = image(x + ddf(x))``.
+    """Pull an image back through a displacement field: ``warped(x) = image(x + ddf(x))``.
 
     Same convention as :py:class:`monai.networks.blocks.Warp` with its defaults: voxel units, channel ``i`` displaces
-    array axis ``i``, border padding, ``align_corners=True``. The sampling coordinates are computed in float32 also
-    when the image or the field is in half precision (at high voxel indices half precision loses sub-voxel
-    displacements), or in float64 where one of them is; the result has the image's dtype.
+    array axis ``i``, border padding, ``align_corners=True``. Sampling coordinates are computed in float32 at least (in
+    half precision high voxel indices lose sub-voxel displacements); the result has the image's shape and dtype.
 
     Args:
         image: ``(B, C, *spatial)``, 2-D or 3-D; of an integer type with ``"nearest"`` only.
         ddf: ``(B, ndim, *spatial)`` in voxels.
-        mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"``.
-
-    Returns:
-        The warped image, ``(B, C, *spatial)``.
+        mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"``. Defaults to ``"bilinear"``.
 
     Raises:
         ValueError: When the shapes do not fit, or when an image of an integer type would be interpolated.
@@ -94,12 +82,7 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
 
 
 class DDFWarp(nn.Module):
-    """
-    Module form of :py:func:`warp_by_ddf`.
-
-    Args:
-        mode: ``"bilinear"`` or ``"nearest"``. Defaults to ``"bilinear"``.
-    """
+    """Module form of :py:func:`warp_by_ddf`, ``mode`` being ``"bilinear"`` (default) or ``"nearest"``."""
 
     def __init__(self, mode: str = "bilinear") -> None:
         super().__init__()
@@ -119,39 +102,28 @@ def check_outside(outside: str) -> None:
 
 
 def points_outside(points: torch.Tensor, spatial_size: tuple[int, ...]) -> torch.Tensor:
-    """
-    Which points lie outside the voxels of a grid, that is, more than half a voxel beyond the outermost voxel centres.
-
-    Args:
-        points: ``(..., ndim)`` in voxels.
-        spatial_size: number of voxels along each axis.
-
-    Returns:
-        booleans ``(...)``.
+    """Which points ``(..., ndim)`` in voxels lie outside the voxels of a grid, more than half a voxel beyond the
+    outermost centres; booleans ``(...)``.
     """
     size = points.new_tensor(spatial_size)
     return ((points < -0.5) | (points > size - 0.5)).any(dim=-1)
 
 
 def warp_points_by_ddf(points: torch.Tensor, ddf: torch.Tensor, outside: OutsidePoints = "refuse") -> torch.Tensor:
-    """
-    Move points of the fixed image to where the field finds them in the moving image: ``points + ddf(points)``.
+    """Move points of the fixed image to where the field finds them in the moving image: ``points + ddf(points)``.
 
-    This is the direction that belongs to the field, and no inverse is involved: a pull-back field, ``warped(x) =
-    moving(x + ddf(x))``, says for each point ``x`` of the FIXED image where to look in the moving one, so that points
-    go the other way round than the intensities do. Points of the moving image cannot be moved by it; that needs the
-    inverse of the map (or the registration of the pair the other way round).
+    A pull-back field, ``warped(x) = moving(x + ddf(x))``, says for each point ``x`` of the FIXED image where to look in
+    the moving one: points go the other way round than intensities do, without an inverse. Points of the moving image
+    need the inverse of the map (or the registration of the pair the other way round).
 
-    The displacement is interpolated linearly between voxel centres; in the outer half of the outermost voxels it is
-    that of the border, as in :py:func:`warp_by_ddf`. Differentiable in points and field.
+    The displacement is interpolated linearly between voxel centres, in the outer half of the outermost voxels that of
+    the border, as in :py:func:`warp_by_ddf`. Differentiable in points and field.
 
     Args:
-        points: ``(B, N, ndim)``, voxels of the fixed image, coordinate ``i`` along array axis ``i``; the first voxel's
-            centre is 0.
+        points: ``(B, N, ndim)``, voxels of the fixed image, coordinate ``i`` along axis ``i``; the first centre is 0.
         ddf: ``(B, ndim, *spatial)`` in voxels, 2-D or 3-D.
-        outside: points outside the voxels of the grid, where there is no displacement, are an error with
-            ``"refuse"``; with ``"clamp"`` they move by the displacement of the nearest border point, and their number
-            is logged. Defaults to ``"refuse"``.
+        outside: points outside the voxels of the grid are an error with ``"refuse"``; with ``"clamp"`` they move by the
+            displacement of the nearest border point, and their number is logged. Defaults to ``"refuse"``.
 
     Returns:
         ``(B, N, ndim)``, voxels of the moving image; float32, or float64 where points or field are.

@@ -3,13 +3,7 @@
 
 from __future__ import annotations
 
-from .equilibrium import (
-    DEQRegistrationNet,
-    GradientSettings,
-    RestSettings,
-    coarse_to_fine,
-    set_coarse_solver,
-)
+from .equilibrium import DEQRegistrationNet, GradientSettings, RestSettings, coarse_to_fine, set_coarse_solver
 from .interface import IteratedNet, RegistrationNet, check_pair
 from .systems import gradirn_net, riir_net, unrolling_net, voxelmorph_net
 from .unrolled import UnrolledRegistrationNet

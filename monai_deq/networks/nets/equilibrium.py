@@ -31,19 +31,23 @@ from monai_deq.solvers import SolverRecord, SolverSettings, build_deq, solve_fix
 __all__ = ["DEQRegistrationNet", "GradientSettings", "RestSettings", "coarse_to_fine", "set_coarse_solver"]
 
 
+def _check(holds: bool, expected: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{expected}, got {got}.")
+
+
 @dataclass(frozen=True)
 class GradientSettings:
-    """
-    How a training goes through an equilibrium.
+    """How a training goes through an equilibrium.
 
     Args:
-        kind: ``"phantom"`` (paper, Eq. 7-8) or ``"implicit"``, the exact gradient at the final state by a second
-            fixed-point solve in the backward pass (Eq. 6). Defaults to ``"phantom"``.
+        kind: ``"phantom"`` (paper, Eq. 7-8) or ``"implicit"``: exact, by a second solve in the backward pass
+            (Eq. 6). Defaults to ``"phantom"``.
         steps: number ``K`` of steps through which the phantom gradient goes. Defaults to 2.
-        damping: damping ``tau`` of these steps, in (0, 1]. The paper does not give it. Defaults to 1.
+        damping: damping ``tau`` of these steps, in (0, 1]; not given in the paper. Defaults to 1.
         num_states: number ``S`` of intermediate states supervised, each with a phantom gradient (Eq. 9). Defaults to 3.
-        checkpointed: keep nothing of a step but the state it starts from, and evaluate it again in the backward pass:
-            the memory of one step whatever ``num_states`` and ``steps`` are. Defaults to ``False``.
+        checkpointed: keep only the state a step starts from, and evaluate the step again in the backward pass: the
+            memory of one step whatever ``num_states`` and ``steps`` are. Defaults to ``False``.
         implicit_max_steps: step limit of the backward solve of ``"implicit"``. Defaults to 48.
         implicit_tolerance: relative tolerance of the backward solve. Defaults to 1e-4.
 
@@ -60,55 +64,38 @@ class GradientSettings:
     implicit_tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.kind not in ("phantom", "implicit"):
-            raise ValueError(f'gradient kind must be "phantom" or "implicit", got {self.kind!r}.')
-        if self.steps < 1:
-            raise ValueError(f"gradient steps must be at least 1, got {self.steps}.")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"gradient damping must be in (0, 1], got {self.damping}.")
-        if self.num_states < 0:
-            raise ValueError(f"num_states must not be negative, got {self.num_states}.")
-        if self.implicit_max_steps < 1:
-            raise ValueError(f"implicit_max_steps must be at least 1, got {self.implicit_max_steps}.")
-        if not self.implicit_tolerance >= 0:
-            raise ValueError(f"implicit_tolerance must not be negative, got {self.implicit_tolerance}.")
+        _check(self.kind in ("phantom", "implicit"), 'gradient kind must be "phantom" or "implicit"', repr(self.kind))
+        _check(self.steps >= 1, "gradient steps must be at least 1", self.steps)
+        _check(0 < self.damping <= 1, "gradient damping must be in (0, 1]", self.damping)
+        _check(self.num_states >= 0, "num_states must not be negative", self.num_states)
+        _check(isinstance(self.checkpointed, bool), "checkpointed must be True or False", repr(self.checkpointed))
+        _check(self.implicit_max_steps >= 1, "implicit_max_steps must be at least 1", self.implicit_max_steps)
+        _check(self.implicit_tolerance >= 0, "implicit_tolerance must not be negative", self.implicit_tolerance)
 
 
-#: of the rest settings
-_PAPERS_OWN = {
-    "relaxation": 1.0,
-    "proximal_weight": 0.0,
-    "contraction_weight": 0.0,
-    "pool_renewal": 1.0,
-    "random_start_share": 0.0,
-}
+#: rest settings of the paper's own recipe
+_PAPERS = dict(relaxation=1.0, proximal_weight=0.0, contraction_weight=0.0, pool_renewal=1.0, random_start_share=0.0)
 
 
 @dataclass(frozen=True)
 class RestSettings:
-    """
-    What makes a learned iteration come to rest. Not in the paper.
+    """What makes a learned iteration come to rest. Not in the paper.
 
     Args:
         relaxation: factor ``alpha`` of the update, in (0, 1]: outside the phantom steps ``g(phi) = phi + alpha
-            f_theta(moving, fixed, phi)`` is iterated, with the same fixed points. Steps learned to reach far overshoot;
-            shorter ones come to rest. Defaults to 0.5.
+            f_theta(moving, fixed, phi)`` is iterated, with the same fixed points and less overshoot. Defaults to 0.5.
         proximal_weight: weight ``nu`` of a pull back to the proximal centre ``c``, the solution of the coarser network
             or zero: ``g(phi) = phi + f_theta(moving, fixed, phi) - nu (phi - c)``. Defaults to 0.1.
-        contraction_weight: weight of the contraction in :py:class:`monai_deq.losses.EquilibriumLoss`. Defaults to
-            0.03.
+        contraction_weight: weight of the contraction in :py:class:`monai_deq.losses.EquilibriumLoss`. Defaults to 0.03.
         contraction_along_step: share of its draws along the iteration's own step, in [0, 1]. Defaults to 0.5.
-        pool_slots: number of pairs that stay in training with their states, see
-            :py:class:`monai_deq.data.PooledSampler`. Defaults to 32.
-        pool_renewal: probability that a slot's pair makes room for a fresh one, in (0, 1]; 1 is no pool. Defaults to
-            0.2.
+        pool_slots: number of pairs that stay in training, see :py:class:`monai_deq.data.PooledSampler`. Defaults to 32.
+        pool_renewal: probability that a slot's pair gives way to a fresh one, in (0, 1]; 1 is no pool. Defaults to 0.2.
         random_start_share: share of the fresh pairs that start from a random smooth displacement. Defaults to 0.4.
         random_start_rms: its largest RMS length in voxels. Defaults to 3.
-        enabled: ``False`` for the paper's own recipe: nothing of all this, whatever the other arguments are. Defaults
-            to ``True``.
+        enabled: ``False`` for the paper's own recipe: nothing of all this. Defaults to ``True``.
 
     Raises:
-        ValueError: When an argument is out of its range.
+        ValueError: When an argument is out of its range, or would do nothing as ``enabled`` is ``False``.
     """
 
     relaxation: float = 0.5
@@ -122,47 +109,44 @@ class RestSettings:
     enabled: bool = True
 
     def __post_init__(self) -> None:
+        _check(isinstance(self.enabled, bool), "enabled must be True or False", repr(self.enabled))
         if not self.enabled:
-            for name, value in _PAPERS_OWN.items():
+            for name, value in _PAPERS.items():
+                # what was not given has its default
+                own = getattr(self, name)
+                if own not in (value, getattr(RestSettings, name)):
+                    unused = f"{name} {own} does nothing unless rest is enabled"
+                    raise ValueError(f"{unused}: leave it out, or set enabled.")
                 object.__setattr__(self, name, value)
-        if not 0 < self.relaxation <= 1:
-            raise ValueError(f"relaxation must be in (0, 1], got {self.relaxation}.")
-        if not 0 <= self.proximal_weight < 1:
-            raise ValueError(f"proximal_weight must be in [0, 1), got {self.proximal_weight}.")
-        if not self.contraction_weight >= 0:
-            raise ValueError(f"contraction_weight must not be negative, got {self.contraction_weight}.")
-        if int(self.pool_slots) != self.pool_slots or self.pool_slots < 1:
-            raise ValueError(f"pool_slots must be a whole number of at least 1, got {self.pool_slots}.")
-        if not 0 < self.pool_renewal <= 1:
-            raise ValueError(f"pool_renewal must be in (0, 1], got {self.pool_renewal}.")
+        slots = self.pool_slots
+        for name in ("relaxation", "pool_renewal"):
+            _check(0 < getattr(self, name) <= 1, f"{name} must be in (0, 1]", getattr(self, name))
+        _check(0 <= self.proximal_weight < 1, "proximal_weight must be in [0, 1)", self.proximal_weight)
+        _check(int(slots) == slots and slots >= 1, "pool_slots must be a whole number of at least 1", slots)
         for name in ("contraction_along_step", "random_start_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if not self.random_start_rms >= 0:
-            raise ValueError(f"random_start_rms must not be negative, got {self.random_start_rms}.")
+            _check(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1]", getattr(self, name))
+        for name in ("contraction_weight", "random_start_rms"):
+            _check(getattr(self, name) >= 0, f"{name} must not be negative", getattr(self, name))
 
 
 class DEQRegistrationNet(IteratedNet):
-    """
-    Deformable registration as a fixed point, "Bridging Classical and Learning-based Iterative Registration through
+    """Deformable registration as a fixed point, "Bridging Classical and Learning-based Iterative Registration through
     Deep Equilibrium Models" (DEQReg, MICCAI 2025).
 
     From ``phi_0 = 0`` the displacement is iterated by ``g(phi) = phi + f_theta(moving, fixed, phi)`` until it stops
-    changing (Eq. 5). Gradients come from a few damped steps taken from the detached equilibrium (Eq. 7-8); in training
-    intermediate states at equal intervals are returned too, each with a phantom gradient of its own (Eq. 9). The state
-    of the solver is float32 also under autocast.
+    changing (Eq. 5). Gradients come from a few damped steps taken from the detached equilibrium (Eq. 7-8), in training
+    also at intermediate states at equal intervals (Eq. 9). The state is float32 also under autocast.
 
     Args:
-        update: module ``f(moving, fixed, ddf) -> delta``, or one with a hidden state and an attribute
-            ``hidden_channels``, ``f(moving, fixed, ddf, hidden) -> (delta, hidden)``. Defaults to
-            :py:class:`monai_deq.networks.blocks.UNetUpdate`.
+        update: ``f(moving, fixed, ddf) -> delta``, or with an attribute ``hidden_channels`` ``f(moving, fixed, ddf,
+            hidden) -> (delta, hidden)``. Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
         spatial_dims: 2 or 3, for the default update. Defaults to 3.
         solver: of the iteration, in training and by default in eval mode. Defaults to ``SolverSettings()``.
         gradient: of the training. Defaults to ``GradientSettings()``.
         rest: what makes the iteration come to rest. Defaults to ``None``: the paper's recipe, nothing.
-        coarse: network of the same kind that registers the pair at half the size, and may itself have a coarser one.
-            Where it comes to rest is where this one starts and what the proximal term pulls to. It is taken as trained:
-            no gradient goes through it. Not in the paper. Defaults to ``None``: the iteration starts from zero.
+        coarse: network of the same kind, taken as trained, for the pair at half the size; it may have a coarser one
+            itself. Its solution is where this one starts and what the proximal term pulls to. Not in the paper.
+            Defaults to ``None``: the iteration starts from zero.
 
     Raises:
         ValueError: When there are more intermediate states than steps.
@@ -218,18 +202,14 @@ class DEQRegistrationNet(IteratedNet):
         relaxation: float | None = None,
         proximal_center: torch.Tensor | None = None,
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """
-        The map of a batch of pairs whose fixed point is sought.
+        """See :py:meth:`IteratedNet.fixed_point_map`.
 
         Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
+            moving: moving images.
+            fixed: fixed images.
             relaxation: factor of the update. Defaults to the network's own.
-            proximal_center: what the proximal term pulls to, where there is one, ``(B, ndim, *spatial)``. Defaults to
-                the solution of the coarser network, which is solved for here, or zero.
-
-        Returns:
-            Function of a state ``(B, ndim + hidden_channels, *spatial)``.
+            proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to what is solved for
+                here.
         """
         check_pair(moving, fixed)
         g = state_map(self.update, moving, fixed)
@@ -248,8 +228,7 @@ class DEQRegistrationNet(IteratedNet):
             return initial_ddf, ()
         check_pair(moving, fixed)
         with torch.no_grad():
-            smaller = downsample(moving), downsample(fixed)
-            start = None
+            smaller, start = (downsample(moving), downsample(fixed)), None
             if initial_ddf is not None:
                 check_ddf(fixed, initial_ddf)
                 start = downsample_ddf(initial_ddf)
@@ -269,33 +248,24 @@ class DEQRegistrationNet(IteratedNet):
         proximal_center: torch.Tensor | None = None,
         **changes: Any,
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """
-        Solve for the equilibrium without gradients, as :py:meth:`solve`, and return the whole state.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: warm start, ``(B, ndim, *spatial)``; a hidden state starts anew. Defaults to the solution of
-                the coarser network, or zero.
-            proximal_center: see :py:meth:`fixed_point_map`.
-            changes: settings of the solver in place of the network's own.
-
-        Returns:
-            The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record.
+        """See :py:meth:`IteratedNet.solve_state`; starts by default from the solution of the coarser network, or zero.
+        For ``proximal_center`` see :py:meth:`fixed_point_map`.
         """
         settings = self.solver.changed(**changes)
-        coarse_steps: tuple[torch.Tensor, ...] = ()
-        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
-            proximal_center, coarse_steps = self.coarse_start(moving, fixed)
-        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        start, proximal_center, coarse_steps = self._start(moving, fixed, initial_ddf, proximal_center)
         g = self.fixed_point_map(moving, fixed, proximal_center=proximal_center)
-        state, record = solve_fixed_point(
-            g,
-            initial_state(fixed, initial_ddf, self.hidden_channels),
-            settings,
-            ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
-        )
+        state, record = solve_fixed_point(g, start, settings, fixed.ndim - 2 if self.hidden_channels else None)
         return state, replace(record, coarse_steps=coarse_steps)
+
+    def _start(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None, center: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """The first state, the proximal centre, and the steps of the coarser networks where they were asked."""
+        check_pair(moving, fixed)
+        steps: tuple[torch.Tensor, ...] = ()
+        if center is None and (ddf is None or self.proximal_weight):
+            center, steps = self.coarse_start(moving, fixed)
+        return initial_state(fixed, center if ddf is None else ddf, self.hidden_channels), center, steps
 
     def training_states(  # type: ignore[override]
         self,
@@ -304,23 +274,10 @@ class DEQRegistrationNet(IteratedNet):
         initial_ddf: torch.Tensor | None = None,
         proximal_center: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """
-        The intermediate states and the final one, each with its gradient.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: see :py:meth:`solve_state`.
-            proximal_center: see :py:meth:`fixed_point_map`.
-
-        Returns:
-            ``(B, ndim, *spatial)`` each.
-        """
-        if proximal_center is None and (initial_ddf is None or self.proximal_weight):
-            proximal_center, _ = self.coarse_start(moving, fixed)
-        initial_ddf = proximal_center if initial_ddf is None else initial_ddf
+        """The intermediate states and the final one, each with its gradient; arguments as :py:meth:`solve_state`."""
+        state, proximal_center, _ = self._start(moving, fixed, initial_ddf, proximal_center)
         full, short = (self.fixed_point_map(moving, fixed, factor, proximal_center) for factor in (1.0, None))
-        state, ndim = initial_state(fixed, initial_ddf, self.hidden_channels), fixed.ndim - 2
+        ndim = fixed.ndim - 2
         options = {
             "rel_tol": self.solver.relative_tolerance,
             "ddf_channels": ndim if self.hidden_channels else None,
@@ -332,25 +289,17 @@ class DEQRegistrationNet(IteratedNet):
 
 
 def coarse_to_fine(
-    network: DEQRegistrationNet,
-    num_levels: int = 1,
-    max_steps: int = 48,
-    weights: str | Path | None = None,
+    network: DEQRegistrationNet, num_levels: int = 1, max_steps: int = 48, weights: str | Path | None = None
 ) -> DEQRegistrationNet:
-    """
-    Put copies of a network before it, each for half the size of the next; see ``coarse`` of
+    """Put copies of a network before it, each for half the size of the next; see ``coarse`` of
     :py:class:`DEQRegistrationNet`.
 
     Args:
-        network: the network of the full size, without a coarser one.
+        network: the network of the full size, without a coarser one; changed in place and returned.
         num_levels: number of sizes, this one included. Defaults to 1: the network as it is.
         max_steps: step limit of each coarser network. Defaults to 48.
-        weights: checkpoint of a network of ``num_levels - 1`` sizes, trained at half the size. It becomes the coarser
-            network, and its finest update is what this network's begins with. Defaults to ``None``: all weights are
-            those of the network.
-
-    Returns:
-        The network itself, with coarser ones.
+        weights: checkpoint of ``num_levels - 1`` sizes, trained at half the size: the coarser network, whose finest
+            update this network's begins with too. Defaults to ``None``: the network's own weights.
 
     Raises:
         ValueError: When ``num_levels`` is below 1, or there are weights and no coarser network.
@@ -363,9 +312,8 @@ def coarse_to_fine(
         return network
     gradient = replace(network.gradient, num_states=0)
     solver = network.solver.changed(max_steps=max_steps)
-    coarse = DEQRegistrationNet(
-        copy.deepcopy(network.update), solver=solver, gradient=gradient, rest=network.rest
-    ).train(network.training)
+    update = copy.deepcopy(network.update)
+    coarse = DEQRegistrationNet(update, solver=solver, gradient=gradient, rest=network.rest).train(network.training)
     coarse = coarse_to_fine(coarse, num_levels - 1, max_steps)
     if weights is not None:
         load_weights(coarse, weights)
@@ -375,15 +323,8 @@ def coarse_to_fine(
 
 
 def set_coarse_solver(network: nn.Module, **changes: Any) -> nn.Module:
-    """
-    Change the solver of the coarser networks of a network.
-
-    Args:
-        network: changed in place; one without coarser networks is left as it is.
-        changes: settings of :py:class:`monai_deq.solvers.SolverSettings`; ``None`` leaves one as it is.
-
-    Returns:
-        The network.
+    """Change the settings of :py:class:`monai_deq.solvers.SolverSettings`, unless ``None``, of the coarser networks of
+    a network, if there are any, in place, and return the network.
     """
     level = network.coarse if isinstance(network, IteratedNet) else None
     while level is not None:

@@ -17,16 +17,7 @@ __all__ = ["IteratedNet", "RegistrationNet", "check_pair"]
 
 
 def check_pair(moving: torch.Tensor, fixed: torch.Tensor) -> None:
-    """
-    Check a batch of pairs.
-
-    Args:
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-
-    Raises:
-        ValueError: When shape or type do not fit.
-    """
+    """Check a batch of pairs: ``(B, 1, *spatial)`` of the same size, floating point; or else a ``ValueError``."""
     if moving.shape != fixed.shape or moving.ndim not in (4, 5) or moving.shape[1] != 1:
         raise ValueError(
             "moving and fixed must have the same shape (B, 1, H, W[, D]), "
@@ -39,11 +30,10 @@ def check_pair(moving: torch.Tensor, fixed: torch.Tensor) -> None:
 
 
 class RegistrationNet(nn.Module, ABC):
-    """
-    A registration method. ``net(moving, fixed)`` gives ``(warped, ddf)``, as
-    :py:class:`monai.networks.nets.VoxelMorph`; a network in training mode gives ``(warped, ddf, states)``, ``states``
-    the displacements before the last one. ``net(pair)``, with moving and fixed image as the two channels of one tensor,
-    gives the ddf alone, for tools that know networks of one argument only.
+    """A registration method. ``net(moving, fixed)`` gives ``(warped, ddf)``, as
+    :py:class:`monai.networks.nets.VoxelMorph`, in training mode ``(warped, ddf, states)``, ``states`` the displacements
+    before the last one. ``net(pair)``, both images as the two channels of one tensor, gives the ddf alone, for tools
+    that know networks of one argument only.
     """
 
     #: settings of :py:meth:`solve`
@@ -53,8 +43,7 @@ class RegistrationNet(nn.Module, ABC):
     def solve(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **changes: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """
-        Register without gradients.
+        """Register without gradients.
 
         Args:
             moving: ``(B, 1, *spatial)``, intensities in [0, 1].
@@ -69,7 +58,9 @@ class RegistrationNet(nn.Module, ABC):
     def training_states(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **kwargs: Any
     ) -> list[torch.Tensor]:
-        """The displacements that a training supervises, each ``(B, ndim, *spatial)``, the final one last."""
+        """The displacements that a training supervises, each ``(B, ndim, *spatial)`` with its gradient, the final one
+        last; arguments as :py:meth:`solve`.
+        """
         raise NotImplementedError(f"{type(self).__name__} has nothing to train.")
 
     def forward(
@@ -79,15 +70,8 @@ class RegistrationNet(nn.Module, ABC):
         initial_ddf: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, ...] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """
-        Args:
-            moving: ``(B, 1, *spatial)``, intensities in [0, 1]; without ``fixed`` ``(B, 2, *spatial)``, both images.
-            fixed: ``(B, 1, *spatial)``, intensities in [0, 1].
-            initial_ddf: displacement to start from, ``(B, ndim, *spatial)`` in voxels. Defaults to the method's own.
-            kwargs: further arguments of :py:meth:`solve`, or in training mode of :py:meth:`training_states`.
-
-        Returns:
-            ``(warped, ddf)`` in eval mode, ``(warped, ddf, states)`` in training mode, ``ddf`` for one tensor.
+        """Register as the class says; arguments as :py:meth:`solve`, with ``moving`` alone ``(B, 2, *spatial)``, in
+        training mode with ``kwargs`` of :py:meth:`training_states`.
 
         Raises:
             ValueError: When the shapes do not fit.
@@ -120,30 +104,32 @@ class IteratedNet(RegistrationNet):
     def fixed_point_map(
         self, moving: torch.Tensor, fixed: torch.Tensor, **kwargs: Any
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The map of a batch of pairs, a function of a state ``(B, ndim + hidden_channels, *spatial)``."""
+        """The map of a batch of pairs ``(B, 1, *spatial)``, a function of a state ``(B, ndim + hidden_channels,
+        *spatial)``.
+        """
 
     @abstractmethod
     def solve_state(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **changes: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """As :py:meth:`solve`, with the hidden state behind the displacement."""
+        """As :py:meth:`solve`, but the hidden state, which starts at zero, stays behind the displacement returned:
+        ``(B, ndim + hidden_channels, *spatial)``.
+        """
 
     def coarse_start(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """
-        Where the iteration starts, without gradients: the solutions of the coarser networks, each the start of the
-        next, brought to the full size.
+        """Where the iteration starts, without gradients: the solutions of the coarser networks, each the start of the
+        next.
 
         Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement that the coarsest network starts from, with a proximal term each of them, here at
-                full size, ``(B, ndim, *spatial)``. Defaults to zero.
+            moving: moving images.
+            fixed: fixed images.
+            initial_ddf: start of the coarsest network, with a proximal term of each, at full size. Defaults to zero.
 
         Returns:
-            ``(B, ndim, *spatial)`` in voxels, without a coarser network the argument itself; and ``(B,)`` each, from
-            the finest of the coarser networks to the coarsest, the steps of their solves.
+            ``(B, ndim, *spatial)`` in voxels at full size, without a coarser network the argument itself; and the steps
+            of the coarser solves, ``(B,)`` each, from the finest to the coarsest.
         """
         return initial_ddf, ()
 

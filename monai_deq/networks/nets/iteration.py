@@ -12,47 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_deq.networks.blocks import check_ddf
 
-__all__ = [
-    "checkpointed_map",
-    "downsample",
-    "downsample_ddf",
-    "hidden_channels",
-    "initial_state",
-    "proximal_map",
-    "relaxed_map",
-    "state_map",
-    "upsample_state",
-]
-
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _AVERAGE = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def hidden_channels(update: nn.Module) -> int:
-    """
-    Number of channels of an update's hidden state: its attribute ``hidden_channels``, or 0.
-
-    Args:
-        update: the update.
-    """
+    """Number of channels of an update's hidden state: its attribute ``hidden_channels``, or 0."""
     return int(getattr(update, "hidden_channels", 0))
 
 
 def initial_state(fixed: torch.Tensor, ddf: torch.Tensor | None, hidden: int = 0) -> torch.Tensor:
-    """
-    The state an iteration starts from, in float32 at least: a displacement, given or zero, and behind it the channels
-    of the hidden state, zero.
-
-    Args:
-        fixed: ``(B, 1, *spatial)``.
-        ddf: ``(B, ndim, *spatial)`` in voxels, or ``None``.
-        hidden: channels of the hidden state. Defaults to 0.
-
-    Returns:
-        ``(B, ndim + hidden, *spatial)``.
-
-    Raises:
-        ValueError: When the field does not fit the image.
+    """The state an iteration starts from, ``(B, ndim + hidden, *spatial)``, in float32 at least: a displacement ``(B,
+    ndim, *spatial)`` in voxels, or zero, and behind it the channels of the hidden state, zero.
     """
     dtype, ndim = torch.promote_types(fixed.dtype, torch.float32), fixed.ndim - 2
     if ddf is None:
@@ -63,18 +34,9 @@ def initial_state(fixed: torch.Tensor, ddf: torch.Tensor | None, hidden: int = 0
 
 
 def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    The map ``g(ddf) = ddf + f(moving, fixed, ddf)`` of a pair (paper, Eq. 3 and 5), for an update with hidden state
-    ``g(ddf, hidden) = (ddf + delta, hidden')`` with the hidden state as further channels.
-
-    Args:
-        update: ``f(moving, fixed, ddf) -> delta``, or with an attribute ``hidden_channels`` above zero
-            ``f(moving, fixed, ddf, hidden) -> (delta, hidden')``.
-        moving: ``(B, 1, *spatial)``.
-        fixed: ``(B, 1, *spatial)``.
-
-    Returns:
-        Function of a state ``(B, ndim + hidden_channels, *spatial)`` that keeps its dtype.
+    """The map ``g(ddf) = ddf + f(moving, fixed, ddf)`` of pairs ``(B, 1, *spatial)`` (paper, Eq. 3 and 5); for an
+    update with hidden state ``g(ddf, hidden) = (ddf + delta, hidden')``, the hidden state being further channels. Keeps
+    the dtype.
     """
     ndim = fixed.ndim - 2
 
@@ -90,12 +52,7 @@ def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> C
 
 
 def checkpointed_map(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    The same map, of which nothing but the argument is kept for the backward pass: there it is evaluated again.
-
-    Args:
-        func: the map.
-    """
+    """The same map, keeping only its argument for the backward pass, where it is evaluated again."""
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(func, x, use_reentrant=False) if torch.is_grad_enabled() else func(x)  # type: ignore[no-any-return]
@@ -104,27 +61,15 @@ def checkpointed_map(func: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
 
 
 def relaxed_map(func: Callable[[torch.Tensor], torch.Tensor], factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    The map ``x + factor * (g(x) - x)``, with the fixed points of ``g``.
-
-    Args:
-        func: the map ``g``.
-        factor: in (0, 1].
-    """
+    """The map ``x + factor * (g(x) - x)``, with the fixed points of ``g``."""
     return func if factor == 1 else lambda x: torch.lerp(x, func(x), factor)
 
 
 def proximal_map(
     func: Callable[[torch.Tensor], torch.Tensor], weight: float, center: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    The map ``g(x) - weight * (x - center)``: a step less the gradient of the proximal term
-    ``weight / 2 * |x - center|^2``. A hidden part of the state is left as ``g`` has it.
-
-    Args:
-        func: the map ``g``.
-        weight: in [0, 1).
-        center: ``(B, ndim, *spatial)``, the displacement that the leading channels of a state are pulled to.
+    """The map ``g(x) - weight * (x - center)``: a step less the gradient of the proximal term ``weight / 2 * |x -
+    center|^2``, for the displacement ``(B, ndim, *spatial)``; a hidden part of the state is left as ``g`` has it.
     """
     ndim = center.shape[1]
 
@@ -136,12 +81,8 @@ def proximal_map(
 
 
 def downsample(image: torch.Tensor) -> torch.Tensor:
-    """
-    Half the size, rounded up: means of two voxels along each axis; a last odd voxel stands alone, and an axis of one
-    voxel is left as it is.
-
-    Args:
-        image: ``(B, C, *spatial)``.
+    """Half the size, rounded up, of ``(B, C, *spatial)``: means of two voxels along each axis; a last odd voxel stands
+    alone, and an axis of one voxel is left as it is.
     """
     window = [min(n, 2) for n in image.shape[2:]]
     return _AVERAGE[image.ndim - 2](image, window, ceil_mode=True, count_include_pad=False)
@@ -155,24 +96,13 @@ def _factors(ddf: torch.Tensor, fine: Sequence[int], coarse: Sequence[int]) -> t
 
 
 def downsample_ddf(ddf: torch.Tensor) -> torch.Tensor:
-    """
-    A displacement on the grid of half the size, in voxels of that grid.
-
-    Args:
-        ddf: ``(B, ndim, *spatial)`` in voxels.
-    """
+    """A displacement ``(B, ndim, *spatial)`` in voxels on the grid of half the size, in voxels of that grid."""
     coarse = downsample(ddf)
     return coarse / _factors(ddf, ddf.shape[2:], coarse.shape[2:])
 
 
 def upsample_state(state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """
-    A displacement, and a hidden state behind it, on the grid twice as fine.
-
-    Args:
-        state: ``(B, ndim + hidden, *spatial)``, the displacement in voxels.
-        size: spatial size of the finer grid, to which the result is cropped.
-    """
+    """A displacement, and a hidden state behind it, on the grid twice as fine, cropped to the spatial size given."""
     ndim = state.ndim - 2
     # without align_corners the finer voxels lie symmetrically in the coarse ones: displacements double, exactly
     fine = F.interpolate(state, scale_factor=2, mode=_LINEAR[ndim], align_corners=False)

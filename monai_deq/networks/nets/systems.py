@@ -5,13 +5,7 @@ from __future__ import annotations
 
 import torch.nn as nn
 
-from monai_deq.networks.blocks import (
-    GradientUpdate,
-    RecurrentUpdate,
-    RegistrationCNN,
-    UNetUpdate,
-    VoxelMorphUpdate,
-)
+from monai_deq.networks.blocks import GradientUpdate, RecurrentUpdate, RegistrationCNN, UNetUpdate, VoxelMorphUpdate
 from monai_deq.networks.nets.unrolled import UnrolledRegistrationNet
 
 __all__ = ["gradirn_net", "riir_net", "unrolling_net", "voxelmorph_net"]
@@ -20,14 +14,7 @@ __all__ = ["gradirn_net", "riir_net", "unrolling_net", "voxelmorph_net"]
 def voxelmorph_net(
     spatial_dims: int = 3, integration_steps: int = 0, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
-    """
-    VoxelMorph: one step of :py:class:`monai_deq.networks.blocks.VoxelMorphUpdate`.
-
-    Args:
-        spatial_dims: 2 or 3. Defaults to 3.
-        integration_steps: steps of scaling and squaring. Defaults to 0: the network gives the displacement.
-        autocast_dtype: see :py:class:`monai_deq.networks.blocks.RegistrationUpdate`. Defaults to ``None``.
-    """
+    """VoxelMorph: one step of :py:class:`monai_deq.networks.blocks.VoxelMorphUpdate`, which has the arguments."""
     update = VoxelMorphUpdate(spatial_dims, integration_steps, autocast_dtype=autocast_dtype)
     return UnrolledRegistrationNet(update, steps=1)
 
@@ -35,14 +22,8 @@ def voxelmorph_net(
 def unrolling_net(
     spatial_dims: int = 3, steps: int = 3, num_levels: int = 3, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
-    """
-    Unrolling: GraDIRN without the similarity gradient, with weights for each level.
-
-    Args:
-        spatial_dims: 2 or 3. Defaults to 3.
-        steps: on each level. Defaults to 3.
-        num_levels: number of levels, each half the size of the next. Defaults to 3.
-        autocast_dtype: see :py:class:`monai_deq.networks.blocks.RegistrationUpdate`. Defaults to ``None``.
+    """Unrolling: GraDIRN without the similarity gradient, with weights for each level; arguments as
+    :py:func:`gradirn_net`.
     """
     channels, zero_inputs = 2 + spatial_dims, range(2, 2 + spatial_dims)
     updates = [
@@ -59,8 +40,7 @@ def gradirn_net(
     similarity: nn.Module | None = None,
     autocast_dtype: str | None = None,
 ) -> UnrolledRegistrationNet:
-    """
-    GraDIRN: steps of :py:class:`monai_deq.networks.blocks.GradientUpdate`, with weights for each level.
+    """GraDIRN: steps of :py:class:`monai_deq.networks.blocks.GradientUpdate`, with weights for each level.
 
     Args:
         spatial_dims: 2 or 3. Defaults to 3.
@@ -76,14 +56,8 @@ def gradirn_net(
 def riir_net(
     spatial_dims: int = 3, steps: int = 6, similarity: nn.Module | None = None, autocast_dtype: str | None = None
 ) -> UnrolledRegistrationNet:
-    """
-    RIIR, a reconstruction: steps of :py:class:`monai_deq.networks.blocks.RecurrentUpdate` at one size, all supervised.
-
-    Args:
-        spatial_dims: 2 or 3. Defaults to 3.
-        steps: number of steps. Defaults to 6.
-        similarity: whose gradient the steps are told. Defaults to the mean squared error.
-        autocast_dtype: see :py:class:`monai_deq.networks.blocks.RegistrationUpdate`. Defaults to ``None``.
+    """RIIR, a reconstruction: ``steps`` of :py:class:`monai_deq.networks.blocks.RecurrentUpdate` at one size, all
+    supervised; the other arguments as :py:func:`gradirn_net`.
     """
     update = RecurrentUpdate(spatial_dims, similarity, autocast_dtype=autocast_dtype)
     return UnrolledRegistrationNet(update, steps=steps, all_states=True)

@@ -20,25 +20,20 @@ __all__ = ["UnrolledRegistrationNet"]
 
 
 class UnrolledRegistrationNet(IteratedNet):
-    """
-    Deformable registration by a fixed schedule of steps of a learned update, trained by back-propagation through time
-    (paper, Eq. 3-4): RIIR with one level, GraDIRN and Unrolling with three, VoxelMorph with a single step.
+    """Deformable registration by a fixed schedule of steps of a learned update, trained by back-propagation through
+    time (paper, Eq. 3-4): RIIR with one level, GraDIRN and Unrolling with three, VoxelMorph with a single step.
 
     From ``phi_0 = 0`` on the coarsest level the displacement is iterated by ``g(phi) = phi + f_theta(moving, fixed,
-    phi)``; from level to level it is interpolated and its values doubled. Level ``l`` of ``L`` has images of
-    ``2 ** -(L - 1 - l)`` of the full size, by means of two voxels along each axis.
-
-    In training mode the displacements before the last one are returned too, at full size, for a loss on all of them.
+    phi)``; from level to level, each twice the size of the one before, it is interpolated and its values doubled.
 
     Args:
-        update: module ``f(moving, fixed, ddf) -> delta``, its weights shared by all steps and levels, or a sequence of
-            modules, one for each level from coarse to fine, each with its weights shared inside its level. Updates
-            with a hidden state ``f(moving, fixed, ddf, hidden) -> (delta, hidden)`` have an attribute
-            ``hidden_channels``. Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
+        update: module ``f(moving, fixed, ddf) -> delta``, or with an attribute ``hidden_channels`` ``f(moving, fixed,
+            ddf, hidden) -> (delta, hidden)``, for all levels, or a sequence of one for each from coarse to fine.
+            Defaults to :py:class:`monai_deq.networks.blocks.UNetUpdate`.
         spatial_dims: 2 or 3, for the default update. Defaults to 3.
         steps: number of steps on each level, from coarse to fine. Defaults to 6 on one level.
-        all_states: return the states before the last one too in training, for a loss on all of them (Eq. 4). Defaults
-            to ``False``: ``states`` is empty and the loss is that of the final state (``w_t = 0``).
+        all_states: return the states before the last one too in training, at full size, for a loss on all of them (Eq.
+            4). Defaults to ``False``: ``states`` is empty (``w_t = 0``).
 
     Raises:
         ValueError: When steps and updates do not fit each other.
@@ -67,8 +62,7 @@ class UnrolledRegistrationNet(IteratedNet):
             raise ValueError(
                 f"steps must be a whole number of at least 1, or one for each of the levels, got {steps!r}."
             )
-        if update is None:
-            update = UNetUpdate(spatial_dims)
+        update = UNetUpdate(spatial_dims) if update is None else update
         alone = isinstance(update, nn.Module) and not isinstance(update, nn.ModuleList)
         updates: list[nn.Module] = [update] if alone else list(update)  # type: ignore[list-item,arg-type]
         if len(updates) not in (1, len(self.steps)):
@@ -126,16 +120,8 @@ class UnrolledRegistrationNet(IteratedNet):
     def fixed_point_map(  # type: ignore[override]
         self, moving: torch.Tensor, fixed: torch.Tensor
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """
-        The map of the finest level for a batch of pairs. Nothing in the training of an unrolled network makes its
-        iteration come to rest; this serves to see whether it does.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-
-        Returns:
-            Function of a state ``(B, ndim + hidden_channels, *spatial)``.
+        """The map of the finest level, see :py:meth:`IteratedNet.fixed_point_map`. Nothing in the training of an
+        unrolled network makes its iteration come to rest; this serves to see whether it does.
         """
         check_pair(moving, fixed)
         return state_map(self._update(len(self.steps) - 1), moving, fixed)
@@ -143,50 +129,23 @@ class UnrolledRegistrationNet(IteratedNet):
     def solve_state(
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None, **changes: Any
     ) -> tuple[torch.Tensor, SolverRecord]:
-        """
-        Run the schedule without gradients, with any number of steps on the finest level.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: displacement to go on from on the finest level, ``(B, ndim, *spatial)`` in voxels; the coarser
-                levels are then left out, and a hidden state starts anew. Defaults to the whole schedule, from zero.
-            changes: settings of the solver on the finest level, in place of as many steps as the schedule has.
-
-        Returns:
-            The displacement with the hidden state behind it, ``(B, ndim + hidden_channels, *spatial)``, and the record
-            of the finest level.
+        """Run the schedule, see :py:meth:`IteratedNet.solve_state`: ``changes`` and the record are of the finest level,
+        whose number of steps is free. With ``initial_ddf`` the coarser levels are left out.
         """
         g = self.fixed_point_map(moving, fixed)
         with torch.no_grad():
             state, _ = self._start(self._pyramid(moving), self._pyramid(fixed), initial_ddf)
-        state, record = solve_fixed_point(
-            g,
-            state,
-            self.solver.changed(**changes),
-            ddf_channels=fixed.ndim - 2 if self.hidden_channels else None,
-        )
+        ddf_channels = fixed.ndim - 2 if self.hidden_channels else None
+        state, record = solve_fixed_point(g, state, self.solver.changed(**changes), ddf_channels)
         levels = self.steps[-2::-1] if initial_ddf is None else ()
         return state, replace(record, coarse_steps=tuple(torch.full_like(record.steps, n) for n in levels))
 
     def training_states(  # type: ignore[override]
         self, moving: torch.Tensor, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """
-        The displacements of all steps at full size, or the final one alone, with their gradients.
-
-        Args:
-            moving: ``(B, 1, *spatial)``.
-            fixed: ``(B, 1, *spatial)``.
-            initial_ddf: see :py:meth:`solve_state`.
-
-        Returns:
-            ``(B, ndim, *spatial)`` each.
-        """
-        check_pair(moving, fixed)
-        movings, fixeds = self._pyramid(moving), self._pyramid(fixed)
-        state, states = self._start(movings, fixeds, initial_ddf)
-        g = state_map(self._update(len(self.steps) - 1), moving, fixed)
+        """The displacements of all steps at full size, or the final one alone; see :py:meth:`solve_state`."""
+        g, fixeds = self.fixed_point_map(moving, fixed), self._pyramid(fixed)
+        state, states = self._start(self._pyramid(moving), fixeds, initial_ddf)
         for _ in range(self.steps[-1]):
             state = g(state)
             states.append(state)
