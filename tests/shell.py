@@ -65,7 +65,8 @@ def run_bundle(run_id: str, config_file: object, folder: Path, **overrides: obje
     words = _words(run_id, config_file, overrides)
     out, err = io.StringIO(), io.StringIO()
     code = 0
-    with as_before(), contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with as_before(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        os.chdir(folder)
         sys.argv[:] = [str(program.__file__), *words]
         _log_to_stdout()
         try:
@@ -165,8 +166,8 @@ def _log_to_stdout() -> None:
 
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
-    """Put back what MONAI sets for a whole interpreter: paths, loggers, random states, determinism."""
-    argv, path = list(sys.argv), list(sys.path)
+    """Put back what a run sets for a whole interpreter: folder, paths, loggers, random states, determinism."""
+    folder, argv, path = Path.cwd(), list(sys.argv), list(sys.path)
     logs = [(x, x.level, list(x.handlers), x.disabled, x.propagate) for x in _loggers()]
     states, numpy_state = random.getstate(), np.random.get_state()
     seed, cudnn = monai.utils.misc.get_seed(), torch.backends.cudnn
@@ -176,6 +177,7 @@ def as_before() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        os.chdir(folder)
         sys.argv[:], sys.path[:] = argv, path
         for logger, level, handlers, disabled, propagate in logs:
             logger.setLevel(level)

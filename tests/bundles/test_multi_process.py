@@ -100,7 +100,7 @@ POOL: dict[str, Any] = {
     "max_steps": 2,
     "val_steps": 3,
     "ema_momentum": 0.3,
-    "rest#enabled": True,
+    "pooled": "true",
     "rest#pool_renewal": 0.3,
     "rest#random_start_share": 0.5,
     "rest#contraction_weight": 0.5,

@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
     "val_steps": 3,
     "spatial_size": [16, 16, 16],
     "lr_decay_power": 0.0,
-    "rest#enabled": True,
+    "pooled": "true",
     "rest#pool_slots": 2,
 }
 TEST_CASES = ("0004", "0005")

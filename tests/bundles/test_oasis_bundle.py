@@ -212,9 +212,9 @@ def test_resumed_training_is_the_same_as_an_uninterrupted_one(
         ("unknown solver 'newton'", {"solver#name": "newton"}),
         ("7 subjects", {"split_sizes": "[300,30,84]"}),
         ("checkpointed must be true or false, got 'maybe'", {"checkpointed": "maybe"}),
-        ("enabled must be True or False, got 'false'", {"rest#enabled": "false"}),
+        ("pooled must be true or false, got 'maybe'", {"pooled": "maybe"}),
         ("has no setting max_epoch (is it max_epochs?)", {"max_epoch": 2}),
-        ("has no setting pooled", {"pooled": "true"}),
+        ("has no setting pool_starts", {"pool_starts": 2}),
         ("unexpected keyword argument 'relaxatio'", {"rest#relaxatio": 0.3}),
         # the sample trains without what makes an iteration come to rest
         ("relaxation 0.25 does nothing unless rest is enabled", {"rest#relaxation": 0.25}),

@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "max_steps": 2,
     "val_steps": 2,
     "lr_decay_power": 0.0,
-    "rest#enabled": True,
+    "pooled": "true",
     "rest#pool_slots": 2,
     "rest#pool_renewal": 0.3,
 }
