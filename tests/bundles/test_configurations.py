@@ -49,7 +49,7 @@ def test_a_training_has_few_settings() -> None:
     settings = [
         name
         for name, value in read(BUNDLES / "oasis" / "train.json").items()
-        if not isinstance(value, (dict, list)) and not (isinstance(value, str) and value.startswith(("$", "@")))
+        if not isinstance(value, (dict, list)) and "@" not in str(value)
     ]
     assert {"dataset_dir", "seed", "num_states", "amp"} <= set(settings) and len(settings) <= 40
 

@@ -67,8 +67,9 @@ def test_running_mean_of_the_weights(brain_cohort: Path, tmp_path: Path) -> None
     whole = train(tmp_path / "whole", brain_cohort, max_epochs=2, **two)
     train(tmp_path / "parts", brain_cohort, **two, **STOPPED)
     assert_equal(train(tmp_path / "parts", brain_cohort, max_epochs=2, resume=True, **two), whole)
-    without = train(tmp_path / "without", brain_cohort, **{**one, "ema_momentum": "$None"})
-    assert without["averaged"] == {}
+    unvalidated = {"ema_momentum": "$None", "train#handlers#1#interval": 2, "train#trainer#clip_norm": "$None"}
+    without = train(tmp_path / "without", brain_cohort, **{**one, **unvalidated})
+    assert without["averaged"] == {} and not (tmp_path / "without" / "models" / "model.pt").exists()
     late = train(tmp_path / "without", brain_cohort, **{**one, "max_epochs": 2, "resume": True})
     for name, weight in late["network"].items():
         torch.testing.assert_close(late["averaged"][name], 0.75 * without["network"][name] + 0.25 * weight)
