@@ -9,7 +9,6 @@ import logging
 import multiprocessing
 import os
 import random
-import runpy
 import socket
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fire
+import monai.bundle.__main__ as program
 import monai.utils.misc
 import numpy as np
 import torch
@@ -65,10 +66,11 @@ def run_bundle(run_id: str, config_file: object, folder: Path, **overrides: obje
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with as_before(), contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        sys.argv[1:] = words
+        sys.argv[:] = [str(program.__file__), *words]
         _log_to_stdout()
         try:
-            runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+            # as the program does it, but for a look at the stack that takes as long as a small run
+            fire.Fire(vars(program))
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
         except Exception:

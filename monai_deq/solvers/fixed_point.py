@@ -18,6 +18,8 @@ from monai_deq.solvers.records import SolverRecord, StopReason
 
 __all__ = ["SOLVERS", "anderson_solver", "plain_solver", "residual_norms", "torchdeq_name"]
 
+#: growth of the residual at which Anderson mixing forgets its history
+_GROWTH_LIMIT = 2.0
 #: how far ``patience`` shortens the steps: beyond that it is rounding that the residual cannot fall below
 _SMALLEST_SHARE = 1 / 16
 
@@ -196,10 +198,9 @@ def plain_solver(
 class _Anderson:
     """Anderson mixing (type II) over a window, item by item."""
 
-    def __init__(self, window: int, regularization: float, growth_limit: float) -> None:
+    def __init__(self, window: int, regularization: float) -> None:
         self.window = window
         self.regularization = regularization
-        self.growth_limit = growth_limit
         self.gx: list[torch.Tensor] = []
         self.fx: list[torch.Tensor] = []
         self.valid: list[torch.Tensor] = []
@@ -211,7 +212,7 @@ class _Anderson:
         # Where mixing made things worse the item starts its history anew from a plain step.
         best = residual if self.best is None else self.best
         mixed = torch.stack(self.valid).sum(dim=0) > 1 if self.valid else residual < 0
-        restart = mixed & (residual > self.growth_limit * best)
+        restart = mixed & (residual > _GROWTH_LIMIT * best)
         self.best = torch.where(restart, residual, torch.fmin(best, residual))
         self.valid = [v & ~restart for v in self.valid]
         self.gx.append(gx)
@@ -269,14 +270,13 @@ def anderson_solver(
     ddf_channels: int | None = None,
     window: int = 4,
     regularization: float = 1e-5,
-    growth_limit: float = 2.0,
 ) -> SolverOutput:
     """Anderson acceleration (type II, no damping) of the fixed-point iteration, per item.
 
     The next state mixes the last ``window`` images ``g(x_j)`` with the weights, summing to one, that minimise the norm
     of the mixed residuals (Walker and Ni, SIAM J. Numer. Anal. 2011). The ``2 * window`` states kept have their own
     precision; the small linear system is solved in float64. When a mixed step takes an item's residual past
-    ``growth_limit`` times its best so far, its history is dropped and it goes on from a plain step.
+    twice its best so far, its history is dropped and it goes on from a plain step.
 
     Arguments, return and errors as :py:func:`plain_solver`, and:
 
@@ -285,16 +285,13 @@ def anderson_solver(
         regularization: ridge on the Gram matrix of the residuals, relative to their squared norms. Much below the
             rounding of float32 (1e-7), residuals that are alike get large weights of either sign by chance, which can
             throw the state far away at an unchanged residual. Defaults to 1e-5.
-        growth_limit: growth of the residual at which the history is dropped, above 1. Defaults to 2.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
     if regularization < 0:
         raise ValueError(f"regularization must not be negative, got {regularization}.")
-    if growth_limit <= 1:
-        raise ValueError(f"growth_limit must be above 1, got {growth_limit}.")
     tol, rel_tol = _tolerances(tol, stop_mode, rel_tol)
-    mixing = _Anderson(window, regularization, growth_limit)
+    mixing = _Anderson(window, regularization)
     return _iterate(func, x0, max_iter, tol, rel_tol, indexing, ddf_channels, mixing=mixing)
 
 

@@ -41,8 +41,9 @@ def test_every_overlay_is_a_method_of_the_comparison() -> None:
     assert {p.stem for p in (BUNDLES / "oasis" / "methods").glob("*.json")} == set(METHODS)
 
 
-@pytest.mark.parametrize("bundle", ["oasis", "nlst"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, bundle", [(m, b) for m in METHODS for b in ("oasis", "nlst") if (m, b) != ("elastix", "oasis")]
+)
 def test_method_trains_evaluates_and_registers(
     method: str, bundle: str, brain_cohort: Path, lung_cohort: Path, tmp_path: Path
 ) -> None:
@@ -65,7 +66,7 @@ def test_method_trains_evaluates_and_registers(
 
     settings: dict[str, Any] = {"network_def#iterations": 2} if method == "elastix" else {}
     config = configs(bundle, "evaluate", *dims, *overlays)
-    output_of(run_bundle("evaluating", config, tmp_path, **common, **settings, split="validation"))
+    output_of(run_bundle("evaluating", config, tmp_path, **common, **settings, split="validation", labels=[1]))
     summary = json.loads((tmp_path / "eval" / "evaluation_summary.json").read_text())
     assert summary["method"] == title and summary["num_pairs"] == {"oasis": 2, "nlst": 1}[bundle]
     scores = {name: value["mean"] for name, value in summary["summary"].items()}

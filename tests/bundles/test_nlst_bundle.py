@@ -283,7 +283,7 @@ def test_what_the_bundles_share_is_the_same() -> None:
         assert (ours / name).read_text() == (theirs / name).read_text(), name
     own = {
         "train": {"task", "window", "keypoints_outside", "masked_similarity", "masked", "keypoint_weight", "cases"},
-        "evaluate": {"task", "window", "keypoints_outside", "cases", "parts", "pair_metrics", "grid_regularity"},
+        "evaluate": {"task", "window", "keypoints_outside", "cases", "part", "pair_metrics", "grid_regularity"},
         "inference": {"task", "window"},
     }
     own["train"].add("target_keys")

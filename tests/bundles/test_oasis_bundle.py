@@ -58,7 +58,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory, brain_cohort: Path) -> d
     for dims in (2, 3):
         folder = tmp_path_factory.mktemp(f"trained{dims}")
         settings = {"dataset_dir": brain_cohort, "bundle_root": folder, **TINY}
-        done[dims] = folder, bundle("training", "train", dims, folder, dims == 3, **settings)
+        done[dims] = folder, bundle("training", "train", dims, folder, **settings)
     return done
 
 

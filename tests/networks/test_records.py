@@ -365,6 +365,16 @@ def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
     assert read_record(path) == NetworkRecord(steps=7)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_for_images_of_other_dimensions(tmp_path: Path, name: str) -> None:
+    path = save(tiny_update(2), tmp_path, NetworkRecord(describe(NETWORKS[name]())))
+    assert read_record(path, 2) == read_record(path, None) == read_record(path)
+    with pytest.raises(ValueError, match=r"model\.pt is of a 2-D network, spatial_dims is 3: use the configuration it"):
+        read_record(path, 3)
+    save(tiny_update(2), tmp_path, {"network": None})
+    assert read_record(path, 3).network is None
+
+
 def test_record_of_the_last_epoch(tmp_path: Path) -> None:
     network = deq_net(tiny_update(2), max_steps=2, num_states=0)
     path = save(network, tmp_path, NetworkRecord(describe(network), steps=7), "last.pt")
@@ -570,6 +580,8 @@ def test_preprocessing_of_an_old_record(tmp_path: Path) -> None:
     record = read_record(save(tiny_update(2), tmp_path, settings))
     assert record.spatial_size == [24, 16, 32] and record.preprocessing == {"window": [-1000, 500]}
     assert build_component(record.network).update.spatial_dims == 3
+    with pytest.raises(ValueError, match="of a 3-D network, spatial_dims is 2"):
+        read_record(tmp_path / "model.pt", 2)
 
 
 def test_reading_an_old_record_draws_no_random_numbers(tmp_path: Path) -> None:

@@ -411,6 +411,8 @@ def test_state_dict_and_copies(size: tuple[int, ...]) -> None:
         ({"phantom_steps": 0}, "gradient steps must be at least 1, got 0"),
         ({"phantom_damping": 0.0}, r"gradient damping must be in \(0, 1\], got 0.0"),
         ({"phantom_damping": 1.1}, r"gradient damping must be in \(0, 1\], got 1.1"),
+        ({"checkpointed": "false"}, "checkpointed must be True or False, got 'false'"),
+        ({"enabled": "false"}, "enabled must be True or False, got 'false'"),
         ({"gradient": "exact"}, 'gradient kind must be "phantom" or "implicit", got \'exact\''),
         ({"implicit_max_steps": 0}, "implicit_max_steps must be at least 1, got 0"),
         ({"implicit_tolerance": float("nan")}, "implicit_tolerance must not be negative, got nan"),
@@ -434,13 +436,17 @@ def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
 
 
 def test_rest_that_is_not_enabled_is_the_papers_recipe() -> None:
-    rest = RestSettings(0.3, 0.2, 0.1, 0.7, 5, 0.4, 0.6, 2.0, enabled=False)
+    rest = RestSettings(enabled=False)
     assert (rest.relaxation, rest.proximal_weight, rest.contraction_weight) == (1, 0, 0)
-    assert (rest.pool_renewal, rest.random_start_share) == (1, 0)
-    assert rest.enabled is False
-    # whatever they are
-    assert RestSettings(relaxation=-1, enabled=False).relaxation == 1
-    assert RestSettings().proximal_weight == 0.1 and RestSettings().pool_renewal == 0.2
+    assert (rest.pool_renewal, rest.random_start_share) == (1, 0) and rest.enabled is False
+    own = RestSettings()
+    assert (own.relaxation, own.proximal_weight, own.contraction_weight) == (0.5, 0.1, 0.03)
+    assert (own.pool_renewal, own.random_start_share) == (0.2, 0.4) and own.enabled is True
+    # again from what it says of itself, and nothing that it would pass over
+    assert RestSettings(**vars(rest)) == rest and RestSettings(**vars(own)) == own
+    for name, value in (("relaxation", 0.3), ("proximal_weight", 0.2), ("random_start_share", 1.0)):
+        with pytest.raises(ValueError, match=f"{name} {value} does nothing unless rest is enabled: leave it out, or"):
+            RestSettings(**{name: value}, enabled=False)
     # g(phi) = phi + f(phi), from where it is
     moving, fixed = pair((5, 4))
     network = DEQRegistrationNet(Pull(0.5), solver=SolverSettings(max_steps=4, tolerance=0.0), rest=rest).eval()
