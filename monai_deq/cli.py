@@ -34,13 +34,9 @@ def _value(text: str) -> Any:
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
-    settings = {}
-    for entry in given:
-        name, equals, text = entry.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set: expected name=value, got {entry!r}.")
-        settings[name] = _value(text)
-    return settings
+    if wrong := [entry for entry in given if entry.find("=") < 1]:
+        raise ValueError(f"--set: expected name=value, got {wrong[0]!r}.")
+    return {name: _value(text) for name, text in (entry.split("=", 1) for entry in given)}
 
 
 def _names(text: str) -> list[str]:
@@ -86,8 +82,7 @@ def compare_methods(
     output_dir: TableDir = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Compare methods on one data set: scores, paired tests, costs; a table and box plots.
+    """Compare methods on one data set: scores, paired tests, costs; a table and box plots.
 
     Example: monai-deq compare --bundle-dir bundles/oasis --results-dir results --overlays slices.json
     --methods affine,riir,deqreg --set dataset_dir=DATA
@@ -112,8 +107,7 @@ def iterate_methods(
     output_dir: TableDir = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Iterate trained methods far beyond their training: a table of trained, best and last steps, and curves. The pairs
+    """Iterate trained methods far beyond their training: a table of trained, best and last steps, and curves. The pairs
     are those of the validation, unless --set split=test says otherwise.
 
     Example: monai-deq converge --bundle-dir bundles/oasis --results-dir results --methods riir,deqreg_pool
@@ -138,8 +132,7 @@ def memory_of_training(
     settings: Set = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Measure the training memory of a bundle's systems against their number of steps.
+    """Measure the training memory of a bundle's systems against their number of steps.
 
     Example: monai-deq memory --bundle-dir bundles/oasis --spatial-size 96,96,96 --steps 6,48 --output-dir memory
     --set autocast_dtype=bfloat16
@@ -160,8 +153,7 @@ def scaling_with_size(
     settings: Set = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Measure time and memory of a registration against the size of the images, with untrained networks.
+    """Measure time and memory of a registration against the size of the images, with untrained networks.
 
     Example: monai-deq scaling --bundle-dir bundles/oasis --sizes 64x64x64,160x192x224 --output-dir scaling
     """
@@ -183,8 +175,7 @@ def speed_of_solvers(
     settings: Set = [],  # noqa: B006
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Compare accuracy and time of trained methods with several solvers and tolerances.
+    """Compare accuracy and time of trained methods with several solvers and tolerances.
 
     Example: monai-deq speed --bundle-dir bundles/oasis --results-dir results --output-dir speed --overlays slices.json
     --set dataset_dir=DATA
@@ -204,8 +195,7 @@ def download_data(
     checksum: Annotated[str | None, typer.Option(help="Of the archive, <kind>:<digits>, or skip.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Download a public data set and unpack it.
+    """Download a public data set and unpack it.
 
     Example: monai-deq download --name neurite-oasis --output-dir data --accept-terms
     """
@@ -224,8 +214,7 @@ def pack_for_zoo(
     weights_url: Annotated[str | None, typer.Option(help="Where weights of more than 25 MiB are.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """
-    Write a trained bundle in the layout of MONAI's Model Zoo.
+    """Write a trained bundle in the layout of MONAI's Model Zoo.
 
     Example: monai-deq zoo --bundle-dir bundles/oasis --weights run/models/model.pt --output-dir zoo
     """

@@ -169,28 +169,21 @@ def measure_memory(
 ) -> pd.DataFrame:
     """
     Measure the memory of one training step (forward, loss, backward; one pair of random images) of the systems of a
-    bundle, as they are before training, and write ``memory.json``, ``.md`` and ``.png``, see
-    :py:func:`monai_deq.evaluation.training_memory`.
+    bundle, as they are before training, see :py:func:`training_memory`; write ``memory.json``, ``.md`` and ``.png``.
 
     Args:
-        bundle_dir: folder of the bundle.
-        output_dir: folder of what is written.
+        bundle_dir, output_dir: folders of the bundle and of what is written.
         spatial_size: size of the images, 2-D or 3-D.
-        steps: steps T of the equilibrium systems.
-        unrolled_steps: steps of the unrolled ones, of one with levels on each of them.
+        steps, unrolled_steps: steps of the equilibrium systems, and of the unrolled ones on each of their levels.
         cases: the systems. Defaults to :py:data:`MEMORY_CASES`.
         rounds: number of times that each is timed too, all in turns, at its largest number of steps. Defaults to 0.
         overrides: entries of the bundle's ``train.json`` for all, such as ``device``.
-        overwrite: replace existing files.
+        overwrite: replace existing files, which is ``FileExistsError`` else.
 
     Returns:
         by system and number of steps: ``title``, ``steps``, ``kind`` (what the peak is), ``saved_mb`` (peak of what
         autograd keeps, 10^6 bytes), ``peak_mb`` (of all that is allocated), ``ratio`` (of the peak to the first row's),
         ``seconds`` (median, of the last row of a system) and ``failure``.
-
-    Raises:
-        FileExistsError: When a file is there already and ``overwrite`` is not set.
-        ValueError: When an argument is out of its range.
     """
     size = [int(n) for n in spatial_size]
     if len(size) not in (2, 3) or min(size) < 1:
@@ -259,7 +252,7 @@ def measure_scaling(
     ``scaling.json``, ``scaling.md``, ``scaling_time.png`` and ``scaling_memory.png``.
 
     Args:
-        bundle_dir: see :py:func:`measure_memory`, as ``output_dir``, ``overrides``, ``overwrite`` and the errors.
+        bundle_dir, output_dir, overrides, overwrite: see :py:func:`measure_memory`.
         sizes: sizes of the images, all 2-D or all 3-D. Defaults to 32^3 to 160 x 192 x 224.
         cases: the systems, the first the one that times are given in terms of. Defaults to :py:data:`SCALING_CASES`.
         rounds: number of times that each is timed, all in turns.
@@ -320,12 +313,11 @@ def measure_speed(
     overwrite: bool = False,
 ) -> pd.DataFrame:
     """
-    Evaluate trained methods of a bundle with different solvers and step limits, once as
-    :py:func:`monai_deq.evaluation.compare`, time them side by side on the first pair, and write ``speed.json`` and
-    ``speed.md``.
+    Evaluate trained methods of a bundle with different solvers and step limits, once as :py:func:`compare`, time them
+    side by side on the first pair, and write ``speed.json`` and ``speed.md``.
 
     Args:
-        bundle_dir: see :py:func:`measure_memory`, as ``output_dir``, ``overwrite`` and the errors.
+        bundle_dir, output_dir, overwrite: see :py:func:`measure_memory`.
         results_dir: folder of the methods' folders, of trainings with ``--bundle_root <results_dir>/<method>``.
         cases: the ways, the first the one that times are given in terms of. Defaults to :py:data:`SPEED_CASES`.
         overlays: configuration files of the data set, such as ``slices.json``.

@@ -50,8 +50,7 @@ def compare(
     training work on the grid of the reference; one trained on another is a failure, unless ``spatial_size`` is given.
 
     Args:
-        bundle_dir: folder of the bundle.
-        results_dir: folder of the methods' folders.
+        bundle_dir, results_dir: folders of the bundle and of the methods' folders.
         methods: names of overlays in the bundle's ``methods`` folder or of folders in ``results_dir``, row by row.
         overlays: configuration files of the data set, such as ``slices.json``.
         overrides: entries of the bundle's configuration for all methods, such as ``dataset_dir``.
@@ -59,11 +58,7 @@ def compare(
         metrics: metrics of the table, as the evaluation names them.
         cost_rounds: how often training steps and inferences are timed, side by side; 0: no costs.
         output_dir: folder of the table. Defaults to ``results_dir``.
-        overwrite: replace an existing table, not the evaluations under ``results_dir``.
-
-    Raises:
-        FileExistsError: When there is a table already and ``overwrite`` is not set.
-        ValueError: When an argument is out of its range.
+        overwrite: replace an existing table (else ``FileExistsError``), not the evaluations under ``results_dir``.
     """
     methods, metrics = as_list(methods), as_list(metrics)
     if methods and reference not in methods:

@@ -65,8 +65,8 @@ def _rms(ddf: torch.Tensor) -> float:
 
 def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_rms: float = 0.0) -> pd.DataFrame:
     """
-    Iterate a trained method's map on each pair of the bundle's ``evaluate.json`` and score it on the way. The
-    iteration is the plain one and does not stop at a tolerance.
+    Iterate a trained method's map on each pair of the bundle's ``evaluate.json``, by plain iteration without a
+    tolerance, batch size 1 and no amp, and score it on the way.
 
     Args:
         method: the method.
@@ -84,7 +84,6 @@ def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_
 
     Raises:
         TypeError: When the method is not iterated.
-        ValueError: When the configuration has a batch size or amp, or the RMS length is negative.
     """
     config = method.parser("evaluate")
     device = torch.device(config.get_parsed_content("device"))
@@ -233,23 +232,16 @@ def converge(
     method that fails is named below the table with the reason.
 
     Args:
-        bundle_dir: folder of the bundle.
-        results_dir: folder of the methods' folders.
-        methods: names of the methods. Defaults to all that are iterated.
-        overlays: configuration files of the data set, such as ``slices.json``.
+        bundle_dir, results_dir, methods, overlays: see :py:func:`monai_deq.evaluation.compare`.
         overrides: entries of the bundle's configuration; ``split`` is ``"validation"`` unless given (paper, Table 2).
         max_steps: number of steps, of networks with levels on the finest. Defaults to 96 (paper, Fig. 3).
         random_start_rms: see :py:func:`score_steps`; 0 saves half of the time.
         table_steps: steps for which the table has rows too, of those that are scored.
         output_dir: folder of table and figure. Defaults to ``results_dir``.
-        overwrite: replace existing ones.
+        overwrite: replace existing ones, which is ``FileExistsError`` else.
 
     Returns:
         by title of a method its curves, see :py:func:`step_curves`.
-
-    Raises:
-        FileExistsError: When there is a table already and ``overwrite`` is not set.
-        ValueError: When an argument is out of its range.
     """
     steps, table_steps = default_steps(max_steps), bundle.as_list(table_steps)
     if not set(table_steps) <= set(steps):

@@ -77,12 +77,8 @@ def measure_costs(methods: Mapping[str, BundleMethod], rounds: int = 5) -> dict[
     Measure on the first pair of the evaluation, batch one: the memory of a training step (forward, loss, backward),
     the median time of a training step with the optimizer's, and that of an inference, all methods taking turns.
 
-    Args:
-        methods: the methods by name, trained or without training.
-        rounds: number of times that each is timed.
-
     Returns:
-        By method the ``cost`` of a :py:class:`monai_deq.evaluation.MethodResult`, as far as it could be measured, or
+        by method the ``cost`` of a :py:class:`monai_deq.evaluation.MethodResult`, as far as it could be measured, or
         the reason.
     """
     costs: dict[str, dict[str, Any]] = {name: {} for name in methods}

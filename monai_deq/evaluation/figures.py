@@ -99,10 +99,9 @@ def plot_boxes(
         results: the methods from top to bottom.
         metrics: the panels: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS`, or columns of your own.
         path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
-        overwrite: replace an existing file.
+        overwrite: replace an existing file, which is ``FileExistsError`` else.
 
     Raises:
-        FileExistsError: When the file exists and ``overwrite`` is not set.
         ImportError: When matplotlib is not installed.
         ValueError: When the suffix is another, methods were scored on different pairs, or a name repeats or is unknown.
     """
@@ -148,8 +147,7 @@ def plot_steps(
     Args:
         curves: by title of a method what :py:func:`monai_deq.evaluation.step_curves` gives.
         trained_steps: by title, the steps that the method was trained with.
-        path: see :py:func:`plot_boxes`, as ``overwrite`` and the errors.
-        overwrite: replace an existing file.
+        path, overwrite: see :py:func:`plot_boxes`.
     """
     panels = [name for name in PANELS if any(c[name, "mean"].notna().any() for c in curves.values())]
     columns = max(math.ceil(len(panels) / 2), 1)
@@ -197,8 +195,7 @@ def plot_lines(
     Args:
         lines: by title of a system its memory or time, indexed by steps or voxels; what is not finite is left out.
         title: of the figure, with the unit.
-        path: see :py:func:`plot_boxes`, as ``overwrite`` and the errors.
-        overwrite: replace an existing file.
+        path, overwrite: see :py:func:`plot_boxes`.
         x_label: of the horizontal axis.
     """
     with _picture(path, 6.4, 4.2, overwrite) as figure:

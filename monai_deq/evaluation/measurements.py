@@ -24,12 +24,8 @@ __all__ = ["Timing", "TrainingMemory", "live_tensors", "saved_for_backward", "ti
 @dataclass(frozen=True)
 class TrainingMemory:
     """
-    Memory of one training step.
-
-    Args:
-        saved_bytes: peak of the bytes that autograd keeps for the backward pass, see :py:func:`saved_for_backward`.
-        peak_bytes: peak of the bytes allocated since the step began: activations, gradients and temporaries.
-        kind: what ``peak_bytes`` is, in the words of a table.
+    Memory of one training step: peak of the bytes that autograd keeps, see :py:func:`saved_for_backward`, peak of those
+    allocated since the step began (activations, gradients, temporaries), and ``kind``, what that is in a table's words.
     """
 
     saved_bytes: int
@@ -77,13 +73,11 @@ def saved_for_backward(left_out: Iterable[torch.Tensor] = ()) -> Iterator[SavedT
     by saved tensors, each whole and once, from the first saving until the last saved tensor that holds it is released.
     It is the same on a CPU and a GPU and on every run. Gradients of gradients, own autograd functions, autocast and
     both forms of :py:mod:`torch.utils.checkpoint` are covered; attributes of a function's ``ctx`` and what other hooks
-    make of saved tensors are not. Autograd does not notice in-place changes of saved tensors in the block.
+    make of saved tensors are not. Autograd does not notice in-place changes of saved tensors in the block. The result
+    has ``peak_bytes`` and ``current_bytes``.
 
     Args:
         left_out: tensors whose storages are not counted: parameters and buffers, which are there in any case.
-
-    Yields:
-        The account, with ``peak_bytes`` and ``current_bytes``.
     """
     account = SavedTensors(left_out)
 
@@ -136,10 +130,8 @@ def live_tensors() -> Iterator[LiveTensors]:
     allocator, to the byte, as :py:mod:`torch.profiler` records them, temporaries inside an operator too. What was there
     before the block does not count, nor does what is not allocated through PyTorch. The number is the same on every run
     with the same number of threads. The block cannot be profiled otherwise; PyTorch may warn of memory "of unknown
-    size", that from before the block, and some versions print two lines unless ``KINETO_LOG_LEVEL=6`` is set.
-
-    Yields:
-        An object whose ``peak_bytes`` can be read after the block.
+    size", that from before the block, and some versions print two lines unless ``KINETO_LOG_LEVEL=6`` is set. The
+    result has ``peak_bytes`` after the block.
     """
     result = LiveTensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -178,9 +170,6 @@ def training_memory(
         step: runs forward, loss and backward once.
         parameters: parameters and buffers of the network; they are not counted as saved tensors.
         device: device that the network is on, ``"cpu"`` or ``"cuda"`` with or without an index.
-
-    Raises:
-        ValueError: When the device is neither CPU nor CUDA, or a parameter is on another one.
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
@@ -249,13 +238,9 @@ def time_side_by_side(
 
     Args:
         functions: functions without arguments, by name.
-        rounds: number of timed rounds, at least 1.
-        warmup: number of rounds before them that are not timed.
+        rounds, warmup: number of timed rounds, at least 1, and of rounds before them that are not timed.
         device: where they compute; CUDA is synchronized before each reading of the clock.
         clock: returns seconds.
-
-    Raises:
-        ValueError: When a number is out of its range, or there is no function.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")

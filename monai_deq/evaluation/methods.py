@@ -233,14 +233,8 @@ def bundle_methods(
 def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodResult, dict[str, Any]]:
     """
     Evaluate a method by the bundle's ``evaluate.json``, once: what is there with the same weights and configuration is
-    read from ``<root>/comparison/<fingerprint>``, and nothing is replaced there.
-
-    Args:
-        method: the method.
-        ranked: see :py:class:`monai_deq.evaluation.MethodResult`.
-
-    Returns:
-        The result, an error as its ``failure``, and the summary that the evaluation wrote, then an empty dict.
+    read from ``<root>/comparison/<fingerprint>``, and nothing is replaced there. Returns the result, an error as its
+    ``failure``, and the summary that the evaluation wrote, then an empty dict.
     """
     title, failed = method.name, dict[str, str]()
     with noted_failure(title, failed):

@@ -33,12 +33,9 @@ class MetricColumn:
     How a metric is shown.
 
     Args:
-        key: its name in the results of the evaluation.
-        heading: its name for the reader.
+        key, heading: its name in the results of the evaluation, and for the reader.
         higher_is_better: whether the larger score is the better one.
-        unit: unit of the number shown.
-        scale: factor of the number shown, e.g. 100 for a fraction in %.
-        decimals: digits after the point.
+        unit, scale, decimals: of the number shown: its unit, its factor, as 100 for a fraction in %, its digits.
         note: what the number is, put below the table.
     """
 
@@ -121,15 +118,11 @@ class MethodResult:
     What an evaluation says of one method.
 
     Args:
-        name: short name, e.g. ``"deqreg"``; no two methods of a table share it.
-        title: name for the reader, e.g. ``"DEQReg"``.
+        name, title: short name that no other method of a table has, e.g. ``"deqreg"``, and that for the reader.
         scores: as :py:func:`read_pair_results` gives them, none for a method that failed.
         cost: numbers or texts by keys of ``COST_HEADINGS``; ``training_memory_mb`` needs ``memory_kind``.
         failure: why there are no scores.
         ranked: whether it may be best: a starting point has no folds either.
-
-    Raises:
-        ValueError: When scores and failure are missing, or a cost is unknown or a memory without its kind.
     """
 
     name: str
@@ -169,11 +162,8 @@ def _describe_difference(expected: Iterable[Hashable], got: Iterable[Hashable], 
 
 def common_pairs(results: Sequence[MethodResult], reference: str | None = None) -> list[tuple[str, str]]:
     """
-    The pairs (fixed, moving) that all methods were scored on, none when every method failed: means and tests over
-    different pairs do not compare. One that failed is passed over.
-
-    Raises:
-        ValueError: When a name is missing or repeats, or a method was scored on others than the reference (the first).
+    The pairs (fixed, moving) that all methods that did not fail were scored on: means and tests over different pairs
+    do not compare. ``ValueError`` names what a method has otherwise than the reference, or else the first.
     """
     names = [result.name for result in results]
     if not names or len(set(names)) != len(names):
@@ -213,7 +203,6 @@ def read_pair_results(csv_path: str | Path) -> pd.DataFrame:
         one row a pair, indexed by ``(fixed, moving)``, one column a score; NaN where the cell says nan or nothing.
 
     Raises:
-        FileNotFoundError: When the file is not there.
         ValueError: When it is empty or cut off, a column is missing, a pair is there twice, or a score is no number.
     """
     path = Path(csv_path)
@@ -280,13 +269,8 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 @dataclass(frozen=True)
 class PairedTest:
     """
-    Outcome of a paired test of a reference against another method.
-
-    Args:
-        p_value: two-sided; NaN when no pair has both scores.
-        median_difference: of reference minus other over the pairs; NaN when no pair has both scores.
-        pairs: number of pairs with both scores.
-        left_out: number of pairs in which one of the two has no score.
+    Paired test of a reference against another method: two-sided p-value, median over the pairs of reference minus
+    other (both NaN without a pair that has both scores), number of pairs with both scores, and of those left out.
     """
 
     p_value: float
@@ -303,11 +287,7 @@ def paired_wilcoxon(
     to 50 differences, with ties up to 13. Pairs without a difference are dropped from the ranks; p = 1 without others.
 
     Args:
-        reference: score of each pair, by its names (fixed, moving), say. NaN or infinity leaves the pair out.
-        other: the same of the other method, in any order.
-
-    Raises:
-        ValueError: When the two do not have the same pairs.
+        reference, other: score of each pair, the same ones, by its names. NaN or infinity leaves the pair out.
     """
     reference, other = dict(reference.items()), dict(other.items())
     if reference.keys() != other.keys():

@@ -75,17 +75,14 @@ class ComparisonTable:
         results: the methods in the order of the rows.
         metrics: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS` or columns of your own, in their order.
         reference: name of the method tested against every other, or None for no tests.
-        info: what the table states; ``data_set``, ``split`` and ``label_set`` are needed unless every method failed.
+        info: what the table states, as JSON knows it; ``data_set``, ``split`` and ``label_set`` are needed unless every
+            method failed.
 
     Attributes:
         pairs: names (fixed, moving) of the pairs that all methods were scored on.
         statistics: by ``(name, key)`` of a method and a metric ``mean``, ``std`` and ``pairs`` in the unit of the
             results, and where there are any ``mark`` (``"best"`` or ``"second"``), ``test`` (the entries of
             :py:class:`monai_deq.evaluation.PairedTest`) and ``adjusted_p_value``.
-
-    Raises:
-        TypeError: When ``info`` holds what JSON does not know.
-        ValueError: When methods were scored on different pairs, or what is needed is missing, repeats or is unknown.
     """
 
     def __init__(
@@ -294,13 +291,7 @@ class ComparisonTable:
         return json_ready(content)
 
     def write(self, output_dir: str | Path, overwrite: bool = False) -> list[Path]:
-        """
-        Write ``comparison.md``, ``.csv`` and ``.json``, which are returned.
-
-        Args:
-            output_dir: folder of the files; it is made.
-            overwrite: replace existing files; else ``FileExistsError`` when one of them is there, and none is written.
-        """
+        """Write ``comparison.md``, ``.csv`` and ``.json``, all or, where one is there (``FileExistsError``), none."""
         paths = [Path(output_dir) / f"comparison.{suffix}" for suffix in ("md", "csv", "json")]
         if not overwrite:
             refuse_existing(paths, "Replace it with overwrite, or name another output_dir.")

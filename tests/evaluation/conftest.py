@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
+from monai.bundle.config_item import ComponentLocator
+from shell import BUNDLES
 
-from monai_deq.data import write_sample_cohort
 from monai_deq.networks import NetworkRecord, describe, nets
 from monai_deq.solvers import SolverSettings
 
-BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
-#: of five subjects two are left for the test: two pairs
-SPLIT = [2, 1, 2]
+#: of seven subjects two are left for the test: two pairs
+SPLIT = [4, 1, 2]
 
 
 def deqreg(spatial_dims: int, max_steps: int, num_states: int = 0, checkpointed: bool = False) -> nn.Module:
@@ -37,15 +39,36 @@ SYSTEMS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("data") / "cohort"
-    return str(write_sample_cohort(folder, 5, spatial_size_3d=(18, 16, 21), spatial_size_2d=(32, 37)))
+_search = ComponentLocator._find_classes_or_functions
+
+
+@cache
+def _components() -> dict[str, list]:
+    locator = ComponentLocator()
+    return _search(locator, locator._find_module_names())
+
+
+@pytest.fixture(autouse=True)
+def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    MONAI's parsers each look through all its modules, once is enough; and each measurement collects garbage: what was
+    there before a test, or before its first measurement of time, need not be looked through.
+    """
+    monkeypatch.setattr(ComponentLocator, "_find_classes_or_functions", lambda *_: _components())
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
+    gc.freeze()
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at the tables alone."""
+    for module in ("benchmarks", "comparison", "convergence"):
+        monkeypatch.setattr(f"monai_deq.evaluation.{module}.figures_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
-def overrides(cohort: str) -> dict[str, Any]:
-    return {"dataset_dir": cohort, "split_sizes": SPLIT}
+def overrides(brain_cohort: Path) -> dict[str, Any]:
+    return {"dataset_dir": str(brain_cohort), "split_sizes": SPLIT}
 
 
 def write_checkpoint(

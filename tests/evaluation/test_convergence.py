@@ -32,7 +32,7 @@ Writer = Callable[..., Path]
 
 @pytest.mark.parametrize(
     "name, spatial_dims, levels",
-    [("deqreg", 3, 1), ("deqreg_pool", 2, 3), ("riir", 2, 1), ("gradirn", 2, 1), ("unrolling", 3, 1)],
+    [("deqreg", 3, 1), ("deqreg_pool", 2, 3), ("riir", 2, 1), ("gradirn", 2, 1), ("unrolling", 2, 1)],
 )
 def test_scores_are_those_of_an_evaluation_that_stops_there(
     name: str,
@@ -45,7 +45,9 @@ def test_scores_are_those_of_an_evaluation_that_stops_there(
 ) -> None:
     write_checkpoint(name, tmp_path, spatial_dims, motion=0.3, levels=levels)
     overlays = ["slices.json"] if spatial_dims == 2 else []
-    method = BundleMethod(name, oasis, tmp_path / name, overlays, {**overrides, "tolerance": 0.0})
+    # a few labels: surface distances of 35 in a volume take as long as all else
+    settings = {**overrides, "tolerance": 0.0, "labels": [1, 2, 3]}
+    method = BundleMethod(name, oasis, tmp_path / name, overlays, settings)
     scores = score_steps(method, [1, 2, 4], 3.0)
     assert scores["step"].to_list() == [1, 2, 4] * 2
     result, summary = evaluate_method(method.with_overrides(solver_steps=4))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from monai_deq.data import write_sample_lung_cohort
 from monai_deq.evaluation import BundleMethod, measure_costs
 from monai_deq.evaluation.methods import FirstPair
 
@@ -60,8 +59,10 @@ def test_amp_as_text(
 
 
 @pytest.mark.parametrize("keypoint_weight", [0.0, 0.1])
-def test_costs_of_given_pairs(keypoint_weight: float, nlst: Path, write_checkpoint: Writer, tmp_path: Path) -> None:
-    lungs = str(write_sample_lung_cohort(tmp_path / "cohort", (2, 1, 2), (20, 16, 24)))
+def test_costs_of_given_pairs(
+    keypoint_weight: float, nlst: Path, lung_cohort: Path, write_checkpoint: Writer, tmp_path: Path
+) -> None:
+    lungs = str(lung_cohort)
     training = {"keypoint_weight": keypoint_weight}
     write_checkpoint("voxelmorph", tmp_path, 3, 1, record={"spatial_size": [16, 12, 16], "training": training})
     methods = {m: BundleMethod(m, nlst, tmp_path / m, (), {"dataset_dir": lungs}) for m in ("affine", "voxelmorph")}

@@ -14,7 +14,7 @@ import torch
 from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
-from monai_deq.networks.blocks import DDFWarp, check_outside, points_outside, warp_by_ddf, warp_points_by_ddf
+from monai_deq.networks.blocks import DDFWarp, check_outside, points_outside, warp_by_ddf, warp_points_by_ddf, warping
 from monai_deq.networks.blocks.warping import _identity_grid
 
 SIZES = [(7, 10), (1, 5), (5, 8, 3)]
@@ -149,9 +149,9 @@ def test_gradient(size: tuple[int, ...]) -> None:
 
 def test_backward_at_nan_does_not_end_the_process() -> None:
     # in PyTorch the 2-D backward kernel of the CPU reads out of bounds there: in a process of its own
-    code = """
-import torch
-from monai_deq.networks.blocks import warp_by_ddf
+    code = f"""
+import runpy, torch
+warp_by_ddf = runpy.run_path({warping.__file__!r})["warp_by_ddf"]
 for ndim, n in ((2, 64), (3, 16)):
     image, ddf = torch.rand(1, 1, *[n] * ndim), torch.full((1, ndim, *[n] * ndim), float("nan"))
     ddf.requires_grad_()

@@ -67,6 +67,15 @@ def test_one_tensor_of_another_shape(shape: tuple[int, ...]) -> None:
             network(torch.zeros(shape))
 
 
+def test_without_coarser_networks_a_start_is_its_own() -> None:
+    moving, fixed = pair((5, 4))
+    start = torch.zeros(2, 2, 5, 4)
+    for network in networks(2):
+        assert isinstance(network, IteratedNet) and network.coarse is None
+        assert network.coarse_start(moving, fixed) == (None, ())
+        assert network.coarse_start(moving, fixed, start) == (start, ())
+
+
 def test_a_method_without_training() -> None:
     moving, fixed = pair((5, 4))
     method = Constant().eval()
