@@ -89,6 +89,7 @@ def test_resumed_training_keeps_the_weights_of_the_lowest_error(
     best = 1 + errors.index(min(errors))
     assert record["training"] == {
         "smoothness_weight": 0.125,
+        "keypoint_weight": 0.0,
         "learning_rate": 0.0015,
         "training_pairs": 4 * best,
         "epoch": best,
