@@ -4,16 +4,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle.config_item import ComponentLocator
 from monai.networks.layers import GaussianFilter
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from monai_deq.data import write_sample_cohort, write_sample_lung_cohort
 
 torch.set_num_threads(1)
+
+_search = ComponentLocator._find_classes_or_functions
+
+
+@cache
+def _components() -> dict[str, list]:
+    locator = ComponentLocator()
+    return _search(locator, locator._find_module_names())
+
+
+@pytest.fixture(autouse=True)
+def one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI's parsers each look through all its modules: once is enough for a process."""
+    monkeypatch.setattr(ComponentLocator, "_find_classes_or_functions", lambda *_: _components())
 
 
 @pytest.fixture(scope="session")

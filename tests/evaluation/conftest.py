@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
-from monai.bundle.config_item import ComponentLocator
 from shell import BUNDLES
 
 from monai_deq.networks import NetworkRecord, describe, nets
@@ -39,22 +37,12 @@ SYSTEMS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
 }
 
 
-_search = ComponentLocator._find_classes_or_functions
-
-
-@cache
-def _components() -> dict[str, list]:
-    locator = ComponentLocator()
-    return _search(locator, locator._find_module_names())
-
-
 @pytest.fixture(autouse=True)
 def quick_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    MONAI's parsers each look through all its modules, once is enough; and each measurement collects garbage: what was
-    there before a test, or before its first measurement of time, need not be looked through.
+    Each measurement collects garbage: what was there before a test, or before its first measurement of time, need not
+    be looked through.
     """
-    monkeypatch.setattr(ComponentLocator, "_find_classes_or_functions", lambda *_: _components())
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
     gc.freeze()
 
