@@ -283,6 +283,8 @@ class Workplace:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(monai_deq.data, "write_sample_cohort", small_cohort)
                 exec(compile(words[1], "python -c", "exec"), {})
+        elif name == "python" and any(word.endswith("methods/elastix.json']") for word in words):
+            config_of(words[words.index("--config_file") + 1])  # loading ITK takes long: tests/bundles runs it
         elif name == "python" and words[:3] == ["-m", "monai.bundle", "run"]:
             with pytest.MonkeyPatch.context() as patch:
                 short = shortened_bundle(words[2:])
@@ -305,7 +307,10 @@ class Workplace:
             archive_for(name, self.folder, Path(output_dir))
         short = shortened_own(words)
         if words[0] in ("memory", "scaling"):
-            measured = " ".join(short).replace(words[words.index("--output-dir") + 1], "")
+            settings = [
+                word.partition("=")[0] for before, word in zip(words, words[1:], strict=False) if before == "--set"
+            ]
+            measured = " ".join([words[0], words[words.index("--bundle-dir") + 1], *settings])
             if measured in self.measured:
                 return  # with all sizes tiny, several pages ask for the same
             self.measured.add(measured)
