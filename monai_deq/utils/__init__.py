@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helpers that several rooms use."""
+"""What several packages use: files, processes, settings of the command line."""
 
 from __future__ import annotations
 
