@@ -21,15 +21,14 @@ _search = ComponentLocator._find_classes_or_functions
 
 
 @cache
-def _components() -> dict[str, list]:
-    locator = ComponentLocator()
-    return _search(locator, locator._find_module_names())
+def _components(modules: tuple[str, ...]) -> dict[str, list]:
+    return _search(ComponentLocator(), list(modules))
 
 
 @pytest.fixture(autouse=True)
 def one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """MONAI's parsers each look through all its modules: once is enough for a process."""
-    monkeypatch.setattr(ComponentLocator, "_find_classes_or_functions", lambda *_: _components())
+    monkeypatch.setattr(ComponentLocator, "_find_classes_or_functions", lambda _, modules: _components(tuple(modules)))
 
 
 @pytest.fixture(scope="session")
