@@ -40,7 +40,7 @@ def oasis_schedule(spatial_dims: int, is_sample: bool) -> Schedule:
     if spatial_dims == 3 and not is_sample:
         return Schedule(spatial_size=(128, 128, 128))
     if spatial_dims == 3:
-        return Schedule(3, 80, 2, 0.0015, 0.9, max_steps=2, val_steps=4)
+        return Schedule(2, 100, 2, 0.0015, 0.9, max_steps=2, val_steps=4)
     if not is_sample:
         return Schedule(12, 300, 1, 0.0005, 0.9, smoothness_weight=1.0)
     return Schedule(6, 100, 2, 0.0005, 0.9, smoothness_weight=1.0, val_steps=16)

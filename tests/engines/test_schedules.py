@@ -30,7 +30,7 @@ SAMPLE = {"learning_rate": 1.5e-3, "lr_decay_power": 0.9}
         (oasis_schedule(3, False), {"spatial_size": (128, 128, 128)}),
         (
             oasis_schedule(3, True),
-            {**SAMPLE, "max_epochs": 3, "pairs_per_epoch": 80, "batch_size": 2, "max_steps": 2, "val_steps": 4},
+            {**SAMPLE, "max_epochs": 2, "pairs_per_epoch": 100, "batch_size": 2, "max_steps": 2, "val_steps": 4},
         ),
         (
             oasis_schedule(2, False),
