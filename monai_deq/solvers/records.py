@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class SolverRecord:
         reason: why each item stopped, one of the values of :py:class:`StopReason`.
         coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the one
             before. Empty where there was none.
+        measures: what else the method measured, by name: ``(B,)``, or ``(B, N)`` for each step. Empty by default.
     """
 
     steps: torch.Tensor
@@ -43,6 +44,7 @@ class SolverRecord:
     converged: torch.Tensor
     reason: tuple[str, ...]
     coarse_steps: tuple[torch.Tensor, ...] = ()
+    measures: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.reason)
@@ -81,6 +83,7 @@ class SolverRecord:
                 "coarse_steps": [steps[index] for steps in self.coarse_steps],
                 "residual_trace": self.residual[index, :n],
                 "relative_residual_trace": self.relative_residual[index, :n],
+                **{k: v[index] if v.ndim == 1 else v[index, :n] for k, v in self.measures.items()},
             }
         )
         return content

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 from .backbones import RegistrationCNN, RegistrationUNet
 from .convolutions import ConvGRUCell, SmallVolumeConv3d, convolve, with_small_volumes
+from .energy import EnergyUpdate
+from .filters import box_sum, central_difference, gaussian_smooth
+from .jacobians import determinant, remove_folds, simplex_determinants
+from .similarities import LocalCorrelationLoss
 from .updates import (
     GradientUpdate,
     RecurrentUpdate,
@@ -18,7 +22,9 @@ from .warping import DDFWarp, OutsidePoints, check_ddf, check_outside, points_ou
 __all__ = [
     "ConvGRUCell",
     "DDFWarp",
+    "EnergyUpdate",
     "GradientUpdate",
+    "LocalCorrelationLoss",
     "OutsidePoints",
     "RecurrentUpdate",
     "RegistrationCNN",
@@ -27,11 +33,17 @@ __all__ = [
     "SmallVolumeConv3d",
     "UNetUpdate",
     "VoxelMorphUpdate",
+    "box_sum",
+    "central_difference",
     "check_ddf",
     "check_outside",
     "convolve",
+    "determinant",
+    "gaussian_smooth",
     "points_outside",
+    "remove_folds",
     "similarity_gradient",
+    "simplex_determinants",
     "warp_by_ddf",
     "warp_points_by_ddf",
     "with_small_volumes",

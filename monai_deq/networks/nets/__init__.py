@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .energy import EnergyRegistrationNet
 from .equilibrium import DEQRegistrationNet, GradientSettings, RestSettings, coarse_to_fine, set_coarse_solver
 from .interface import IteratedNet, RegistrationNet, check_pair
 from .systems import gradirn_net, riir_net, unrolling_net, voxelmorph_net
@@ -10,6 +11,7 @@ from .unrolled import UnrolledRegistrationNet
 
 __all__ = [
     "DEQRegistrationNet",
+    "EnergyRegistrationNet",
     "GradientSettings",
     "IteratedNet",
     "RegistrationNet",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -33,19 +34,23 @@ def initial_state(fixed: torch.Tensor, ddf: torch.Tensor | None, hidden: int = 0
     return torch.cat([ddf, ddf.new_zeros((ddf.shape[0], hidden, *ddf.shape[2:]))], dim=1) if hidden else ddf
 
 
-def state_map(update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def state_map(
+    update: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The map ``g(ddf) = ddf + f(moving, fixed, ddf)`` of pairs ``(B, 1, *spatial)`` (paper, Eq. 3 and 5); for an
     update with hidden state ``g(ddf, hidden) = (ddf + delta, hidden')``, the hidden state being further channels. Keeps
-    the dtype.
+    the dtype. An update with a method ``at(moving, fixed, mask)`` does there what its steps share; a ``mask`` ``(B, 1,
+    *spatial)`` is for such ones alone.
     """
     ndim = fixed.ndim - 2
+    step = update.at(moving, fixed, mask) if hasattr(update, "at") else partial(update, moving, fixed)
 
     def g(ddf: torch.Tensor) -> torch.Tensor:
-        return ddf + update(moving, fixed, ddf).to(ddf.dtype)
+        return ddf + step(ddf).to(ddf.dtype)
 
     def g_hidden(state: torch.Tensor) -> torch.Tensor:
         ddf, hidden = state[:, :ndim], state[:, ndim:]
-        delta, hidden = update(moving, fixed, ddf, hidden)
+        delta, hidden = step(ddf, hidden)
         return torch.cat([ddf + delta.to(ddf.dtype), hidden.to(ddf.dtype)], dim=1)
 
     return g_hidden if hidden_channels(update) else g

@@ -103,6 +103,9 @@ class UnrolledRegistrationNet(IteratedNet):
                 state = g(state)
                 states.append(state)
             state = upsample_state(state, fixeds[level + 1].shape[2:])
+            if not getattr(self._update(level), "carries_hidden", True):
+                ndim = state.ndim - 2
+                state = torch.cat([state[:, :ndim], torch.zeros_like(state[:, ndim:])], dim=1)
         return state, states
 
     def _full_size(self, state: torch.Tensor, level: int, fixeds: list[torch.Tensor]) -> torch.Tensor:

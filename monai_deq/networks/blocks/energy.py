@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step down the registration energy, as an update with a hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import log
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from monai_deq.networks.blocks.filters import central_difference, gaussian_smooth
+from monai_deq.networks.blocks.similarities import LocalCorrelationLoss, similarity_and_gradient
+from monai_deq.networks.blocks.updates import RegistrationUpdate
+from monai_deq.networks.blocks.warping import check_ddf, warp_by_ddf
+
+__all__ = ["EnergyUpdate"]
+
+#: decay of the averages of the gradient and of its square
+_MOMENTS = (0.9, 0.99)
+#: least root of the second moment, as share of its mean over the image: where nothing pulls, nothing runs away
+_FLOOR = 0.3
+#: after so many steps without a lower energy the steps become half as long
+_PATIENCE = 5
+#: unit of the number of steps waited: a counter does not keep the hidden state from coming to rest
+_WAITED = 2.0**-14
+
+
+def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared differences of neighbours summed over the axes, ``(B,)``, and the gradient times the number of
+    voxels; the displacement in the unit of the spacing.
+    """
+    value, gradient = ddf.new_zeros(len(ddf)), torch.zeros_like(ddf)
+    for axis, size in enumerate(spacing, start=2):
+        n = ddf.shape[axis]
+        if n > 1:
+            step = (ddf.narrow(axis, 1, n - 1) - ddf.narrow(axis, 0, n - 1)) / size
+            value = value + step.flatten(1).square().sum(dim=1)
+            step = step / size
+            gradient.narrow(axis, 1, n - 1).add_(step)
+            gradient.narrow(axis, 0, n - 1).sub_(step)
+    return value / ddf[0].numel(), gradient * (2 / ddf.shape[1])
+
+
+def _smoothness_by_autograd(loss: nn.Module, ddf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of any loss of a displacement."""
+    through = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if not through or not ddf.requires_grad:
+            ddf = (ddf.clone() if ddf.is_inference() else ddf).detach().requires_grad_()
+        values = torch.stack([loss(item).reshape(()) for item in ddf.split(1)])
+        (gradient,) = torch.autograd.grad(values.sum() * ddf[0, 0].numel(), ddf, create_graph=through)
+    return (values, gradient) if through else (values.detach(), gradient.detach())
+
+
+class EnergyUpdate(RegistrationUpdate):
+    """A step of the descent on ``similarity(moving o phi, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1-2), without
+    anything to learn: ``phi' = phi o (id + v)`` with ``v = -step * m / sqrt(s)``, where ``m`` and ``s`` are averages of
+    ``G`` and ``|G|^2`` over the steps (Adam's moments, ``s`` one number a voxel), and ``G`` is the energy's gradient with
+    respect to a small displacement on the inside, smoothed by a Gaussian. When the energy has not fallen for five steps,
+    those of the pair become half as long: the iteration comes to rest. Images alike give exactly no displacement.
+
+    The hidden state has ``m``, ``s``, and a channel whose first numbers are those of the item.
+
+    Args:
+        spatial_dims: 2 or 3. Defaults to 3.
+        similarity: loss of ``(warped, fixed)``, or of ``(warped, fixed, mask)`` where a mask is given, a mean. Defaults
+            to :py:class:`LocalCorrelationLoss`.
+        weight: ``lambda``. Defaults to 0.4, chosen for brains.
+        smoothness: loss of ``ddf``, a mean. Defaults to ``None``: the diffusion energy, mean squared differences of
+            neighbours, summed over the axes (MONAI's takes every other voxel).
+        sigma: standard deviation of the Gaussian, in the unit of the spacing. Defaults to 1.5.
+        step: longest step in the unit of the spacing. Defaults to 0.5.
+        spacing: size of a voxel along each axis, in units of a typical one. Defaults to ``None``: 1.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    #: whether the hidden state is of use at the next size: gradients are in other units there
+    carries_hidden = False
+
+    def __init__(
+        self,
+        spatial_dims: int = 3,
+        similarity: nn.Module | None = None,
+        weight: float = 0.4,
+        smoothness: nn.Module | None = None,
+        sigma: float = 1.5,
+        step: float = 0.5,
+        spacing: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(spatial_dims)
+        for name, value in (("weight", weight), ("sigma", sigma)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        if not step > 0:
+            raise ValueError(f"step must be above zero, got {step}.")
+        if spacing is not None and (len(spacing) != spatial_dims or not min(spacing) > 0):
+            raise ValueError(f"spacing must be {spatial_dims} numbers above zero, got {list(spacing)}.")
+        self.similarity = LocalCorrelationLoss() if similarity is None else similarity
+        self.weight, self.smoothness = float(weight), smoothness
+        self.sigma, self.step = float(sigma), float(step)
+        self.spacing = None if spacing is None else [float(s) for s in spacing]
+        self.hidden_channels = spatial_dims + 2
+
+    def forward(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        ddf: torch.Tensor,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :py:class:`RegistrationUpdate`; ``mask`` ``(B, 1, *spatial)`` of the fixed image for the similarity."""
+        return self.at(moving, fixed, mask)(ddf, hidden)
+
+    def at(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The update of a batch of pairs, a function of ``(ddf, hidden)``; what the steps share is done once."""
+        moving, fixed = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (moving, fixed))
+        with torch.autocast(fixed.device.type, enabled=False):
+            image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
+
+        def update(ddf: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            check_ddf(fixed, ddf)
+            expected = (ddf.shape[0], self.hidden_channels, *ddf.shape[2:])
+            if tuple(hidden.shape) != expected:
+                raise ValueError(f"hidden must have shape {expected}, got {tuple(hidden.shape)}.")
+            with torch.autocast(ddf.device.type, enabled=False):
+                warped = warp_by_ddf(image, ddf)
+                # sampling rounds: where nothing moves, take the image itself
+                still = (ddf == 0).all(dim=1, keepdim=True)
+                warped = torch.where(still, warped + (image - warped).detach(), warped)
+                value, pull = similarity(warped)
+                return self._step(ddf, hidden, value, pull, warped)
+
+        return update
+
+    def _step(
+        self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step at a displacement, from the similarity and its gradient there."""
+        ndim = self.spatial_dims
+        spacing = self.spacing or [1.0] * ndim
+        gradient = torch.cat([pull * central_difference(warped, axis) for axis in range(ndim)], dim=1)
+        if self.weight:
+            size = ddf.new_tensor(spacing).view(1, -1, *[1] * ndim)
+            if self.smoothness is None:
+                value, stress = _difference_energy(ddf * size, spacing)
+                stress = stress * size
+            else:
+                value, stress = _smoothness_by_autograd(self.smoothness, ddf)
+            energy = energy + self.weight * value
+            # a displacement v on the inside changes the field by v + (grad ddf) v
+            for axis in range(ndim):
+                turned = (central_difference(ddf, axis) * stress).sum(dim=1)
+                gradient[:, axis] += self.weight * (stress[:, axis] + turned)
+        if self.spacing is not None:
+            gradient = gradient / ddf.new_tensor(spacing).view(1, -1, *[1] * ndim)
+        gradient = gaussian_smooth(gradient, [self.sigma / s for s in spacing])
+        return self._move(ddf, hidden, energy, gradient)
+
+    def _move(
+        self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The step along a smoothed gradient, and the hidden state after it."""
+        ndim, shape = self.spatial_dims, (-1, *[1] * (ddf.ndim - 1))
+        first, second, control = hidden.split([ndim, 1, 1], dim=1)
+        age, best, waited, lost = self._read(control)
+        square = gradient.square().mean(dim=1, keepdim=True)
+        with torch.no_grad():
+            now = energy.detach()
+            # at the first step there is nothing to be lower than
+            lower = (now < best) | (age == 0)
+            waited = torch.where(lower, torch.zeros_like(waited), waited + _WAITED)
+            best = torch.where(lower, now, best)
+            late = waited >= _PATIENCE * _WAITED
+            lost = torch.where(late, (1 + lost) / 2, lost)
+            waited = torch.where(late, torch.zeros_like(waited), waited)
+            slope = gradient.detach().flatten(1).square().sum(dim=1).div(ddf[0, 0].numel()).sqrt()
+            # shares of the averages that are filled: 1 - decay^k after k steps
+            slow = 1 - (1 - age) * _MOMENTS[1]
+            quick = 1 - (1 - slow).clamp(min=0) ** (log(_MOMENTS[0]) / log(_MOMENTS[1]))
+        first = torch.lerp(gradient, first, _MOMENTS[0])
+        second = torch.lerp(square, second, _MOMENTS[1])
+        mean = second.flatten(1).mean(dim=1).view(shape)
+        scale = (second + _FLOOR**2 * mean) / slow.view(shape)
+        # what is zero stays zero, with its gradient
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
+        step = first * (-(1 - lost) * self.step / quick).view(shape) / scale
+        length = step.square().sum(dim=1, keepdim=True)
+        step = step * (self.step / length.clamp(min=self.step**2).sqrt())
+        if self.spacing is not None:
+            step = step / ddf.new_tensor(self.spacing).view(1, -1, *[1] * ndim)
+        delta = step + (warp_by_ddf(ddf, step) - ddf)
+        control = self._write(torch.stack([slow, best, waited, lost, now, slope], dim=1), control)
+        return delta, torch.cat([first, second, control], dim=1)
+
+    @staticmethod
+    def _read(control: torch.Tensor) -> list[torch.Tensor]:
+        """Share of the slow average that is filled, lowest energy, steps waited, share of the step length lost."""
+        return list(control.detach().flatten(1)[:, :4].unbind(dim=1))
+
+    @staticmethod
+    def _write(numbers: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+        flat = F.pad(numbers, (0, control[0].numel() - numbers.shape[1]))
+        return flat.view(control.shape).to(control.dtype)
+
+    @staticmethod
+    def measured(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a hidden state: the energy where the last step began, and its slope there, the RMS over voxels of ``|G|``;
+        ``(B,)`` each.
+        """
+        energy, slope = hidden[:, -1].flatten(1)[:, 4:6].unbind(dim=1)
+        return energy, slope

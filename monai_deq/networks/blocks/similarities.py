@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How alike two images are, item by item, and how that changes with the warped one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn as nn
+
+from monai_deq.networks.blocks.filters import box_sum
+
+__all__ = ["LocalCorrelationLoss", "similarity_and_gradient"]
+
+#: of the warped image: the value of each item, ``(B,)``, and the gradient times the number of voxels
+Similarity = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _standardised(image: torch.Tensor) -> torch.Tensor:
+    """Each item with mean 0 and standard deviation 1; an image without contrast becomes zero."""
+    values = image.flatten(1)
+    shape = (-1, *[1] * (image.ndim - 1))
+    mean = values.mean(dim=1).view(shape)
+    std = (image - mean).flatten(1).square().mean(dim=1).sqrt().view(shape)
+    return (image - mean) / torch.where(std > 1e-6 * mean.abs(), std, torch.full_like(std, float("inf")))
+
+
+class LocalCorrelationLoss(nn.Module):
+    """Minus the mean of the squared local normalised cross-correlation, as
+    :py:class:`monai.losses.LocalNormalizedCrossCorrelationLoss`, with its gradient in closed form by running sums.
+    Unlike there, windows end at the border of the image, and a window without contrast is judged by the standard
+    deviation of the whole image: brightness and contrast of either image do not matter.
+
+    Args:
+        kernel_size: width of the window in voxels, odd. Defaults to 7.
+        smallest_deviation: standard deviation in a window, as share of that of the image, below which it counts for
+            less. Defaults to 3e-3.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+    """
+
+    def __init__(self, kernel_size: int = 7, smallest_deviation: float = 3e-3) -> None:
+        super().__init__()
+        if int(kernel_size) != kernel_size or kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be an odd number of at least 3, got {kernel_size}.")
+        if not smallest_deviation > 0:
+            raise ValueError(f"smallest_deviation must be above zero, got {smallest_deviation}.")
+        self.kernel_size = int(kernel_size)
+        self.smallest_deviation = float(smallest_deviation)
+
+    def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of two images ``(B, 1, *spatial)``, a scalar; outside a mask of the same shape it counts as zero."""
+        return self.bound(_standardised(fixed), mask)(_standardised(warped))[0].mean()
+
+    def bound(self, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> Similarity:
+        """The similarity to a fixed image, both standardised, what does not change with the warped one done once."""
+        radius = self.kernel_size // 2
+        share = 1 / box_sum(torch.ones_like(fixed[:1]), radius)
+        floor = self.smallest_deviation**2 / share
+        t_sum = box_sum(fixed, radius)
+        t_mean = t_sum * share
+        t_var = torch.maximum(box_sum(fixed * fixed, radius) - t_mean * t_sum, floor)
+        inside = None if mask is None else (mask > 0).to(fixed.dtype)
+
+        def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            p_sum = box_sum(warped, radius)
+            p_mean = p_sum * share
+            cross = box_sum(warped * fixed, radius) - p_mean * t_sum
+            p_var = box_sum(warped * warped, radius) - p_mean * p_sum
+            low = p_var < floor
+            p_var = torch.maximum(p_var, floor)
+            # cc = cross^2 / (t_var p_var); d cc / d warped = 2 / t_var * (cross / p_var) (t - t_mean - slope (p - p_mean))
+            slope = cross / p_var
+            outer = slope / t_var
+            if inside is not None:
+                outer = outer * inside
+            value = -(outer * cross).flatten(1).mean(dim=1)
+            outer = -2 * outer
+            inner = outer * slope.masked_fill(low, 0.0)
+            # one after the other, that no fused product keeps equal images from cancelling exactly
+            gradient = fixed * box_sum(outer, radius)
+            gradient = gradient - warped * box_sum(inner, radius)
+            return value, gradient - box_sum(outer * t_mean - inner * p_mean, radius)
+
+        return similarity
+
+
+def _by_autograd(
+    loss: nn.Module, fixed: torch.Tensor, mask: torch.Tensor | None, warped: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and gradient of any loss; itself differentiable where gradients are on."""
+    through = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if not through or not warped.requires_grad:
+            # a copy of what inference mode made is no inference tensor
+            warped, fixed = (t.clone() if t.is_inference() else t for t in (warped, fixed))
+            warped = warped.detach().requires_grad_()
+        pairs = zip(warped.split(1), fixed.split(1), [None] * len(fixed) if mask is None else mask.split(1), strict=True)
+        values = [loss(w, f) if m is None else loss(w, f, m) for w, f, m in pairs]
+        for value in values:
+            if value.numel() != 1 or not value.requires_grad:
+                raise ValueError(
+                    f"{type(loss).__name__} must give one number that depends on the warped image, got shape "
+                    f"{tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}."
+                )
+        total = torch.stack([value.reshape(()) for value in values])
+        (gradient,) = torch.autograd.grad(total.sum() * warped[0].numel(), warped, create_graph=through)
+    return (total, gradient) if through else (total.detach(), gradient.detach())
+
+
+def similarity_and_gradient(
+    loss: nn.Module, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Similarity]:
+    """The image to warp, and the function of what became of it that gives the similarity to the fixed image.
+
+    Args:
+        loss: :py:class:`LocalCorrelationLoss`, or any differentiable loss of ``(warped, fixed)`` or ``(warped, fixed,
+            mask)`` that is a mean over the voxels.
+        moving: ``(B, 1, *spatial)``, in float32 at least.
+        fixed: ``(B, 1, *spatial)``.
+        mask: of the fixed image, ``(B, 1, *spatial)``. Defaults to ``None``: none.
+    """
+    if isinstance(loss, LocalCorrelationLoss):
+        return _standardised(moving), loss.bound(_standardised(fixed), mask)
+    return moving, partial(_by_autograd, loss, fixed, mask)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration as the equilibrium of the energy itself: nothing to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import index
+from typing import Any
+
+import torch
+
+from monai_deq.networks.blocks import EnergyUpdate, check_ddf, remove_folds
+from monai_deq.networks.nets.interface import IteratedNet, check_pair
+from monai_deq.networks.nets.iteration import downsample, initial_state, state_map, upsample_state
+from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
+
+__all__ = ["EnergyRegistrationNet"]
+
+#: voxels along the shortest axis that the coarsest size has at least
+_LEAST_SIZE = 8
+
+
+class EnergyRegistrationNet(IteratedNet):
+    """Deformable registration by descent on the energy (paper, Eq. 1-2), from coarse to fine, without training: on each
+    size the map of an :py:class:`monai_deq.networks.blocks.EnergyUpdate` is iterated, from zero on the smallest one and
+    then from the solution of the one before; what folds at the end of a size is smoothed away
+    (:py:func:`monai_deq.networks.blocks.remove_folds`).
+
+    Its records have as ``measures`` the ``energy`` and its ``slope`` at each step of the full size, the number of voxels
+    ``unfolded`` at the end and what that cost: ``energy_before_unfolding`` and ``energy_unfolded``.
+
+    Args:
+        update: the step. Defaults to ``EnergyUpdate(spatial_dims)``, whose settings were chosen for brains.
+        spatial_dims: 2 or 3, for the default update. Defaults to 3.
+        steps: step limit of each size, from the smallest, each half of the next; a size with an axis shorter than 8
+            voxels is left out. Defaults to ``(60, 40, 10)`` in 3-D, where steps at full size are dear, and ``(60, 60,
+            40)`` in 2-D.
+        tolerance: RMS displacement of a step, in voxels of each size, at which a pair stops there. Defaults to 1e-3.
+        least_jacobian: share of its value at rest that each one-sided Jacobian determinant of the result keeps at
+            least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.05; ``None`` leaves
+            the result as it is.
+
+    Raises:
+        ValueError: When an argument is out of its range.
+
+    Example:
+
+    .. code-block:: python
+
+        net = EnergyRegistrationNet(spatial_dims=3).eval()
+        warped, ddf = net(moving, fixed)  # (B, 1, H, W, D) and (B, 3, H, W, D)
+    """
+
+    def __init__(
+        self,
+        update: EnergyUpdate | None = None,
+        spatial_dims: int = 3,
+        steps: Sequence[int] | None = None,
+        tolerance: float = 1e-3,
+        least_jacobian: float | None = 0.05,
+    ) -> None:
+        super().__init__()
+        self.update = EnergyUpdate(spatial_dims) if update is None else update
+        self.spatial_dims = self.update.spatial_dims
+        if steps is None:
+            steps = (60, 40, 10) if self.spatial_dims == 3 else (60, 60, 40)
+        try:
+            self.steps = tuple(index(n) for n in steps)
+        except TypeError:
+            self.steps = ()
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps must be a whole number of at least 1 for each size, got {steps!r}.")
+        if least_jacobian is not None and not 0 <= least_jacobian < 1:
+            raise ValueError(f"least_jacobian must be None or in [0, 1), got {least_jacobian}.")
+        self.tolerance, self.least_jacobian = float(tolerance), least_jacobian
+        self.hidden_channels = self.update.hidden_channels
+        self.coarse = None
+        #: of the full size
+        self.solver = SolverSettings(max_steps=self.steps[-1], tolerance=self.tolerance)
+
+    def fixed_point_map(  # type: ignore[override]
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The map of the full size, see :py:meth:`IteratedNet.fixed_point_map`.
+
+        Args:
+            moving: moving images.
+            fixed: fixed images.
+            mask: where the fixed images are compared, ``(B, 1, *spatial)``. Defaults to ``None``: everywhere.
+        """
+        check_pair(moving, fixed)
+        if fixed.ndim - 2 != self.spatial_dims:
+            raise ValueError(f"the network is for {self.spatial_dims}-D images, got shape {tuple(fixed.shape)}.")
+        if mask is not None and mask.shape != fixed.shape:
+            raise ValueError(f"mask must have the shape of fixed, {tuple(fixed.shape)}, got {tuple(mask.shape)}.")
+        return state_map(self.update, moving, fixed, mask)
+
+    def solve_state(  # type: ignore[override]
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        **changes: Any,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """See :py:meth:`IteratedNet.solve_state`: ``changes`` and the record are of the full size. With ``initial_ddf``
+        the smaller sizes are left out. For ``mask`` see :py:meth:`fixed_point_map`.
+        """
+        images = [(moving, fixed, mask)]
+        with torch.no_grad():
+            check_pair(moving, fixed)
+            while initial_ddf is None and len(images) < len(self.steps):
+                smaller = tuple(None if t is None else downsample(t) for t in images[0])
+                if min(smaller[1].shape[2:]) < _LEAST_SIZE:  # type: ignore[union-attr]
+                    break
+                images.insert(0, smaller)  # type: ignore[arg-type]
+        ddf, steps = initial_ddf, list[torch.Tensor]()
+        for level, pair in enumerate(images):
+            last = level == len(images) - 1
+            settings = self.solver.changed(max_steps=self.steps[level - len(images)])
+            state, record = self._solve_size(*pair, ddf, settings.changed(**changes) if last else settings)
+            if not last:
+                steps.insert(0, record.steps)
+                ddf = upsample_state(state[:, : self.spatial_dims], images[level + 1][1].shape[2:])
+        return state, replace(record, coarse_steps=tuple(steps))
+
+    def _solve_size(
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        mask: torch.Tensor | None,
+        ddf: torch.Tensor | None,
+        settings: SolverSettings,
+    ) -> tuple[torch.Tensor, SolverRecord]:
+        """The solution on one size, without folds, and its record."""
+        g, ndim = self.fixed_point_map(moving, fixed, mask), self.spatial_dims
+        measured = list[tuple[torch.Tensor, torch.Tensor]]()
+
+        def noted(state: torch.Tensor) -> torch.Tensor:
+            state = g(state)
+            measured.append(self.update.measured(state[:, ndim:]))
+            return state
+
+        state, record = solve_fixed_point(noted, initial_state(fixed, ddf, self.hidden_channels), settings, ndim)
+        # of the states that were left, not of the last one
+        energy, slope = (torch.stack(values, dim=1).cpu() for values in zip(*measured, strict=True))
+        stopped = torch.arange(energy.shape[1]) >= record.steps[:, None]
+        measures = {"energy": energy.masked_fill(stopped, torch.nan), "slope": slope.masked_fill(stopped, torch.nan)}
+        if self.least_jacobian is not None:
+            flat, counts = remove_folds(state[:, :ndim], self.least_jacobian)
+            measures["unfolded"] = counts
+            if bool(counts.any()):
+                with torch.no_grad():
+                    before = self.update.measured(g(state)[:, ndim:])[0]
+                    state = torch.cat([flat, state[:, ndim:]], dim=1)
+                    after = self.update.measured(g(state)[:, ndim:])[0]
+                measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
+        return state, replace(record, measures=measures)
