@@ -216,6 +216,7 @@ def certified_solve(
     fixed: torch.Tensor,
     initial_ddf: torch.Tensor | None = None,
     certificate: Mapping[str, Any] | None = None,
+    finish: RegistrationNet | None = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
     """Solve a batch of pairs without gradients and examine the solutions.
@@ -224,11 +225,30 @@ def certified_solve(
 
     Args:
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
+        finish: method that goes on from the solution, as :py:func:`monai_deq.networks.nets.energy_finish`. The
+            certificate is of the solution before it, the record has its own. Defaults to ``None``: none.
 
     Returns:
         The displacement ``(B, ndim, *spatial)``, the record, and a certificate a pair: ``None`` when none is asked for
         or the method is not iterated.
     """
+    ddf, record, certificates = _certified(network, moving, fixed, initial_ddf, certificate, **changes)
+    if finish is not None:
+        with torch.no_grad():
+            ddf, finished = finish.solve(moving, fixed, ddf)
+        record = replace(record, finish=finished)
+    return ddf, record, certificates
+
+
+def _certified(
+    network: RegistrationNet,
+    moving: torch.Tensor,
+    fixed: torch.Tensor,
+    initial_ddf: torch.Tensor | None,
+    certificate: Mapping[str, Any] | None,
+    **changes: Any,
+) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
+    """See :py:func:`certified_solve`."""
     with torch.no_grad():
         if certificate is None or not isinstance(network, IteratedNet):
             ddf, record = network.solve(moving, fixed, initial_ddf, **changes)

@@ -15,12 +15,13 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
+from monai_deq.solvers import MEASURES
 from monai_deq.utils import gather_items, process_rank, refuse_existing, replace_file, wait_for_all, write_json
 
 __all__ = ["OutputGuard", "PairResultsSaver"]
 
-# what a certificate says of a pair, written where the inferer asked for one
-_CERTIFICATE = ("verdict", "spectral_radius", "start_distance")
+# what a certificate, the energy and a finish say of a pair, written where they are
+_CERTIFICATE = ("verdict", "spectral_radius", "start_distance", *MEASURES)
 
 
 class _Saver(Protocol):

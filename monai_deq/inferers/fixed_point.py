@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.networks.nets import RegistrationNet
 
 __all__ = ["FixedPointInferer"]
 
@@ -29,6 +30,8 @@ class FixedPointInferer(Inferer):
         relative_tolerance: relative residual at which a pair stops.
         solver: ``"plain"`` or ``"anderson"``.
         solver_options: further options of the solver.
+        finish: method that goes on from the solution, as :py:func:`monai_deq.networks.nets.energy_finish`. Defaults to
+            None: none.
     """
 
     def __init__(
@@ -39,11 +42,12 @@ class FixedPointInferer(Inferer):
         relative_tolerance: float | None = None,
         solver: str | None = None,
         solver_options: Mapping[str, Any] | None = None,
+        finish: RegistrationNet | None = None,
     ) -> None:
         super().__init__()
         self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
         self.changes["relative_tolerance"] = relative_tolerance
-        self.certificate = check_certificate(certificate)
+        self.certificate, self.finish = check_certificate(certificate), finish
 
     def __call__(  # type: ignore[override]
         self, inputs: torch.Tensor, network: nn.Module, fixed: torch.Tensor, initial_ddf: torch.Tensor | None = None
@@ -60,10 +64,11 @@ class FixedPointInferer(Inferer):
             share of the voxels), ``residual``, ``relative_residual`` (at the last step) and ``converged``, and the list
             ``reason``. With a certificate the residuals are those at the solution itself, and there are the list
             ``verdict`` (of a classical method its ``reason``) and, where asked for, the tensors ``spectral_radius`` and
-            ``start_distance``.
+            ``start_distance``. What else the method measured is there by name, see
+            :py:meth:`monai_deq.solvers.SolverRecord.measured`.
         """
         module: Any = network.module if isinstance(network, DistributedDataParallel) else network
-        solved = certified_solve(module, inputs, fixed, initial_ddf, self.certificate, **self.changes)
+        solved = certified_solve(module, inputs, fixed, initial_ddf, self.certificate, self.finish, **self.changes)
         ddf, record, certificates = solved
         with torch.no_grad():
             warped = warp_by_ddf(inputs, ddf)
@@ -76,6 +81,7 @@ class FixedPointInferer(Inferer):
             "relative_residual": record.final_relative_residual,
             "converged": record.converged,
             "reason": list(record.reason),
+            **record.measured(),
         }
         if self.certificate is not None:
             output["verdict"] = [c.verdict for c in certificates] if certificates else list(record.reason)

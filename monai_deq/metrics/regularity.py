@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Callable
 from math import factorial
 from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.utils import MetricReduction, convert_to_tensor
 
 from monai_deq.metrics.base import ReducedIterationMetric, require_ddf
+from monai_deq.networks.blocks import determinant, simplex_determinants
 
 __all__ = ["FoldedVoxelsMetric", "NonDiffeomorphicVolumeMetric", "StdLogJacobianForm", "StdLogJacobianMetric"]
 __all__ += ["compute_folded_voxels", "compute_non_diffeomorphic_volume", "compute_std_log_jacobian"]
@@ -50,20 +48,11 @@ def _check_form(form: str) -> None:
         raise ValueError(f"form: expected one of {list(_FORMS)}, got {form!r}.")
 
 
-def _determinant(matrix: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Of a 2x2 or 3x3 matrix of whole fields; ``torch.linalg.det`` would want a second copy of all its elements."""
-    if len(matrix) == 2:
-        (a, b), (c, d) = matrix
-        return a * d - b * c
-    (a, b, c), (d, e, f), (g, h, i) = matrix
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-
-
 def _jacobian(ddf: torch.Tensor) -> torch.Tensor:
     """|J| of a checked field, shape ``(B, 1, *spatial)``."""
     axes = range(ddf.shape[1])
     rows = [torch.gradient(ddf[:, i], dim=tuple(axis + 1 for axis in axes)) for i in axes]
-    return _determinant([[rows[i][j] + 1 if i == j else rows[i][j] for j in axes] for i in axes]).unsqueeze(1)
+    return determinant([[rows[i][j] + 1 if i == j else rows[i][j] for j in axes] for i in axes]).unsqueeze(1)
 
 
 def jacobian_determinant(ddf: torch.Tensor) -> torch.Tensor:
@@ -125,18 +114,6 @@ def compute_std_log_jacobian(
     return _reduce_inside(log_jacobian, mask, lambda values: torch.std(values, correction=0))
 
 
-def _simplices(spatial_dims: int) -> list[np.ndarray]:
-    """
-    The simplices of a voxel, each as the steps (rows) to the other vertices: one-sided differences along every axis (4
-    triangles in 2-D, 8 corner tetrahedra in 3-D), and the central tetrahedra of the two divisions of a cube, J1*, J2*.
-    """
-    simplices = [np.diag(signs) for signs in product((1, -1), repeat=spatial_dims)]
-    if spatial_dims == 3:
-        face_diagonals = np.array([(1, 1, 0), (0, 1, 1), (1, 0, 1)])
-        simplices += [-face_diagonals, face_diagonals]
-    return simplices
-
-
 def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     r"""
     Volume that the field turns inside out, in % of that of the mask (2-D: area); shape (B, 1), NaN for an empty mask.
@@ -154,19 +131,10 @@ def compute_non_diffeomorphic_volume(ddf: torch.Tensor, mask: torch.Tensor | Non
     """
     ddf = require_ddf(ddf)
     mask = _check_mask(mask, ddf)
-    spatial_dims = ddf.shape[1]
-    padded = F.pad(ddf, (1, 1) * spatial_dims, mode="replicate")
-
     volume = torch.zeros_like(ddf[:, :1])
-    for steps in _simplices(spatial_dims):
-        edges = []
-        for step in steps:
-            window = (slice(1 + int(s), 1 + int(s) + size) for s, size in zip(step, ddf.shape[2:], strict=True))
-            stretch = padded[(slice(None), slice(None), *window)] - ddf
-            edges.append([stretch[:, i : i + 1] + float(step[i]) for i in range(spatial_dims)])
-        orientation = float(np.sign(np.linalg.det(steps)))  # of the simplex at rest
-        volume += (-orientation * _determinant(edges)).clamp(min=0)
-    volume *= 0.5 / factorial(spatial_dims)
+    for determinants in simplex_determinants(ddf):
+        volume += (-determinants).clamp(min=0)[:, None]
+    volume *= 0.5 / factorial(ddf.shape[1])
     return _reduce_inside(volume, mask, lambda values: 100.0 * values.mean())
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from .fixed_point import SOLVERS, anderson_solver, plain_solver, residual_norms, torchdeq_name
 from .random_fields import random_smooth_ddf
-from .records import SolverRecord, StopReason
+from .records import MEASURES, SolverRecord, StopReason
 from .solving import SolverSettings, build_deq, solve_fixed_point
 
 __all__ = [
+    "MEASURES",
     "SOLVERS",
     "SolverRecord",
     "SolverSettings",

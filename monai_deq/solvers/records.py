@@ -10,7 +10,10 @@ import torch
 
 from monai_deq.utils import json_ready
 
-__all__ = ["SolverRecord", "StopReason"]
+__all__ = ["MEASURES", "SolverRecord", "StopReason"]
+
+#: names of what :py:meth:`SolverRecord.measured` may give
+MEASURES = ("energy", "slope", "unfolded", "finish_steps", "energy_before_finish")
 
 
 class StopReason:
@@ -35,6 +38,7 @@ class SolverRecord:
         reason: why each item stopped, one of the values of :py:class:`StopReason`.
         coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the one
             before. Empty where there was none.
+        finish: record of the second method that went on from the solution. Defaults to ``None``: none did.
         measures: what else the method measured, by name: ``(B,)``, or ``(B, N)`` for each step. Empty by default.
     """
 
@@ -44,6 +48,7 @@ class SolverRecord:
     converged: torch.Tensor
     reason: tuple[str, ...]
     coarse_steps: tuple[torch.Tensor, ...] = ()
+    finish: SolverRecord | None = None
     measures: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -70,6 +75,15 @@ class SolverRecord:
         last = self.steps.clamp(1, max(trace.shape[1], 1)) - 1
         return trace.gather(1, last[:, None])[:, 0]
 
+    def measured(self) -> dict[str, torch.Tensor]:
+        """The measures, ``(B,)`` each: of one for each step the last; and of a finish with what it began from."""
+        values = {name: self._last(v) if v.ndim > 1 else v for name, v in self.measures.items()}
+        if self.finish is not None:
+            values.update(self.finish.measured(), finish_steps=self.finish.steps)
+            if "energy" in self.finish.measures:
+                values["energy_before_finish"] = self.finish.measures["energy"][:, 0]
+        return values
+
     def item(self, index: int) -> dict[str, Any]:
         """The record of one item in plain Python values, fit for JSON: a residual that is not finite is ``None``."""
         n = int(self.steps[index])
@@ -83,6 +97,7 @@ class SolverRecord:
                 "coarse_steps": [steps[index] for steps in self.coarse_steps],
                 "residual_trace": self.residual[index, :n],
                 "relative_residual_trace": self.relative_residual[index, :n],
+                **({} if self.finish is None else {"finish": self.finish.item(index)}),
                 **{k: v[index] if v.ndim == 1 else v[index, :n] for k, v in self.measures.items()},
             }
         )

@@ -19,6 +19,7 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import TransformBackends, convert_to_numpy, convert_to_tensor
 
 from monai_deq.data import check_same_grid, source_of
+from monai_deq.solvers import MEASURES
 from monai_deq.utils import refuse_existing, replace_file, write_json
 
 from .warping import PerKeyd, on_grid_of, require_keys
@@ -289,7 +290,7 @@ class SaveRegistrationd(_PairSaver):
         name_keys: Sequence[str] = ("moving_subject", "fixed_subject"),
         record_keys: Sequence[str] = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason"),
         record_key: str = "record",
-        optional_record_keys: Sequence[str] = ("verdict", "spectral_radius", "start_distance"),
+        optional_record_keys: Sequence[str] = ("verdict", "spectral_radius", "start_distance", *MEASURES),
     ) -> None:
         super().__init__((warped_key, ddf_key), output_dir, overwrite, name_keys)
         self.warped_key, self.ddf_key, self.label_key, self.record_key = warped_key, ddf_key, label_key, record_key

@@ -45,6 +45,8 @@ class FixedPointSolver(Transform):
         solver_options: further options of the solver.
         certificate: examine the solution, see :py:func:`monai_deq.certificates.check_certificate`; an empty dictionary
             for what costs one step. Defaults to None: not examined.
+        finish: method that goes on from the network's solution, as
+            :py:func:`monai_deq.networks.nets.energy_finish`. Defaults to None: none.
         device: where to solve. Defaults to the device of the network's parameters.
     """
 
@@ -59,6 +61,7 @@ class FixedPointSolver(Transform):
         relative_tolerance: float | None = None,
         solver_options: dict[str, Any] | None = None,
         certificate: Mapping[str, Any] | None = None,
+        finish: RegistrationNet | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(network, RegistrationNet):
@@ -66,7 +69,7 @@ class FixedPointSolver(Transform):
         self.network = network
         self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
         self.changes["relative_tolerance"] = relative_tolerance
-        self.certificate = check_certificate(certificate)
+        self.certificate, self.finish = check_certificate(certificate), finish
         self.device = None if device is None else torch.device(device)
 
     def __call__(  # type: ignore[override]
@@ -81,7 +84,8 @@ class FixedPointSolver(Transform):
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
             ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
             ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a certificate the
-            fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution itself.
+            fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution itself;
+            with a ``finish`` its record as ``finish``, all else being of the network's solution.
         """
         # NumPy's default is float64, which the weights of a float32 network would refuse
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -93,7 +97,7 @@ class FixedPointSolver(Transform):
         self.network.eval()
         try:
             ddf, record, certificates = certified_solve(
-                self.network, moving_batch, fixed_batch, start, self.certificate, **self.changes
+                self.network, moving_batch, fixed_batch, start, self.certificate, self.finish, **self.changes
             )
             with torch.no_grad():
                 warped = warp_by_ddf(moving_batch, ddf)

@@ -21,6 +21,8 @@ __all__ = ["EnergyUpdate"]
 _MOMENTS = (0.9, 0.99)
 #: least root of the second moment, as share of its mean over the image: where nothing pulls, nothing runs away
 _FLOOR = 0.3
+#: gradients below this are none
+_NOTHING = 1e-12
 #: after so many steps without a lower energy the steps become half as long
 _PATIENCE = 5
 #: unit of the number of steps waited: a counter does not keep the hidden state from coming to rest
@@ -57,9 +59,10 @@ def _smoothness_by_autograd(loss: nn.Module, ddf: torch.Tensor) -> tuple[torch.T
 class EnergyUpdate(RegistrationUpdate):
     """A step of the descent on ``similarity(moving o phi, fixed) + weight * smoothness(ddf)`` (paper, Eq. 1-2), without
     anything to learn: ``phi' = phi o (id + v)`` with ``v = -step * m / sqrt(s)``, where ``m`` and ``s`` are averages of
-    ``G`` and ``|G|^2`` over the steps (Adam's moments, ``s`` one number a voxel), and ``G`` is the energy's gradient with
-    respect to a small displacement on the inside, smoothed by a Gaussian. When the energy has not fallen for five steps,
-    those of the pair become half as long: the iteration comes to rest. Images alike give exactly no displacement.
+    ``G`` and ``|G|^2`` over the steps (Adam's moments, ``s`` one number a voxel), and ``G`` is the gradient of the
+    energy with respect to a small displacement on the inside, smoothed by a Gaussian. When the energy has not fallen
+    for five steps, those of the pair become half as long: the iteration comes to rest. Images alike give exactly no
+    displacement.
 
     The hidden state has ``m``, ``s``, and a channel whose first numbers are those of the item.
 
@@ -160,7 +163,8 @@ class EnergyUpdate(RegistrationUpdate):
                 gradient[:, axis] += self.weight * (stress[:, axis] + turned)
         if self.spacing is not None:
             gradient = gradient / ddf.new_tensor(spacing).view(1, -1, *[1] * ndim)
-        gradient = gaussian_smooth(gradient, [self.sigma / s for s in spacing])
+        # what is next to nothing, squared, would be a denormal number, with which processors are slow
+        gradient = F.hardshrink(gaussian_smooth(gradient, [self.sigma / s for s in spacing]), _NOTHING)
         return self._move(ddf, hidden, energy, gradient)
 
     def _move(

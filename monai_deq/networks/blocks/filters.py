@@ -11,7 +11,7 @@ import torch
 __all__ = ["box_sum", "central_difference", "gaussian_smooth"]
 
 #: numbers of a slab: with its copies it stays in the cache of a processor
-_SLAB = 2**18
+_SLAB = 2**20
 
 
 def _window_sum(x: torch.Tensor, axis: int, radius: int) -> torch.Tensor:

@@ -97,7 +97,9 @@ def _by_autograd(
             # a copy of what inference mode made is no inference tensor
             warped, fixed = (t.clone() if t.is_inference() else t for t in (warped, fixed))
             warped = warped.detach().requires_grad_()
-        pairs = zip(warped.split(1), fixed.split(1), [None] * len(fixed) if mask is None else mask.split(1), strict=True)
+        pairs = zip(
+            warped.split(1), fixed.split(1), [None] * len(fixed) if mask is None else mask.split(1), strict=True
+        )
         values = [loss(w, f) if m is None else loss(w, f, m) for w, f, m in pairs]
         for value in values:
             if value.numel() != 1 or not value.requires_grad:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .energy import EnergyRegistrationNet
+from .energy import EnergyRegistrationNet, energy_finish
 from .equilibrium import DEQRegistrationNet, GradientSettings, RestSettings, coarse_to_fine, set_coarse_solver
 from .interface import IteratedNet, RegistrationNet, check_pair
 from .systems import gradirn_net, riir_net, unrolling_net, voxelmorph_net
@@ -19,6 +19,7 @@ __all__ = [
     "UnrolledRegistrationNet",
     "check_pair",
     "coarse_to_fine",
+    "energy_finish",
     "gradirn_net",
     "riir_net",
     "set_coarse_solver",

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from monai_deq.networks.blocks import EnergyUpdate, check_ddf, remove_folds
+from monai_deq.networks.blocks import EnergyUpdate, remove_folds
 from monai_deq.networks.nets.interface import IteratedNet, check_pair
 from monai_deq.networks.nets.iteration import downsample, initial_state, state_map, upsample_state
 from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
 
-__all__ = ["EnergyRegistrationNet"]
+__all__ = ["EnergyRegistrationNet", "energy_finish"]
 
 #: voxels along the shortest axis that the coarsest size has at least
 _LEAST_SIZE = 8
@@ -157,3 +157,14 @@ class EnergyRegistrationNet(IteratedNet):
                     after = self.update.measured(g(state)[:, ndim:])[0]
                 measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
         return state, replace(record, measures=measures)
+
+
+def energy_finish(spatial_dims: int = 3, steps: int = 40, weight: float = 0.4) -> EnergyRegistrationNet | None:
+    """What goes on by the energy from the solution of another method, at its size.
+
+    Args:
+        spatial_dims: 2 or 3. Defaults to 3.
+        steps: step limit; ``None`` is returned for 0. Defaults to 40.
+        weight: of the smoothness. Defaults to 0.4.
+    """
+    return EnergyRegistrationNet(EnergyUpdate(spatial_dims, weight=weight), steps=(steps,)).eval() if steps else None
