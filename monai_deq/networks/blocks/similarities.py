@@ -71,7 +71,7 @@ class LocalCorrelationLoss(nn.Module):
             p_var = box_sum(warped * warped, radius) - p_mean * p_sum
             low = p_var < floor
             p_var = torch.maximum(p_var, floor)
-            # cc = cross^2 / (t_var p_var); d cc / d warped = 2 / t_var * (cross / p_var) (t - t_mean - slope (p - p_mean))
+            # cc = cross^2 / (t_var p_var), d cc / d warped = 2 slope / t_var (t - t_mean - slope (p - p_mean))
             slope = cross / p_var
             outer = slope / t_var
             if inside is not None:
@@ -97,10 +97,8 @@ def _by_autograd(
             # a copy of what inference mode made is no inference tensor
             warped, fixed = (t.clone() if t.is_inference() else t for t in (warped, fixed))
             warped = warped.detach().requires_grad_()
-        pairs = zip(
-            warped.split(1), fixed.split(1), [None] * len(fixed) if mask is None else mask.split(1), strict=True
-        )
-        values = [loss(w, f) if m is None else loss(w, f, m) for w, f, m in pairs]
+        images = (warped, fixed) if mask is None else (warped, fixed, mask)
+        values = [loss(*item) for item in zip(*(t.split(1) for t in images), strict=True)]
         for value in values:
             if value.numel() != 1 or not value.requires_grad:
                 raise ValueError(

@@ -27,8 +27,8 @@ class EnergyRegistrationNet(IteratedNet):
     then from the solution of the one before; what folds at the end of a size is smoothed away
     (:py:func:`monai_deq.networks.blocks.remove_folds`).
 
-    Its records have as ``measures`` the ``energy`` and its ``slope`` at each step of the full size, the number of voxels
-    ``unfolded`` at the end and what that cost: ``energy_before_unfolding`` and ``energy_unfolded``.
+    Its records have as ``measures`` the ``energy`` and its ``slope`` at each step of the full size, the number of
+    voxels ``unfolded`` at the end and what that cost: ``energy_before_unfolding`` and ``energy_unfolded``.
 
     Args:
         update: the step. Defaults to ``EnergyUpdate(spatial_dims)``, whose settings were chosen for brains.
@@ -38,8 +38,8 @@ class EnergyRegistrationNet(IteratedNet):
             40)`` in 2-D.
         tolerance: RMS displacement of a step, in voxels of each size, at which a pair stops there. Defaults to 1e-3.
         least_jacobian: share of its value at rest that each one-sided Jacobian determinant of the result keeps at
-            least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.05; ``None`` leaves
-            the result as it is.
+            least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.05; ``None``
+            leaves the result as it is.
 
     Raises:
         ValueError: When an argument is out of its range.

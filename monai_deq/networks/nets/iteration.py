@@ -43,7 +43,9 @@ def state_map(
     *spatial)`` is for such ones alone.
     """
     ndim = fixed.ndim - 2
-    step = update.at(moving, fixed, mask) if hasattr(update, "at") else partial(update, moving, fixed)
+    step = partial(update, moving, fixed)
+    if hasattr(update, "at"):
+        step = update.at(moving, fixed, mask)  # type: ignore[operator]
 
     def g(ddf: torch.Tensor) -> torch.Tensor:
         return ddf + step(ddf).to(ddf.dtype)
