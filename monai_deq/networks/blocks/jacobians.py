@@ -89,8 +89,8 @@ def _folded(values: torch.Tensor, around: torch.Tensor, least: float) -> torch.T
 
 @torch.no_grad()
 def remove_folds(ddf: torch.Tensor, least: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
-    """A field whose determinants (:py:func:`simplex_determinants`, and so those of central differences, their means) are
-    all at least a share ``least`` of what they are without a displacement. Where they are not, and next to it, the
+    """A field whose determinants (:py:func:`simplex_determinants`, of which those of central differences are means)
+    are all at least a share ``least`` of what they are without a displacement. Where they are not, and next to it, the
     displacement is replaced by the mean of its neighbours, again and again, as far around as it takes.
 
     Args:
