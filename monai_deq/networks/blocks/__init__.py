@@ -6,7 +6,7 @@ from __future__ import annotations
 from .backbones import RegistrationCNN, RegistrationUNet
 from .convolutions import ConvGRUCell, SmallVolumeConv3d, convolve, with_small_volumes
 from .energy import EnergyUpdate
-from .filters import box_sum, central_difference, gaussian_smooth
+from .filters import box_sum, central_difference, gaussian_reach, gaussian_smooth, in_slabs
 from .jacobians import determinant, remove_folds, simplex_determinants
 from .similarities import LocalCorrelationLoss
 from .updates import (
@@ -39,7 +39,9 @@ __all__ = [
     "check_outside",
     "convolve",
     "determinant",
+    "gaussian_reach",
     "gaussian_smooth",
+    "in_slabs",
     "points_outside",
     "remove_folds",
     "similarity_gradient",

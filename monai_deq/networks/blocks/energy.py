@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from monai_deq.networks.blocks.filters import central_difference, gaussian_smooth
+from monai_deq.networks.blocks.filters import central_difference, gaussian_reach, gaussian_smooth, in_slabs
 from monai_deq.networks.blocks.similarities import LocalCorrelationLoss, similarity_and_gradient
 from monai_deq.networks.blocks.updates import RegistrationUpdate
 from monai_deq.networks.blocks.warping import check_ddf, warp_by_ddf
@@ -30,19 +30,19 @@ _WAITED = 2.0**-14
 
 
 def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared differences of neighbours summed over the axes, ``(B,)``, and the gradient times the number of
-    voxels; the displacement in the unit of the spacing.
+    """Mean over the components of the squared differences of neighbours, summed over the axes, at each voxel ``(B, 1,
+    *spatial)``, and the gradient of their sum; the displacement in the unit of the spacing.
     """
-    value, gradient = ddf.new_zeros(len(ddf)), torch.zeros_like(ddf)
+    value, gradient = torch.zeros_like(ddf[:, :1]), torch.zeros_like(ddf)
     for axis, size in enumerate(spacing, start=2):
         n = ddf.shape[axis]
         if n > 1:
             step = (ddf.narrow(axis, 1, n - 1) - ddf.narrow(axis, 0, n - 1)) / size
-            value = value + step.flatten(1).square().sum(dim=1)
-            step = step / size
+            value.narrow(axis, 0, n - 1).add_(step.square().mean(dim=1, keepdim=True))
+            step = step * (2 / size / ddf.shape[1])
             gradient.narrow(axis, 1, n - 1).add_(step)
             gradient.narrow(axis, 0, n - 1).sub_(step)
-    return value / ddf[0].numel(), gradient * (2 / ddf.shape[1])
+    return value, gradient
 
 
 def _smoothness_by_autograd(loss: nn.Module, ddf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,26 +146,39 @@ class EnergyUpdate(RegistrationUpdate):
         self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The step at a displacement, from the similarity and its gradient there."""
-        ndim = self.spatial_dims
-        spacing = self.spacing or [1.0] * ndim
-        gradient = torch.cat([pull * central_difference(warped, axis) for axis in range(ndim)], dim=1)
-        if self.weight:
-            size = ddf.new_tensor(spacing).view(1, -1, *[1] * ndim)
-            if self.smoothness is None:
-                value, stress = _difference_energy(ddf * size, spacing)
-                stress = stress * size
-            else:
-                value, stress = _smoothness_by_autograd(self.smoothness, ddf)
-            energy = energy + self.weight * value
-            # a displacement v on the inside changes the field by v + (grad ddf) v
-            for axis in range(ndim):
-                turned = (central_difference(ddf, axis) * stress).sum(dim=1)
-                gradient[:, axis] += self.weight * (stress[:, axis] + turned)
-        if self.spacing is not None:
-            gradient = gradient / ddf.new_tensor(spacing).view(1, -1, *[1] * ndim)
-        # what is next to nothing, squared, would be a denormal number, with which processors are slow
-        gradient = F.hardshrink(gaussian_smooth(gradient, [self.sigma / s for s in spacing]), _NOTHING)
-        return self._move(ddf, hidden, energy, gradient)
+        spacing = self.spacing or [1.0] * self.spatial_dims
+        size = self._per_axis(ddf, spacing)
+        given: list[torch.Tensor] = []
+        if self.smoothness is not None:
+            value, stress = _smoothness_by_autograd(self.smoothness, ddf)
+            energy, given = energy + self.weight * value, [stress]
+
+        def force(
+            ddf: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor, *given: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            parts = [pull * central_difference(warped, axis) for axis in range(self.spatial_dims)]
+            value = torch.zeros_like(pull)
+            if self.weight:
+                if given:
+                    stress = given[0]
+                else:
+                    value, stress = _difference_energy(ddf * size, spacing)
+                    stress = stress * size
+                # a displacement v on the inside changes the field by v + (grad ddf) v
+                for axis, part in enumerate(parts):
+                    turned = (central_difference(ddf, axis) * stress).sum(dim=1, keepdim=True)
+                    parts[axis] = part + self.weight * (stress[:, axis : axis + 1] + turned)
+            gradient = gaussian_smooth(torch.cat(parts, dim=1) / size, [self.sigma / s for s in spacing])
+            # what is next to nothing, squared, would be a denormal number, with which processors are slow
+            return value, F.hardshrink(gradient, _NOTHING)
+
+        halo = gaussian_reach(self.sigma / spacing[0]) + 1
+        value, gradient = in_slabs(force, [ddf, pull, warped, *given], halo)
+        return self._move(ddf, hidden, energy + self.weight * value.flatten(1).mean(dim=1), gradient)
+
+    @staticmethod
+    def _per_axis(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+        return like.new_tensor(values).view(1, -1, *[1] * (like.ndim - 2))
 
     def _move(
         self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, gradient: torch.Tensor
@@ -174,7 +187,6 @@ class EnergyUpdate(RegistrationUpdate):
         ndim, shape = self.spatial_dims, (-1, *[1] * (ddf.ndim - 1))
         first, second, control = hidden.split([ndim, 1, 1], dim=1)
         age, best, waited, lost = self._read(control)
-        square = gradient.square().mean(dim=1, keepdim=True)
         with torch.no_grad():
             now = energy.detach()
             # at the first step there is nothing to be lower than
@@ -184,21 +196,30 @@ class EnergyUpdate(RegistrationUpdate):
             late = waited >= _PATIENCE * _WAITED
             lost = torch.where(late, (1 + lost) / 2, lost)
             waited = torch.where(late, torch.zeros_like(waited), waited)
-            slope = gradient.detach().flatten(1).square().sum(dim=1).div(ddf[0, 0].numel()).sqrt()
             # shares of the averages that are filled: 1 - decay^k after k steps
             slow = 1 - (1 - age) * _MOMENTS[1]
             quick = 1 - (1 - slow).clamp(min=0) ** (log(_MOMENTS[0]) / log(_MOMENTS[1]))
-        first = torch.lerp(gradient, first, _MOMENTS[0])
-        second = torch.lerp(square, second, _MOMENTS[1])
-        mean = second.flatten(1).mean(dim=1).view(shape)
-        scale = (second + _FLOOR**2 * mean) / slow.view(shape)
-        # what is zero stays zero, with its gradient
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
-        step = first * (-(1 - lost) * self.step / quick).view(shape) / scale
-        length = step.square().sum(dim=1, keepdim=True)
-        step = step * (self.step / length.clamp(min=self.step**2).sqrt())
-        if self.spacing is not None:
-            step = step / ddf.new_tensor(self.spacing).view(1, -1, *[1] * ndim)
+
+        def average(
+            gradient: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            square = gradient.square().mean(dim=1, keepdim=True)
+            return torch.lerp(gradient, first, _MOMENTS[0]), torch.lerp(square, second, _MOMENTS[1]), square
+
+        first, second, square = in_slabs(average, [gradient, first, second])
+        slope = (square.detach().flatten(1).mean(dim=1) * ndim).sqrt()
+        floor = _FLOOR**2 * second.flatten(1).mean(dim=1).view(shape)
+
+        def bounded(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor]:
+            scale = (second + floor) / slow.view(shape)
+            # what is zero stays zero, with its gradient
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale)).sqrt()
+            step = first * (-(1 - lost) * self.step / quick).view(shape) / scale
+            length = step.square().sum(dim=1, keepdim=True)
+            step = step * (self.step / length.clamp(min=self.step**2).sqrt())
+            return (step / self._per_axis(step, self.spacing or [1.0] * ndim),)
+
+        (step,) = in_slabs(bounded, [first, second])
         delta = step + (warp_by_ddf(ddf, step) - ddf)
         control = self._write(torch.stack([slow, best, waited, lost, now, slope], dim=1), control)
         return delta, torch.cat([first, second, control], dim=1)

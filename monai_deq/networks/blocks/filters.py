@@ -8,7 +8,7 @@ from math import ceil, exp
 
 import torch
 
-__all__ = ["box_sum", "central_difference", "gaussian_smooth"]
+__all__ = ["box_sum", "central_difference", "gaussian_reach", "gaussian_smooth", "in_slabs"]
 
 #: numbers of a slab: with its copies it stays in the cache of a processor
 _SLAB = 2**20
@@ -45,48 +45,58 @@ def _convolve(x: torch.Tensor, axis: int, weights: Sequence[float]) -> torch.Ten
     return out
 
 
-def _each_axis(
-    x: torch.Tensor, filters: Sequence[tuple[Callable[[torch.Tensor, int], torch.Tensor], int]]
-) -> torch.Tensor:
-    """A filter along each axis, given with its reach; on a CPU without gradients slab by slab, which is faster."""
-    (first, reach), rest = filters[0], list(enumerate((f for f, _ in filters[1:]), start=3))
-
-    def run(part: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
-        part = first(part, 2)
-        part = part if part.shape[2] == hi - lo else part.narrow(2, lo, hi - lo)
-        for axis, func in rest:
-            part = func(part, axis)
-        return part
-
-    depth = x.shape[2]
-    slab = max(_SLAB // max(x[:1, :1, :1].numel(), 1), 1)
-    if x.device.type != "cpu" or slab >= depth or (torch.is_grad_enabled() and x.requires_grad):
-        return run(x, 0, depth)
-    out = torch.empty_like(x)
-    for channels, target in ((c, t) for a, b in zip(x, out, strict=True) for c, t in zip(a, b, strict=True)):
-        for lo in range(0, depth, slab):
-            hi = min(lo + slab, depth)
-            below, above = max(lo - reach, 0), min(hi + reach, depth)
-            target[lo:hi] = run(channels[None, None, below:above], lo - below, hi - below)[0, 0]
-    return out
+def in_slabs(
+    func: Callable[..., tuple[torch.Tensor, ...]], tensors: Sequence[torch.Tensor], halo: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """A function of tensors ``(B, C, *spatial)`` with results of the same spatial size, on a CPU without gradients on
+    one slab along the first spatial axis after the other, so that what it needs in between stays small and in the
+    cache. A result depends on its surroundings as far as ``halo``; a tensor with a batch of one is for all items.
+    """
+    depth = tensors[0].shape[2]
+    slab = max(_SLAB // max(tensors[0][:, :, 0].numel(), 1), 2 * halo, 1)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if tensors[0].device.type != "cpu" or slab >= depth or gradients:
+        return func(*tensors)
+    results: list[torch.Tensor] = []
+    for lo in range(0, depth, slab):
+        below, above = max(lo - halo, 0), min(lo + slab + halo, depth)
+        n = min(slab, depth - lo)
+        parts = [part.narrow(2, lo - below, n) for part in func(*(t.narrow(2, below, above - below) for t in tensors))]
+        if not results:
+            results = [p.new_empty((*p.shape[:2], depth, *p.shape[3:])) for p in parts]
+        for result, part in zip(results, parts, strict=True):
+            result.narrow(2, lo, n).copy_(part)
+    return tuple(results)
 
 
 def box_sum(x: torch.Tensor, radius: int) -> torch.Tensor:
     """Sums over windows of ``2 * radius + 1`` voxels an axis, ``(B, C, *spatial)``, zero beyond the border."""
-    return _each_axis(x, [(lambda t, axis: _window_sum(t, axis, radius), radius)] * (x.ndim - 2))
+
+    def func(part: torch.Tensor) -> tuple[torch.Tensor]:
+        for axis in range(2, part.ndim):
+            part = _window_sum(part, axis, radius)
+        return (part,)
+
+    return in_slabs(func, [x], radius)[0]
+
+
+def gaussian_reach(sigma: float) -> int:
+    """How far :py:func:`gaussian_smooth` looks, in voxels."""
+    return ceil(3 * sigma)
 
 
 def gaussian_smooth(x: torch.Tensor, sigma: float | Sequence[float]) -> torch.Tensor:
     """Gaussian smoothing of ``(B, C, *spatial)``, zero beyond the border; ``sigma`` in voxels, one or one an axis."""
     sigmas = list(sigma) if isinstance(sigma, Sequence) else [sigma] * (x.ndim - 2)
-    filters: list[tuple[Callable[[torch.Tensor, int], torch.Tensor], int]] = []
-    for s in sigmas:
-        reach = ceil(3 * s)
-        half = [1.0] if s == 0 else [exp(-0.5 * (j / s) ** 2) for j in range(reach + 1)]
-        total = 2 * sum(half) - half[0]
-        weights = [w / total for w in half]
-        filters.append((lambda t, axis, w=weights: _convolve(t, axis, w), reach))  # type: ignore[misc]
-    return _each_axis(x, filters)
+
+    def func(part: torch.Tensor) -> tuple[torch.Tensor]:
+        for axis, s in enumerate(sigmas, start=2):
+            if s > 0:
+                half = [exp(-0.5 * (j / s) ** 2) for j in range(gaussian_reach(s) + 1)]
+                part = _convolve(part, axis, [w / (2 * sum(half) - 1) for w in half])
+        return (part,)
+
+    return in_slabs(func, [x], gaussian_reach(sigmas[0]))[0]
 
 
 def central_difference(x: torch.Tensor, axis: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from monai_deq.networks.blocks.filters import box_sum
+from monai_deq.networks.blocks.filters import box_sum, in_slabs
 
 __all__ = ["LocalCorrelationLoss", "similarity_and_gradient"]
 
@@ -58,31 +58,34 @@ class LocalCorrelationLoss(nn.Module):
         """The similarity to a fixed image, both standardised, what does not change with the warped one done once."""
         radius = self.kernel_size // 2
         share = 1 / box_sum(torch.ones_like(fixed[:1]), radius)
-        floor = self.smallest_deviation**2 / share
         t_sum = box_sum(fixed, radius)
-        t_mean = t_sum * share
-        t_var = torch.maximum(box_sum(fixed * fixed, radius) - t_mean * t_sum, floor)
-        inside = None if mask is None else (mask > 0).to(fixed.dtype)
+        t_var = box_sum(fixed * fixed, radius) - t_sum * share * t_sum
+        t_var = torch.maximum(t_var, self.smallest_deviation**2 / share)
+        inside = [] if mask is None else [(mask > 0).to(fixed.dtype)]
 
-        def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            p_sum = box_sum(warped, radius)
+        def at(p: torch.Tensor, t: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            share, t_sum, t_var = known[:3]
+            floor, t_mean, p_sum = self.smallest_deviation**2 / share, t_sum * share, box_sum(p, radius)
             p_mean = p_sum * share
-            cross = box_sum(warped * fixed, radius) - p_mean * t_sum
-            p_var = box_sum(warped * warped, radius) - p_mean * p_sum
+            cross = box_sum(p * t, radius) - p_mean * t_sum
+            p_var = box_sum(p * p, radius) - p_mean * p_sum
             low = p_var < floor
-            p_var = torch.maximum(p_var, floor)
-            # cc = cross^2 / (t_var p_var), d cc / d warped = 2 slope / t_var (t - t_mean - slope (p - p_mean))
-            slope = cross / p_var
+            # cc = cross^2 / (t_var p_var), d cc / d p = 2 slope / t_var (t - t_mean - slope (p - p_mean))
+            slope = cross / torch.maximum(p_var, floor)
             outer = slope / t_var
-            if inside is not None:
-                outer = outer * inside
-            value = -(outer * cross).flatten(1).mean(dim=1)
+            if inside:
+                outer = outer * known[3]
+            value = outer * cross
             outer = -2 * outer
             inner = outer * slope.masked_fill(low, 0.0)
             # one after the other, that no fused product keeps equal images from cancelling exactly
-            gradient = fixed * box_sum(outer, radius)
-            gradient = gradient - warped * box_sum(inner, radius)
+            gradient = t * box_sum(outer, radius)
+            gradient = gradient - p * box_sum(inner, radius)
             return value, gradient - box_sum(outer * t_mean - inner * p_mean, radius)
+
+        def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value, gradient = in_slabs(at, [warped, fixed, share, t_sum, t_var, *inside], 2 * radius)
+            return -value.flatten(1).mean(dim=1), gradient
 
         return similarity
 
