@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["box_sum", "central_difference", "gaussian_reach", "gaussian_smooth", "in_slabs"]
 
-#: numbers of a slab: with its copies it stays in the cache of a processor
-_SLAB = 2**20
+#: numbers of a slab: the copies that a step makes of it stay small
+_SLAB = 2**22
 
 
 def _window_sum(x: torch.Tensor, axis: int, radius: int) -> torch.Tensor:
