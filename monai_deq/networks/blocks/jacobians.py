@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from math import prod
@@ -59,32 +59,53 @@ def simplex_determinants(ddf: torch.Tensor) -> Iterator[torch.Tensor]:
         yield determinant(edges) * float(np.sign(np.linalg.det(steps)))
 
 
-def _neighbours(nodes: torch.Tensor, size: tuple[int, ...], reach: int) -> torch.Tensor:
-    """Flat numbers of the nodes at most so far along each axis, ``(N, n)``; beyond the border the one on it."""
-    places = torch.stack(torch.unravel_index(nodes, size))
-    offsets = torch.tensor(list(product(range(-reach, reach + 1), repeat=len(size))), device=nodes.device)
-    around = places[:, :, None] + offsets.T[:, None]
-    flat = torch.zeros_like(around[0])
-    for axis, n in enumerate(size):
-        flat = flat * n + around[axis].clamp(0, n - 1)
-    return flat
+class _Nodes:
+    """The nodes of a grid by their flat numbers, and those around them; beyond the border the one on it."""
 
+    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
+        self.size = size
+        self.marked = torch.zeros(prod(size), dtype=torch.bool, device=device)
 
-def _folded(values: torch.Tensor, around: torch.Tensor, least: float) -> torch.Tensor:
-    """Whether a determinant of nodes with these 3^ndim neighbours is too small, of displacements ``(ndim, N)``."""
-    ndim = len(values)
-    middle = around.shape[1] // 2
-    here = values[:, around[:, middle]]
-    low = torch.zeros_like(around[:, 0], dtype=torch.bool)
-    for steps in _simplices(ndim):
-        edges = []
+    def _moved(self, nodes: torch.Tensor, step: Sequence[int]) -> torch.Tensor:
+        flat, rest = torch.zeros_like(nodes), nodes
+        stride = prod(self.size)
+        for n, s in zip(self.size, step, strict=True):
+            stride //= n
+            flat += ((rest // stride) + int(s)).clamp_(0, n - 1).mul_(stride)
+            rest = rest % stride
+        return flat
+
+    def around(self, nodes: torch.Tensor, reach: int) -> torch.Tensor:
+        """The nodes at most so far along each axis from one of these, each once."""
+        for step in product(range(-reach, reach + 1), repeat=len(self.size)):
+            self.marked[self._moved(nodes, step)] = True
+        found = torch.nonzero(self.marked).flatten()
+        self.marked[found] = False
+        return found
+
+    def smoothed(self, values: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        """Means of values ``(ndim, V)`` over each node and its neighbours, ``(ndim, N)``."""
+        steps = list(product((-1, 0, 1), repeat=len(self.size)))
+        total = torch.zeros_like(values[:, nodes])
         for step in steps:
-            place = middle + int(sum(s * 3 ** (ndim - 1 - axis) for axis, s in enumerate(step)))
-            stretch = values[:, around[:, place]] - here
-            edges.append([stretch[i] + float(step[i]) for i in range(ndim)])
-        at_rest = float(np.linalg.det(steps))
-        low |= ~(determinant(edges) * float(np.sign(at_rest)) >= least * abs(at_rest))
-    return low
+            total += values[:, self._moved(nodes, step)]
+        return total / len(steps)
+
+    def low(self, values: torch.Tensor, nodes: torch.Tensor, least: float) -> torch.Tensor:
+        """Those of the nodes where a determinant of a displacement ``(ndim, V)`` is too small."""
+        here, ndim = values[:, nodes], len(values)
+        low = torch.zeros_like(nodes, dtype=torch.bool)
+        known: dict[tuple[int, ...], torch.Tensor] = {}
+        for steps in _simplices(ndim):
+            edges = []
+            for row in steps:
+                step = tuple(int(s) for s in row)
+                if step not in known:
+                    known[step] = values[:, self._moved(nodes, step)] - here
+                edges.append([known[step][i] + float(step[i]) for i in range(ndim)])
+            at_rest = float(np.linalg.det(steps))
+            low |= ~(determinant(edges) * float(np.sign(at_rest)) >= least * abs(at_rest))
+        return nodes[low]
 
 
 @torch.no_grad()
@@ -107,24 +128,20 @@ def remove_folds(ddf: torch.Tensor, least: float = 0.05) -> tuple[torch.Tensor, 
     counts = torch.zeros(len(ddf), dtype=torch.long)
     if not bool(low.any()):
         return ddf, counts
-    out = ddf.clone()
+    out, grid = ddf.clone(memory_format=torch.contiguous_format), _Nodes(size, ddf.device)
     for i in torch.nonzero(low.flatten(1).any(dim=1)).flatten().tolist():
         if not bool(torch.isfinite(ddf[i]).all()):
             continue
-        values = out[i].reshape(ndim, prod(size))
-        bad, touched = torch.nonzero(low[i].flatten()).flatten(), [torch.empty(0, dtype=torch.long, device=ddf.device)]
-        rounds = 0
+        values, bad, rounds = out[i].view(ndim, -1), torch.nonzero(low[i].flatten()).flatten(), 0
         while len(bad):
             rounds += 1
             if rounds > _LAST:
                 values *= 0.9
                 checked = torch.arange(values.shape[1], device=ddf.device)
             else:
-                nodes = _neighbours(bad, size, 1 + rounds // _ROUNDS).unique()
-                values[:, nodes] = values[:, _neighbours(nodes, size, 1)].mean(dim=2)
-                touched.append(nodes)
-                checked = _neighbours(nodes, size, 1).unique()
-            bad = checked[_folded(values, _neighbours(checked, size, 1), least)]
-        out[i] = values.view_as(out[i])
-        counts[i] = values.shape[1] if rounds > _LAST else len(torch.cat(touched).unique())
+                nodes = grid.around(bad, 1 + rounds // _ROUNDS)
+                values[:, nodes] = grid.smoothed(values, nodes)
+                checked = grid.around(nodes, 1)
+            bad = grid.low(values, checked, least)
+        counts[i] = int((out[i] != ddf[i]).any(dim=0).sum())
     return out, counts
