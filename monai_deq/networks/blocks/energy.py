@@ -227,7 +227,7 @@ class EnergyUpdate(RegistrationUpdate):
     @staticmethod
     def _read(control: torch.Tensor) -> list[torch.Tensor]:
         """Share of the slow average that is filled, lowest energy, steps waited, share of the step length lost."""
-        return list(control.detach().flatten(1)[:, :4].unbind(dim=1))
+        return list(control.detach().flatten(1)[:, :4].clone().unbind(dim=1))
 
     @staticmethod
     def _write(numbers: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
@@ -239,5 +239,6 @@ class EnergyUpdate(RegistrationUpdate):
         """Of a hidden state: the energy where the last step began, and its slope there, the RMS over voxels of ``|G|``;
         ``(B,)`` each.
         """
-        energy, slope = hidden[:, -1].flatten(1)[:, 4:6].unbind(dim=1)
+        # copies: views would keep the whole state in memory
+        energy, slope = hidden[:, -1].flatten(1)[:, 4:6].clone().unbind(dim=1)
         return energy, slope
