@@ -90,9 +90,10 @@ def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_
     labels = list(config.get_parsed_content("labels"))
     network = config.get_parsed_content("network").eval()
     checkpoint = method.checkpoint
-    if checkpoint is None or not isinstance(network, IteratedNet):
+    if not isinstance(network, IteratedNet):
         raise TypeError(f"{method.title} is not iterated: there is no map whose steps could be scored.")
-    load_weights(network, checkpoint)
+    if checkpoint is not None:
+        load_weights(network, checkpoint)
     if config.get_parsed_content("batch_size") != 1 or as_flag(config.get_parsed_content("amp"), "amp"):
         raise ValueError("steps are scored with batch_size 1 and amp false.")
     if not random_start_rms >= 0:
@@ -192,14 +193,14 @@ def step_table(curves: Mapping[str, pd.DataFrame], trained_steps: Mapping[str, i
 
     Args:
         curves: by title of a method what :py:func:`step_curves` gives.
-        trained_steps: by title, the steps that the method was trained with.
+        trained_steps: by title, the steps that the method was trained with, 0 where nothing was trained.
         steps: further steps.
     """
     residual, distance = (f"<= {LIMITS[k]:g} (% of pairs)" for k in ("residual", "start_distance"))
     names = ["Dice %", "folded %", "similarity", "residual", residual, "relative residual", "start distance", distance]
     rows = []
     for title, of_method in curves.items():
-        words: dict[int, list[str]] = {trained_steps[title]: ["trained"]}
+        words: dict[int, list[str]] = {trained_steps[title]: ["trained"]} if trained_steps[title] else {}
         words.setdefault(best_step(of_method), []).append("best Dice")
         words.setdefault(int(of_method.index[-1]), []).append("last")
         for step in sorted({*words, *steps}):

@@ -161,7 +161,9 @@ class BundleMethod:
 
     @property
     def trained_steps(self) -> int:
-        """Steps of the network in its training, of one with levels on each of them."""
+        """Steps of the network in its training, of one with levels on each of them; 0 without a training."""
+        if not self.is_trained:
+            return 0
         record = self.record
         network = record.network or {}
         own = network.get("solver", {}).get("max_steps") or max(as_list(network.get("steps", record.steps)))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 __all__ = ["determinant", "remove_folds", "simplex_determinants"]
 
+#: share of the way to the mean of the neighbours in a round: the less, the less is changed in the end
+_SHARE = 0.25
 #: rounds of local smoothing after which its reach grows by a voxel
 _ROUNDS = 8
 #: rounds after which the whole field shrinks, which ends at no displacement
@@ -84,12 +86,12 @@ class _Nodes:
         return found
 
     def smoothed(self, values: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        """Means of values ``(ndim, V)`` over each node and its neighbours, ``(ndim, N)``."""
+        """Values ``(ndim, V)`` of nodes, moved towards the mean over each and its neighbours, ``(ndim, N)``."""
         steps = list(product((-1, 0, 1), repeat=len(self.size)))
         total = torch.zeros_like(values[:, nodes])
         for step in steps:
             total += values[:, self._moved(nodes, step)]
-        return total / len(steps)
+        return torch.lerp(values[:, nodes], total / len(steps), _SHARE)
 
     def low(self, values: torch.Tensor, nodes: torch.Tensor, least: float) -> torch.Tensor:
         """Those of the nodes where a determinant of a displacement ``(ndim, V)`` is too small."""
@@ -109,14 +111,14 @@ class _Nodes:
 
 
 @torch.no_grad()
-def remove_folds(ddf: torch.Tensor, least: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
+def remove_folds(ddf: torch.Tensor, least: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
     """A field whose determinants (:py:func:`simplex_determinants`, of which those of central differences are means)
     are all at least a share ``least`` of what they are without a displacement. Where they are not, and next to it, the
-    displacement is replaced by the mean of its neighbours, again and again, as far around as it takes.
+    displacement moves towards the mean of its neighbours, again and again, as far around as it takes.
 
     Args:
         ddf: ``(B, ndim, *spatial)``, voxels, finite, 2-D or 3-D. It is not changed.
-        least: of the determinants. Defaults to 0.05.
+        least: of the determinants. Defaults to 0.01.
 
     Returns:
         The field, and the number of voxels of each item that were changed, ``(B,)``.

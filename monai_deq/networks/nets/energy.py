@@ -38,7 +38,7 @@ class EnergyRegistrationNet(IteratedNet):
             40)`` in 2-D.
         tolerance: RMS displacement of a step, in voxels of each size, at which a pair stops there. Defaults to 1e-3.
         least_jacobian: share of its value at rest that each one-sided Jacobian determinant of the result keeps at
-            least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.05; ``None``
+            least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.01; ``None``
             leaves the result as it is.
 
     Raises:
@@ -58,7 +58,7 @@ class EnergyRegistrationNet(IteratedNet):
         spatial_dims: int = 3,
         steps: Sequence[int] | None = None,
         tolerance: float = 1e-3,
-        least_jacobian: float | None = 0.05,
+        least_jacobian: float | None = 0.01,
     ) -> None:
         super().__init__()
         self.update = EnergyUpdate(spatial_dims) if update is None else update
