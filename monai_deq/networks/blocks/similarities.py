@@ -35,7 +35,7 @@ class LocalCorrelationLoss(nn.Module):
     Args:
         kernel_size: width of the window in voxels, odd. Defaults to 7.
         smallest_deviation: standard deviation in a window, as share of that of the image, below which it counts for
-            less. Defaults to 3e-3.
+            less, and of the fixed image, below half of it, for nothing. Defaults to 3e-3.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -61,7 +61,10 @@ class LocalCorrelationLoss(nn.Module):
         floor = self.smallest_deviation**2 / share
         t_sum = box_sum(fixed, radius)
         t_mean = t_sum * share
-        t_var = torch.maximum(box_sum(fixed * fixed, radius) - t_mean * t_sum, floor)
+        t_var = box_sum(fixed * fixed, radius) - t_mean * t_sum
+        # where both have little contrast, no more than that of the fixed one is asked for: equal images are at rest
+        flat, least = t_var < floor / 4, torch.minimum(torch.maximum(t_var, floor / 4), floor)
+        t_var = torch.maximum(t_var, floor).masked_fill(flat, torch.inf)
         inside = None if mask is None else (mask > 0).to(fixed.dtype)
 
         def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +72,8 @@ class LocalCorrelationLoss(nn.Module):
             p_mean = p_sum * share
             cross = box_sum(warped * fixed, radius) - p_mean * t_sum
             p_var = box_sum(warped * warped, radius) - p_mean * p_sum
-            low = p_var < floor
-            p_var = torch.maximum(p_var, floor)
+            low = p_var < least
+            p_var = torch.maximum(p_var, least)
             # cc = cross^2 / (t_var p_var), d cc / d warped = 2 slope / t_var (t - t_mean - slope (p - p_mean))
             slope = cross / p_var
             outer = slope / t_var
