@@ -424,6 +424,18 @@ def test_what_a_similarity_learns(size: tuple[int, ...]) -> None:
     assert net.updates[0].similarity.scale.grad == pytest.approx(float(gradient))  # type: ignore[union-attr]
 
 
+def test_gradient_where_nothing_moves() -> None:
+    moving, fixed = smooth_pair((8, 7))
+    fixed[0] = moving[0]
+    moving.requires_grad_()
+    for similarity in (LocalCorrelationLoss(3), torch.nn.MSELoss()):
+        net = UnrolledRegistrationNet(EnergyUpdate(2, similarity), steps=(2, 2)).train()
+        warped, ddf, _ = net(moving, fixed)
+        assert not ddf[0].any() and ddf[1].any()
+        (gradient,) = torch.autograd.grad((warped - 0.5).square().sum() + ddf.square().sum(), moving)
+        assert bool(gradient.isfinite().all()) and bool(gradient.flatten(1).any(dim=1).all())
+
+
 def test_images_may_have_a_gradient() -> None:
     moving, fixed = smooth_pair((6, 5))
     for similarity in (LocalCorrelationLoss(3), torch.nn.MSELoss()):
