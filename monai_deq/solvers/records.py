@@ -13,7 +13,8 @@ from monai_deq.utils import json_ready
 __all__ = ["MEASURES", "SolverRecord", "StopReason"]
 
 #: names of what :py:meth:`SolverRecord.measured` may give
-MEASURES = ("energy", "slope", "unfolded", "finish_steps", "energy_before_finish")
+MEASURES = ("energy", "slope", "unfolded", "energy_before_unfolding", "energy_unfolded")
+MEASURES += ("finish_steps", "energy_before_finish")
 
 
 class StopReason:
@@ -98,7 +99,8 @@ class SolverRecord:
                 "residual_trace": self.residual[index, :n],
                 "relative_residual_trace": self.relative_residual[index, :n],
                 **({} if self.finish is None else {"finish": self.finish.item(index)}),
-                **{k: v[index] if v.ndim == 1 else v[index, :n] for k, v in self.measures.items()},
+                **{f"{k}_trace": v[index, :n] for k, v in self.measures.items() if v.ndim > 1},
+                **{k: v[index] for k, v in self.measured().items()},
             }
         )
         return content

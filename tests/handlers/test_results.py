@@ -193,6 +193,26 @@ def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
     assert summary["spectral_radius"]["mean"] == pytest.approx(0.25) and "verdict" not in summary
 
 
+def test_energies_are_written_where_all_pairs_have_them(tmp_path: Path) -> None:
+    measured = ("energy", "slope", "unfolded", "finish_steps", "energy_before_finish")
+    values = {name: torch.tensor([-0.5, 0.25, 3.0]) * (i + 1) for i, name in enumerate(measured)}
+    items = [{**item, **{k: v[i] for k, v in values.items()}, "other": 1.0} for i, item in enumerate(ITEMS)]
+    saver = PairResultsSaver(tmp_path, LABELS, "two")
+    evaluate(saver, [items[:2], items[2:]])
+    rows, summary = read_csv(saver.csv_path), read_json(saver.json_path)["summary"]
+    for name in measured:
+        assert [float(row[name]) for row in rows] == values[name].tolist()
+        assert summary[name]["mean"] == pytest.approx(values[name].mean().item())
+    assert "other" not in rows[0]
+    # where one pair has none the column is left out
+    del items[1]["finish_steps"]
+    saver = PairResultsSaver(tmp_path, LABELS, "two", overwrite=True)
+    evaluate(saver, [items[:2], items[2:]])
+    assert "finish_steps" not in read_csv(saver.csv_path)[0] and "energy" in read_csv(saver.csv_path)[0]
+    evaluate(PairResultsSaver(tmp_path, LABELS, "two", overwrite=True), [ITEMS[:2], ITEMS[2:]])
+    assert not set(measured) & set(read_csv(saver.csv_path)[0])
+
+
 def test_one_label(tmp_path: Path) -> None:
     saver = PairResultsSaver(tmp_path, {8: "right"}, "one", ["dice", "folded_percent"])
     evaluate(saver, [ITEMS[:2], ITEMS[2:]], labels=[8])

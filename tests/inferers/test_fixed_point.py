@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from monai_deq.baselines import InitialAlignment
 from monai_deq.inferers import FixedPointInferer
-from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
+from monai_deq.networks.nets import DEQRegistrationNet, EnergyRegistrationNet, UnrolledRegistrationNet
 
 
 class PullToBrightness(torch.nn.Module):
@@ -144,6 +144,41 @@ def test_certificate_of_each_item() -> None:
     assert out["start_distance"].shape == (2,) and 0 < out["start_distance"][0] < 0.2
     # a tolerance of the certificate's own
     assert FixedPointInferer({"tolerance": 1.0}, max_steps=11)(moving, network, fixed)["verdict"] == ["converged"] * 2
+
+
+def test_measures_of_the_energy() -> None:
+    moving, fixed = torch.rand(2, 3, 1, 12, 10, generator=torch.Generator().manual_seed(0))
+    fixed[1] = moving[1]
+    network = EnergyRegistrationNet(spatial_dims=2, steps=(4,), tolerance=0.0).eval()
+    out = FixedPointInferer(max_steps=6)(moving, network, fixed)
+    record = network.solve(moving, fixed, max_steps=6)[1]
+    assert {"energy", "slope", "unfolded"} <= set(out) and "finish_steps" not in out
+    assert out["energy"].shape == out["slope"].shape == out["unfolded"].shape == (3,)
+    assert torch.equal(out["energy"], record.measures["energy"][:, 5]) and float(out["energy"][1]) < -0.99
+    assert out["steps"].tolist() == [6, 6, 6]
+
+
+@pytest.mark.parametrize("certificate", [None, {}])
+def test_finish(certificate: Any) -> None:
+    moving, fixed = torch.rand(2, 2, 1, 12, 10, generator=torch.Generator().manual_seed(0))
+    network = make_network(max_steps=3)
+    finish = EnergyRegistrationNet(spatial_dims=2, steps=(5,)).eval()
+    plain = FixedPointInferer(certificate, tolerance=0.0)(moving, network, fixed)
+    out = FixedPointInferer(certificate, tolerance=0.0, finish=finish)(moving, network, fixed)
+    ddf, record = finish.solve(moving, fixed, plain["ddf"])
+    assert torch.equal(out["ddf"], ddf) and not torch.equal(ddf, plain["ddf"])
+    grid = np.stack(np.meshgrid(*map(np.arange, (12, 10)), indexing="ij"))
+    warped = ndimage.map_coordinates(moving[0, 0].double(), grid + ddf[0].double().numpy(), order=1, mode="nearest")
+    np.testing.assert_allclose(out["warped"][0, 0], warped, atol=1e-5)
+    # all else is of the solution before it
+    for key in set(plain) - {"ddf", "warped"}:
+        assert out[key] == plain[key] if isinstance(plain[key], list) else torch.equal(out[key], plain[key])
+    new = {"energy", "slope", "unfolded", "finish_steps", "energy_before_finish"}
+    assert new <= set(out) - set(plain) <= new | {"energy_before_unfolding", "energy_unfolded"}
+    assert out["finish_steps"].tolist() == [5, 5]
+    assert torch.equal(out["energy_before_finish"], record.measures["energy"][:, 0])
+    assert torch.equal(out["energy"], record.measures["energy"][:, -1])
+    assert bool((out["energy"] < out["energy_before_finish"]).all())
 
 
 def test_certificate_of_a_classical_method_and_of_unknown_words() -> None:

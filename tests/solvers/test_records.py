@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from monai_deq.solvers import SolverRecord, SolverSettings, StopReason, solve_fixed_point
+from monai_deq.solvers import MEASURES, SolverRecord, SolverSettings, StopReason, solve_fixed_point
 
 
 def record() -> SolverRecord:
@@ -64,6 +64,60 @@ def test_evaluations_at_smaller_sizes_count_by_their_voxels() -> None:
     assert r.evaluations(2).tolist() == [3 + 2 + 1, 1 + 1 + 0.125, 0, 2.25]
     assert r.evaluations(3).tolist() == [3 + 1 + 0.25, 1 + 0.5 + 2 / 64, 0, 2.125]
     assert r.item(0)["coarse_steps"] == [8, 16]
+
+
+def finished() -> SolverRecord:
+    """A record with measures, finished by another method with its own."""
+    nan = float("nan")
+    finish = SolverRecord(
+        steps=torch.tensor([2, 1, 2, 0]),
+        residual=torch.tensor([[0.2, 0.1], [0.3, nan], [0.4, 0.2], [nan, nan]]),
+        relative_residual=torch.full((4, 2), 0.5),
+        converged=torch.tensor([True, True, False, False]),
+        reason=(StopReason.TOLERANCE, StopReason.TOLERANCE, StopReason.STEP_LIMIT, StopReason.NON_FINITE),
+        measures={
+            "energy": torch.tensor([[-0.5, -0.75], [-0.25, nan], [-0.125, -0.5], [nan, nan]]),
+            "unfolded": torch.tensor([7, 0, 0, 0]),
+        },
+    )
+    return replace(record(), finish=finish, measures={"energy": torch.arange(12.0).view(4, 3), "own": torch.ones(4)})
+
+
+def test_measures_have_one_value_an_item() -> None:
+    assert record().measured() == {} and record().finish is None
+    r = replace(finished(), finish=None)
+    # of each step the last one there was
+    assert set(r.measured()) == {"energy", "own"}
+    assert r.measured()["energy"].tolist() == [2.0, 3.0, 6.0, 10.0] and r.measured()["own"].tolist() == [1.0] * 4
+
+
+def test_measures_of_a_finish() -> None:
+    values = finished().measured()
+    assert set(values) == {"energy", "own", "unfolded", "finish_steps", "energy_before_finish"}
+    assert set(values) - {"own"} <= set(MEASURES)
+    # those of the finish are in the place of the first method's
+    assert values["energy"][:3].tolist() == [-0.75, -0.25, -0.5] and bool(values["energy"][3].isnan())
+    assert values["energy_before_finish"][:3].tolist() == [-0.5, -0.25, -0.125]
+    assert values["finish_steps"].tolist() == [2, 1, 2, 0] and values["unfolded"].tolist() == [7, 0, 0, 0]
+    # a finish that measures no energy
+    assert finished().finish is not None
+    values = replace(record(), finish=record()).measured()
+    assert set(values) == {"finish_steps"} and values["finish_steps"].tolist() == [3, 1, 0, 2]
+
+
+def test_items_with_a_finish_as_json() -> None:
+    r = finished()
+    items = [json.loads(json.dumps(r.item(i), allow_nan=False)) for i in range(4)]
+    plain = record()
+    for i, item in enumerate(items):
+        assert {k: v for k, v in item.items() if k not in ("finish", "energy", "own")} == json.loads(
+            json.dumps(plain.item(i), allow_nan=False)
+        )
+        assert item["own"] == 1.0 and item["energy"] == [[0.0, 1.0, 2.0], [3.0], [], [9.0, 10.0]][i]
+        assert item["finish"]["steps"] == [2, 1, 2, 0][i] and "finish" not in item["finish"]
+        assert item["finish"]["energy"] == [[-0.5, -0.75], [-0.25], [-0.125, -0.5], []][i]
+        assert item["finish"]["unfolded"] == [7, 0, 0, 0][i]
+    assert items[1]["finish"]["residual_trace"] == [pytest.approx(0.3)]
 
 
 @pytest.mark.parametrize("solver", ["plain", "anderson"])

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 import monai_deq.transforms as transforms
 from monai_deq.baselines import InitialAlignment
-from monai_deq.networks.nets import DEQRegistrationNet, UnrolledRegistrationNet
+from monai_deq.networks.nets import DEQRegistrationNet, EnergyRegistrationNet, UnrolledRegistrationNet
 from monai_deq.transforms import FixedPointSolver, FixedPointSolverd
 
 SIZES = [(7, 6), (5, 4, 6)]
@@ -272,6 +272,36 @@ def test_certificate_in_the_record() -> None:
     # not asked for: named all the same, and nothing in them
     _, _, cheap = FixedPointSolver(network, certificate={})(moving, fixed)
     assert cheap["verdict"] == "converged" and cheap["spectral_radius"] is None
+
+
+@pytest.mark.parametrize("certificate", [None, {}])
+@pytest.mark.parametrize("size", [(9, 8), (8, 9, 10)])
+def test_finish_in_the_record(size: tuple[int, ...], certificate: Any) -> None:
+    network, target = known_network(size)
+    moving, fixed = image(size), image(size, seed=2)
+    finish = EnergyRegistrationNet(spatial_dims=len(size), steps=(5,), least_jacobian=None).eval()
+    _, plain, without = FixedPointSolver(network, max_steps=3, certificate=certificate)(moving, fixed)
+    warped, ddf, record = FixedPointSolver(network, max_steps=3, certificate=certificate, finish=finish)(moving, fixed)
+    expected, finished = finish.solve(moving[None], fixed[None], plain[None])
+    assert torch.equal(ddf, expected[0]) and not torch.equal(ddf, plain)
+    np.testing.assert_allclose(warped[0], scipy_warp(moving[0].numpy(), ddf.numpy()), atol=1e-5)
+    said = record.pop("finish")
+    assert record == without and said == finished.item(0)
+    assert said["steps"] == len(said["energy"]) == 5 and said["energy"][-1] < said["energy"][0]
+    out = FixedPointSolverd(network, max_steps=3, certificate=certificate, finish=finish)(
+        {"moving": moving, "fixed": fixed}
+    )
+    assert torch.equal(out["ddf"], ddf) and out["record"] == {**record, "finish": said}
+
+
+def test_energy_in_the_record() -> None:
+    # a network without a parameter, whose device and type are the defaults
+    moving, fixed = image((12, 9)).double(), image((12, 9), seed=2).double()
+    network = EnergyRegistrationNet(spatial_dims=2, steps=(4,))
+    warped, ddf, record = FixedPointSolver(network, max_steps=6, tolerance=0.0)(moving, fixed)
+    assert warped.dtype == ddf.dtype == torch.float32 and network.training
+    assert len(record["energy"]) == len(record["slope"]) == record["steps"] == 6
+    assert record["energy"][-1] < record["energy"][0] and isinstance(record["unfolded"], int)
 
 
 def test_evaluations_of_coarser_networks_in_the_record() -> None:

@@ -119,6 +119,17 @@ def test_record_is_valid_json_of_plain_values(tmp_path: Path) -> None:
     assert record["verdict"] == "diverging" and record["spectral_radius"] == 1.5 and "start_distance" not in record
 
 
+def test_energies_in_the_file_where_there_are_some(tmp_path: Path) -> None:
+    measured = {"energy": -0.75, "slope": 0.5, "unfolded": 3, "finish_steps": 7, "energy_before_finish": -0.5}
+    item = make_item((4, 5))
+    SaveRegistrationd(tmp_path)({**item, **{k: torch.tensor(v) for k, v in measured.items()}})
+    record = json.loads((tmp_path / NAMES[3]).read_text())
+    assert {k: record.pop(k) for k in measured} == measured
+    SaveRegistrationd(tmp_path, overwrite=True)({**item, "energy": torch.tensor(float("nan"))})
+    again = json.loads((tmp_path / NAMES[3]).read_text())
+    assert again.pop("energy") is None and again == record
+
+
 class Half(torch.nn.Module):
     def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
         return 0.5 * (1.0 - ddf)

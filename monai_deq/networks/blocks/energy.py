@@ -25,8 +25,8 @@ _FLOOR = 0.3
 _NOTHING = 1e-12
 #: after so many steps without a lower energy the steps become half as long
 _PATIENCE = 5
-#: unit of the number of steps waited: a counter does not keep the hidden state from coming to rest
-_WAITED = 2.0**-14
+#: unit of counters in the hidden state, which they then do not keep from being at rest
+_COUNT = 2.0**-14
 
 
 def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +123,8 @@ class EnergyUpdate(RegistrationUpdate):
         self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
         """The update of a batch of pairs, a function of ``(ddf, hidden)``; what the steps share is done once."""
+        if fixed[0].numel() < 6:
+            raise ValueError(f"an image must have at least 6 voxels, got shape {tuple(fixed.shape)}.")
         moving, fixed = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (moving, fixed))
         with torch.autocast(fixed.device.type, enabled=False):
             image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
@@ -191,9 +193,9 @@ class EnergyUpdate(RegistrationUpdate):
             now = energy.detach()
             # at the first step there is nothing to be lower than
             lower = (now < best) | (age == 0)
-            waited = torch.where(lower, torch.zeros_like(waited), waited + _WAITED)
+            waited = torch.where(lower, torch.zeros_like(waited), waited + 1)
             best = torch.where(lower, now, best)
-            late = waited >= _PATIENCE * _WAITED
+            late = waited >= _PATIENCE
             lost = torch.where(late, (1 + lost) / 2, lost)
             waited = torch.where(late, torch.zeros_like(waited), waited)
             # shares of the averages that are filled: 1 - decay^k after k steps
@@ -221,17 +223,20 @@ class EnergyUpdate(RegistrationUpdate):
 
         (step,) = in_slabs(bounded, [first, second])
         delta = step + (warp_by_ddf(ddf, step) - ddf)
-        control = self._write(torch.stack([slow, best, waited, lost, now, slope], dim=1), control)
+        control = self._write([slow, best, waited, lost, now, slope], control)
         return delta, torch.cat([first, second, control], dim=1)
 
     @staticmethod
     def _read(control: torch.Tensor) -> list[torch.Tensor]:
         """Share of the slow average that is filled, lowest energy, steps waited, share of the step length lost."""
-        return list(control.detach().flatten(1)[:, :4].clone().unbind(dim=1))
+        slow, best, waited, lost = control.detach().flatten(1)[:, :4].clone().unbind(dim=1)
+        return [slow / _COUNT, best, waited / _COUNT, lost / _COUNT]
 
     @staticmethod
-    def _write(numbers: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
-        flat = F.pad(numbers, (0, control[0].numel() - numbers.shape[1]))
+    def _write(numbers: list[torch.Tensor], control: torch.Tensor) -> torch.Tensor:
+        slow, best, waited, lost, now, slope = numbers
+        row = torch.stack([slow * _COUNT, best, waited * _COUNT, lost * _COUNT, now, slope], dim=1)
+        flat = F.pad(row, (0, control[0].numel() - row.shape[1]))
         return flat.view(control.shape).to(control.dtype)
 
     @staticmethod

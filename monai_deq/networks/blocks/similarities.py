@@ -35,7 +35,7 @@ class LocalCorrelationLoss(nn.Module):
     Args:
         kernel_size: width of the window in voxels, odd. Defaults to 7.
         smallest_deviation: standard deviation in a window, as share of that of the image, below which it counts for
-            less. Defaults to 3e-3.
+            less, and of the fixed image, below half of it, for nothing. Defaults to 3e-3.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -60,21 +60,24 @@ class LocalCorrelationLoss(nn.Module):
         share = 1 / box_sum(torch.ones_like(fixed[:1]), radius)
         t_sum = box_sum(fixed, radius)
         t_var = box_sum(fixed * fixed, radius) - t_sum * share * t_sum
-        t_var = torch.maximum(t_var, self.smallest_deviation**2 / share)
+        floor = self.smallest_deviation**2 / share
+        # where both have little contrast, no more than that of the fixed one is asked for: equal images are at rest
+        flat, least = t_var < floor / 4, torch.minimum(torch.maximum(t_var, floor / 4), floor)
+        t_var = torch.maximum(t_var, floor).masked_fill(flat, torch.inf)
         inside = [] if mask is None else [(mask > 0).to(fixed.dtype)]
 
         def at(p: torch.Tensor, t: torch.Tensor, *known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            share, t_sum, t_var = known[:3]
-            floor, t_mean, p_sum = self.smallest_deviation**2 / share, t_sum * share, box_sum(p, radius)
+            share, t_sum, t_var, least = known[:4]
+            t_mean, p_sum = t_sum * share, box_sum(p, radius)
             p_mean = p_sum * share
             cross = box_sum(p * t, radius) - p_mean * t_sum
             p_var = box_sum(p * p, radius) - p_mean * p_sum
-            low = p_var < floor
+            low = p_var < least
             # cc = cross^2 / (t_var p_var), d cc / d p = 2 slope / t_var (t - t_mean - slope (p - p_mean))
-            slope = cross / torch.maximum(p_var, floor)
+            slope = cross / torch.maximum(p_var, least)
             outer = slope / t_var
             if inside:
-                outer = outer * known[3]
+                outer = outer * known[4]
             value = outer * cross
             outer = -2 * outer
             inner = outer * slope.masked_fill(low, 0.0)
@@ -84,7 +87,7 @@ class LocalCorrelationLoss(nn.Module):
             return value, gradient - box_sum(outer * t_mean - inner * p_mean, radius)
 
         def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            value, gradient = in_slabs(at, [warped, fixed, share, t_sum, t_var, *inside], 2 * radius)
+            value, gradient = in_slabs(at, [warped, fixed, share, t_sum, t_var, least, *inside], 2 * radius)
             return -value.flatten(1).mean(dim=1), gradient
 
         return similarity

@@ -89,12 +89,16 @@ class EnergyRegistrationNet(IteratedNet):
             fixed: fixed images.
             mask: where the fixed images are compared, ``(B, 1, *spatial)``. Defaults to ``None``: everywhere.
         """
+        self._check(moving, fixed, mask)
+        return state_map(self.update, moving, fixed, mask)
+
+    def _check(self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Refuse images that the network is not for."""
         check_pair(moving, fixed)
         if fixed.ndim - 2 != self.spatial_dims:
             raise ValueError(f"the network is for {self.spatial_dims}-D images, got shape {tuple(fixed.shape)}.")
         if mask is not None and mask.shape != fixed.shape:
             raise ValueError(f"mask must have the shape of fixed, {tuple(fixed.shape)}, got {tuple(mask.shape)}.")
-        return state_map(self.update, moving, fixed, mask)
 
     def solve_state(  # type: ignore[override]
         self,
@@ -107,9 +111,9 @@ class EnergyRegistrationNet(IteratedNet):
         """See :py:meth:`IteratedNet.solve_state`: ``changes`` and the record are of the full size. With ``initial_ddf``
         the smaller sizes are left out. For ``mask`` see :py:meth:`fixed_point_map`.
         """
+        self._check(moving, fixed, mask)
         images = [(moving, fixed, mask)]
         with torch.no_grad():
-            check_pair(moving, fixed)
             while initial_ddf is None and len(images) < len(self.steps):
                 smaller = tuple(None if t is None else downsample(t) for t in images[0])
                 if min(smaller[1].shape[2:]) < _LEAST_SIZE:  # type: ignore[union-attr]
@@ -150,12 +154,13 @@ class EnergyRegistrationNet(IteratedNet):
         if self.least_jacobian is not None:
             flat, counts = remove_folds(state[:, :ndim], self.least_jacobian)
             measures["unfolded"] = counts
+            before = after = torch.full_like(record.final_residual, torch.nan)
             if bool(counts.any()):
                 with torch.no_grad():
                     before = self.update.measured(g(state)[:, ndim:])[0]
                     state = torch.cat([flat, state[:, ndim:]], dim=1)
                     after = self.update.measured(g(state)[:, ndim:])[0]
-                measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
+            measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
         return state, replace(record, measures=measures)
 
 

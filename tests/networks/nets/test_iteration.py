@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,36 @@ def test_map_with_hidden_state(size: tuple[int, ...], dtype: torch.dtype) -> Non
         # hidden: n i; displacement: 10 + 2 i (0 + 1 + ... + (n - 1))
         torch.testing.assert_close(state[:, ndim:], (steps * item).expand(2, 2, *size))
         torch.testing.assert_close(state[:, :ndim], (10 + item * steps * (steps - 1)).expand(2, ndim, *size))
+
+
+class Once(torch.nn.Module):
+    """Does for a pair what its steps share, and counts how often."""
+
+    hidden_channels = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.Tensor | None, ...]] = []
+
+    def at(self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+        self.seen.append((moving, fixed, mask))
+        target = fixed - moving if mask is None else mask * (fixed - moving)
+        return lambda ddf: 0.5 * (target - ddf)
+
+
+def test_what_the_steps_share_is_done_once() -> None:
+    moving, fixed = images((5, 4))
+    mask = torch.zeros_like(fixed)
+    mask[1] = 1
+    for given in (None, mask):
+        update = Once()
+        g = state_map(update, moving, fixed, given)
+        state = torch.zeros(2, 2, 5, 4)
+        for _ in range(3):
+            state = g(state)
+        expected = 0.875 * fixed * (1 if given is None else given)
+        torch.testing.assert_close(state, expected.expand_as(state))
+        assert len(update.seen) == 1 and update.seen[0][2] is given
 
 
 @pytest.mark.parametrize("image", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
