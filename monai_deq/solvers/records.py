@@ -13,7 +13,7 @@ from monai_deq.utils import json_ready
 __all__ = ["MEASURES", "SolverRecord", "StopReason"]
 
 #: names of what :py:meth:`SolverRecord.measured` may give
-MEASURES = ("energy", "slope", "unfolded", "energy_before_unfolding", "energy_unfolded")
+MEASURES: tuple[str, ...] = ("energy", "slope", "unfolded", "energy_before_unfolding", "energy_unfolded")
 MEASURES += ("finish_steps", "energy_before_finish")
 
 

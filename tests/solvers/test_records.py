@@ -110,12 +110,12 @@ def test_items_with_a_finish_as_json() -> None:
     items = [json.loads(json.dumps(r.item(i), allow_nan=False)) for i in range(4)]
     plain = record()
     for i, item in enumerate(items):
-        assert {k: v for k, v in item.items() if k not in ("finish", "energy", "own")} == json.loads(
-            json.dumps(plain.item(i), allow_nan=False)
-        )
-        assert item["own"] == 1.0 and item["energy"] == [[0.0, 1.0, 2.0], [3.0], [], [9.0, 10.0]][i]
+        known = json.loads(json.dumps(plain.item(i), allow_nan=False))
+        assert {k: v for k, v in item.items() if k in known} == known
+        assert set(item) - set(known) == {"finish", "energy_trace", "own", *r.measured()}
+        assert item["own"] == 1.0 and item["energy_trace"] == [[0.0, 1.0, 2.0], [3.0], [], [9.0, 10.0]][i]
         assert item["finish"]["steps"] == [2, 1, 2, 0][i] and "finish" not in item["finish"]
-        assert item["finish"]["energy"] == [[-0.5, -0.75], [-0.25], [-0.125, -0.5], []][i]
+        assert item["finish"]["energy_trace"] == [[-0.5, -0.75], [-0.25], [-0.125, -0.5], []][i]
         assert item["finish"]["unfolded"] == [7, 0, 0, 0][i]
     assert items[1]["finish"]["residual_trace"] == [pytest.approx(0.3)]
 

@@ -285,13 +285,15 @@ def test_finish_in_the_record(size: tuple[int, ...], certificate: Any) -> None:
     expected, finished = finish.solve(moving[None], fixed[None], plain[None])
     assert torch.equal(ddf, expected[0]) and not torch.equal(ddf, plain)
     np.testing.assert_allclose(warped[0], scipy_warp(moving[0].numpy(), ddf.numpy()), atol=1e-5)
-    said = record.pop("finish")
-    assert record == without and said == finished.item(0)
-    assert said["steps"] == len(said["energy"]) == 5 and said["energy"][-1] < said["energy"][0]
+    said = record["finish"]
+    more = {k: said[k] for k in ("energy", "slope")}
+    more |= {"finish": said, "finish_steps": 5, "energy_before_finish": said["energy_trace"][0]}
+    assert record == {**without, **more} and said == finished.item(0)
+    assert said["steps"] == len(said["energy_trace"]) == 5 and said["energy"] < said["energy_trace"][0]
     out = FixedPointSolverd(network, max_steps=3, certificate=certificate, finish=finish)(
         {"moving": moving, "fixed": fixed}
     )
-    assert torch.equal(out["ddf"], ddf) and out["record"] == {**record, "finish": said}
+    assert torch.equal(out["ddf"], ddf) and out["record"] == record
 
 
 def test_energy_in_the_record() -> None:
@@ -300,8 +302,9 @@ def test_energy_in_the_record() -> None:
     network = EnergyRegistrationNet(spatial_dims=2, steps=(4,))
     warped, ddf, record = FixedPointSolver(network, max_steps=6, tolerance=0.0)(moving, fixed)
     assert warped.dtype == ddf.dtype == torch.float32 and network.training
-    assert len(record["energy"]) == len(record["slope"]) == record["steps"] == 6
-    assert record["energy"][-1] < record["energy"][0] and isinstance(record["unfolded"], int)
+    trace = record["energy_trace"]
+    assert len(trace) == len(record["slope_trace"]) == record["steps"] == 6
+    assert record["energy"] == trace[-1] < trace[0] and isinstance(record["unfolded"], int)
 
 
 def test_evaluations_of_coarser_networks_in_the_record() -> None:

@@ -19,7 +19,7 @@ from monai_deq.metrics import compute_folded_voxels, compute_non_diffeomorphic_v
 from monai_deq.networks import build_component, describe
 from monai_deq.networks.blocks import EnergyUpdate, LocalCorrelationLoss, gaussian_smooth, warp_by_ddf
 from monai_deq.networks.nets import EnergyRegistrationNet, energy_finish
-from monai_deq.solvers import SolverSettings, random_smooth_ddf
+from monai_deq.solvers import MEASURES, SolverSettings, random_smooth_ddf
 
 SIZES = [(40, 33), (32, 30, 28)]
 
@@ -253,7 +253,8 @@ def test_items_stop_one_by_one() -> None:
             assert values.ndim == 1 or bool(values[i, n:].isnan().all())
         assert bool(record.measures["energy"][i, :n].isfinite().all())
     words = record.item(2)
-    assert words["energy"] == [] and words["unfolded"] == 0 and record.item(1)["steps"] == len(record.item(1)["energy"])
+    assert words["energy_trace"] == [] and words["unfolded"] == 0
+    assert record.item(1)["steps"] == len(record.item(1)["energy_trace"])
 
 
 # --- folds, masks, starts ---------------------------------------------------------------------------------------------
@@ -270,14 +271,15 @@ def test_folds_are_removed(size: tuple[int, ...]) -> None:
     ddf, record = EnergyRegistrationNet(update, steps=(30, 20)).eval().solve(moving, fixed)
     assert not compute_non_diffeomorphic_volume(ddf).any() and not compute_folded_voxels(ddf).any()
     values = record.measured()
-    assert set(values) == {"energy", "slope", "unfolded", "energy_before_unfolding", "energy_unfolded"}
+    assert set(values) == set(MEASURES) - {"finish_steps", "energy_before_finish"}
     assert 0 < int(values["unfolded"]) < ddf[0, 0].numel() and length(ddf) > 0.5
     hidden = update(moving, fixed, ddf, torch.zeros(1, update.hidden_channels, *size))[1]
     torch.testing.assert_close(values["energy_unfolded"], update.measured(hidden)[0], rtol=1e-5, atol=0)
     assert values["energy_before_unfolding"] < values["energy_unfolded"]
     # nothing to remove costs nothing
     moving, fixed, _ = problem(size, 0.5)
-    assert set(make_net(ndim).solve(moving, fixed)[1].measures) == {"energy", "slope", "unfolded"}
+    values = make_net(ndim).solve(moving, fixed)[1].measured()
+    assert values["unfolded"] == 0 and values["energy_before_unfolding"].isnan() and values["energy_unfolded"].isnan()
 
 
 def test_mask_of_the_fixed_image() -> None:
@@ -392,7 +394,7 @@ def test_both_results_of_a_finish(certificate: Any) -> None:
     assert record.finish is not None and record.finish.steps.tolist() == [6, 6]
     torch.testing.assert_close(record.finish.measures["energy"], finished.measures["energy"], rtol=0, atol=0)
     values = record.measured()
-    assert set(values) == {"energy", "slope", "unfolded", "finish_steps", "energy_before_finish"}
+    assert set(values) == set(MEASURES)
     hidden = finish.update(moving, fixed, plain, torch.zeros(2, 4, 24, 20))[1]
     torch.testing.assert_close(values["energy_before_finish"], finish.update.measured(hidden)[0])
     assert bool((values["energy"] < values["energy_before_finish"] - 0.01).all())
