@@ -135,14 +135,32 @@ class EnergyUpdate(RegistrationUpdate):
             if tuple(hidden.shape) != expected:
                 raise ValueError(f"hidden must have shape {expected}, got {tuple(hidden.shape)}.")
             with torch.autocast(ddf.device.type, enabled=False):
-                warped = warp_by_ddf(image, ddf)
-                # sampling rounds: where nothing moves, take the image itself
-                still = (ddf == 0).all(dim=1, keepdim=True)
-                warped = torch.where(still, warped + (image - warped).detach(), warped)
+                warped = self._warped(image, ddf)
                 value, pull = similarity(warped)
                 return self._step(ddf, hidden, value, pull, warped)
 
         return update
+
+    def energy(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The energy of each pair, ``(B,)``, without gradient; arguments as :py:meth:`forward`."""
+        spacing = self.spacing or [1.0] * self.spatial_dims
+        with torch.no_grad(), torch.autocast(fixed.device.type, enabled=False):
+            image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
+            value = similarity(self._warped(image, ddf))[0]
+            if self.smoothness is not None:
+                return value + self.weight * _smoothness_by_autograd(self.smoothness, ddf)[0]
+            ddf = ddf * self._per_axis(ddf, spacing)
+            (rough,) = in_slabs(lambda part: _difference_energy(part, spacing)[:1], [ddf], 1)
+            return value + self.weight * rough.flatten(1).mean(dim=1)
+
+    @staticmethod
+    def _warped(image: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        """The warped image; where nothing moves the image itself, as sampling rounds."""
+        warped = warp_by_ddf(image, ddf)
+        still = (ddf == 0).all(dim=1, keepdim=True)
+        return torch.where(still, warped + (image - warped).detach(), warped)
 
     def _step(
         self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor

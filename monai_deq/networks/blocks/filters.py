@@ -14,27 +14,6 @@ __all__ = ["box_sum", "central_difference", "gaussian_reach", "gaussian_smooth",
 _SLAB = 2**22
 
 
-def _window_sum(x: torch.Tensor, axis: int, radius: int) -> torch.Tensor:
-    """Sums of ``2 * radius + 1`` neighbours along an axis, zero beyond the border, by doubling the window."""
-    shape = list(x.shape)
-    shape[axis] = radius
-    zeros = x.new_zeros(shape)
-    x = torch.cat([zeros, x, zeros], dim=axis)
-    size, width, start = x.shape[axis], 2 * radius + 1, 0
-    out, reach = None, 1
-    while width:
-        # x holds the sums of `reach` neighbours: those windows that make up the width are its binary digits
-        if width & reach:
-            part = x.narrow(axis, start, size - 2 * radius)
-            out = part if out is None else out + part
-            start, width = start + reach, width - reach
-        if width:
-            n = x.shape[axis] - reach
-            x, reach = x.narrow(axis, 0, n) + x.narrow(axis, reach, n), 2 * reach
-    assert out is not None  # a window has an odd width
-    return out
-
-
 def _convolve(x: torch.Tensor, axis: int, weights: Sequence[float]) -> torch.Tensor:
     """Correlation with symmetric weights along an axis, from the middle outwards, zero beyond the border."""
     n, out = x.shape[axis], x * weights[0]
@@ -74,7 +53,7 @@ def box_sum(x: torch.Tensor, radius: int) -> torch.Tensor:
 
     def func(part: torch.Tensor) -> tuple[torch.Tensor]:
         for axis in range(2, part.ndim):
-            part = _window_sum(part, axis, radius)
+            part = _convolve(part, axis, [1.0] * (radius + 1))
         return (part,)
 
     return in_slabs(func, [x], radius)[0]
@@ -104,4 +83,11 @@ def central_difference(x: torch.Tensor, axis: int) -> torch.Tensor:
     of one voxel.
     """
     dim = axis + 2
-    return torch.gradient(x, dim=dim)[0] if x.shape[dim] > 1 else torch.zeros_like(x)
+    n, out = x.shape[dim], torch.zeros_like(x)
+    if n > 1:
+        # torch.gradient takes three times as long
+        out.narrow(dim, 0, 1).copy_(x.narrow(dim, 1, 1) - x.narrow(dim, 0, 1))
+        out.narrow(dim, n - 1, 1).copy_(x.narrow(dim, n - 1, 1) - x.narrow(dim, n - 2, 1))
+    if n > 2:
+        out.narrow(dim, 1, n - 2).add_(x.narrow(dim, 2, n - 2)).sub_(x.narrow(dim, 0, n - 2)).mul_(0.5)
+    return out

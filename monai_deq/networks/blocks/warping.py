@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Literal
 
@@ -48,6 +48,22 @@ def check_ddf(image: torch.Tensor, ddf: torch.Tensor) -> None:
         )
 
 
+def _sample(image: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
+    """``grid_sample`` as in :py:func:`warp_by_ddf`. On a CPU PyTorch gives each item of a batch to one thread: without
+    gradients a single volume is sampled in parts, as a batch.
+    """
+    sample = partial(F.grid_sample, mode=mode, padding_mode="border", align_corners=True)
+    depth, parts = grid.shape[1], torch.get_num_threads()
+    alone = len(image) == 1 and image.ndim == 5 and image.device.type == "cpu" and parts > 1
+    if not alone or depth < parts or (torch.is_grad_enabled() and (image.requires_grad or grid.requires_grad)):
+        return sample(image, grid)
+    each = depth // parts
+    whole = grid[0, : each * parts].unflatten(0, (parts, each))
+    out = sample(image.expand(parts, -1, -1, -1, -1), whole).transpose(0, 1).flatten(1, 2)[None]
+    rest = grid[:, each * parts :]
+    return out if not rest.shape[1] else torch.cat([out, sample(image, rest)], dim=2)
+
+
 def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
     """Pull an image back through a displacement field: ``warped(x) = image(x + ddf(x))``.
 
@@ -77,7 +93,7 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
         if len(spatial) == 2 and grid.requires_grad and grid.device.type == "cpu":
             # at NaN PyTorch's backward kernel for 2-D on the CPU reads out of bounds, and the process dies
             grid = torch.nan_to_num(grid, nan=-1.0, posinf=float("inf"), neginf=-float("inf"))
-        out = F.grid_sample(image.to(dtype), grid, mode=mode, padding_mode="border", align_corners=True)
+        out = _sample(image.to(dtype), grid, mode)
     return out.to(image.dtype)
 
 

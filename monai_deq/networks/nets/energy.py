@@ -34,7 +34,7 @@ class EnergyRegistrationNet(IteratedNet):
         update: the step. Defaults to ``EnergyUpdate(spatial_dims)``, whose settings were chosen for brains.
         spatial_dims: 2 or 3, for the default update. Defaults to 3.
         steps: step limit of each size, from the smallest, each half of the next; a size with an axis shorter than 8
-            voxels is left out. Defaults to ``(60, 40, 10)`` in 3-D, where steps at full size are dear, and ``(60, 60,
+            voxels is left out. Defaults to ``(60, 40, 6)`` in 3-D, where steps at full size are dear, and ``(60, 60,
             40)`` in 2-D.
         tolerance: RMS displacement of a step, in voxels of each size, at which a pair stops there. Defaults to 1e-3.
         least_jacobian: share of its value at rest that each one-sided Jacobian determinant of the result keeps at
@@ -64,7 +64,7 @@ class EnergyRegistrationNet(IteratedNet):
         self.update = EnergyUpdate(spatial_dims) if update is None else update
         self.spatial_dims = self.update.spatial_dims
         if steps is None:
-            steps = (60, 40, 10) if self.spatial_dims == 3 else (60, 60, 40)
+            steps = (60, 40, 6) if self.spatial_dims == 3 else (60, 60, 40)
         try:
             self.steps = tuple(index(n) for n in steps)
         except TypeError:
@@ -156,10 +156,8 @@ class EnergyRegistrationNet(IteratedNet):
             measures["unfolded"] = counts
             before = after = torch.full_like(record.final_residual, torch.nan)
             if bool(counts.any()):
-                with torch.no_grad():
-                    before = self.update.measured(g(state)[:, ndim:])[0]
-                    state = torch.cat([flat, state[:, ndim:]], dim=1)
-                    after = self.update.measured(g(state)[:, ndim:])[0]
+                before, after = (self.update.energy(moving, fixed, ddf, mask) for ddf in (state[:, :ndim], flat))
+                state = torch.cat([flat, state[:, ndim:]], dim=1)
             measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
         return state, replace(record, measures=measures)
 

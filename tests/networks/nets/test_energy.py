@@ -68,9 +68,8 @@ def test_known_deformations(size: tuple[int, ...], seed: int) -> None:
 @pytest.mark.parametrize("size", [(5, 9), (8, 8), (9, 13), (10, 9, 8)])
 def test_images_too_small_for_all_sizes(size: tuple[int, ...]) -> None:
     moving, fixed, truth = problem(size, 0.7)
-    ddf, record = make_net(len(size)).solve(moving, fixed)
-    # in 3-D with ten steps alone
-    assert record.coarse_steps == () and length(ddf - truth) < (0.3 if len(size) == 2 else 0.45) * length(truth)
+    ddf, record = make_net(len(size), steps=(60, 40, 40)).solve(moving, fixed)
+    assert record.coarse_steps == () and int(record.steps) <= 40 and length(ddf - truth) < 0.35 * length(truth)
 
 
 @pytest.mark.parametrize(("size", "levels"), [((14, 40), 1), ((15, 40), 2), ((31, 28), 2), ((29, 33), 3)])
@@ -84,7 +83,7 @@ def test_sizes(size: tuple[int, ...], levels: int) -> None:
 
 
 def test_default_steps() -> None:
-    assert make_net(3).steps == (60, 40, 10) and make_net(2).steps == (60, 60, 40)
+    assert make_net(3).steps == (60, 40, 6) and make_net(2).steps == (60, 60, 40)
     assert make_net(3).solver == SolverSettings(max_steps=10, tolerance=1e-3)
     assert EnergyRegistrationNet(EnergyUpdate(2)).spatial_dims == 2
 
@@ -125,7 +124,7 @@ def test_brightness_and_contrast_do_not_matter(size: tuple[int, ...]) -> None:
         assert length(net(moving, scale * fixed + offset)[1] - expected) < 1e-2
 
 
-@pytest.mark.parametrize(("size", "shifts"), [((40, 33), {4: 0.08, 1: 0.12}), ((24, 23, 22), {4: 0.25})])
+@pytest.mark.parametrize(("size", "shifts"), [((40, 33), {4: 0.08, 1: 0.12}), ((24, 23, 22), {4: 0.3})])
 def test_place_inside_a_border_hardly_matters(size: tuple[int, ...], shifts: dict[int, float]) -> None:
     moving, fixed, _ = problem(size)
     ndim = len(size)
