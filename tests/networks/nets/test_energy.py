@@ -84,7 +84,7 @@ def test_sizes(size: tuple[int, ...], levels: int) -> None:
 
 def test_default_steps() -> None:
     assert make_net(3).steps == (60, 40, 6) and make_net(2).steps == (60, 60, 40)
-    assert make_net(3).solver == SolverSettings(max_steps=10, tolerance=1e-3)
+    assert make_net(3).solver == SolverSettings(max_steps=6, tolerance=1e-3)
     assert EnergyRegistrationNet(EnergyUpdate(2)).spatial_dims == 2
 
 
