@@ -18,7 +18,7 @@ from monai_deq.evaluation import METHODS
 from monai_deq.networks import NetworkRecord, describe, load_network
 from monai_deq.networks.nets import DEQRegistrationNet, RestSettings, UnrolledRegistrationNet
 
-CLASSICAL = ("affine", "elastix")
+CLASSICAL = ("affine", "elastix", "energy")
 LEARNED = tuple(m for m in METHODS if m not in CLASSICAL)
 # so few steps that every schedule still has its shape
 STEPS = {"deqreg_pool": 2, "deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
@@ -38,11 +38,12 @@ def cause(error: BaseException) -> str:
 
 
 def test_every_overlay_is_a_method_of_the_comparison() -> None:
-    assert {p.stem for p in (BUNDLES / "oasis" / "methods").glob("*.json")} == set(METHODS)
+    assert {p.stem for p in (BUNDLES / "oasis" / "methods").glob("*.json")} == {*METHODS, "energy"}
 
 
 @pytest.mark.parametrize(
-    "method, bundle", [(m, b) for m in METHODS for b in ("oasis", "nlst") if (m, b) != ("elastix", "oasis")]
+    "method, bundle",
+    [(m, b) for m in (*METHODS, "energy") for b in ("oasis", "nlst") if (m, b) != ("elastix", "oasis")],
 )
 def test_method_trains_evaluates_and_registers(
     method: str, bundle: str, brain_cohort: Path, lung_cohort: Path, tmp_path: Path
@@ -55,7 +56,7 @@ def test_method_trains_evaluates_and_registers(
     if bundle == "oasis":
         common, dims = {**common, "dataset_dir": brain_cohort, "split_sizes": "[3,2,2]"}, ("slices.json",)
     # the pool's are those of the sample's schedule
-    steps = {**STEPS, "deqreg_pool": 8 if bundle == "nlst" else 16, "affine": 0, "elastix": 0}[method]
+    steps = {**STEPS, "deqreg_pool": 8 if bundle == "nlst" else 16, "affine": 0, "elastix": 0, "energy": 40}[method]
     if method not in CLASSICAL:
         tiny = {"max_epochs": 1, "pairs_per_epoch": 2}
         # smaller than the scans along two axes

@@ -127,6 +127,7 @@ def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, t
         "bundle_root": folder,
         "output_dir": tmp_path / "out",
         "solver_steps": 3,
+        "finish_steps": 0,
     }
     bundle("inference", "inference", spatial_dims, tmp_path, spatial_dims == 3, **arguments)
     stem = image.removesuffix(".nii.gz")
@@ -158,7 +159,12 @@ def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, t
     np.testing.assert_allclose(fields[0], fields[1], atol=1e-5)
     assert np.abs(fields[0] - fields[2]).max() > 1e-3
     record = json.loads((tmp_path / "four" / f"{name}record.json").read_text())
-    assert record["spectral_radius"] > 0 and record["start_distance"] > 0
+    assert record["spectral_radius"] > 0 and record["start_distance"] > 0 and "finish_steps" not in record
+    # by default the energy goes on from there, and the record has both
+    del arguments["finish_steps"]
+    bundle("inference", "inference", spatial_dims, tmp_path, **{**arguments, "output_dir": "finished"})
+    record = json.loads((tmp_path / "finished" / f"{name}record.json").read_text())
+    assert (record["steps"], record["finish_steps"]) == (3, 40) and record["energy"] < record["energy_before_finish"]
 
 
 def test_inference_over_a_list(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:

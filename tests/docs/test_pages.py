@@ -161,7 +161,7 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
     run_id, options = words[1], options_of(words[2:])
     names, config = config_of(options["--config_file"])
     overlay = Path(names[-1]).stem
-    trained = overlay not in ("affine", "elastix")
+    trained = overlay not in ("affine", "elastix", "energy")
     one_pair = "--fixed" in options or "--pairs" in options
     steps = MOST_STEPS if run_id == "training" and overlay not in UNROLLED else {}
     for key, most in {**MOST, **steps}.items():
