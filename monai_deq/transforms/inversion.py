@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import product
 from typing import Any
 
@@ -12,7 +12,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
-from monai_deq.networks.blocks import points_outside, warp_by_ddf
+from monai_deq.networks.blocks import determinant, identity_grid, points_outside, warp_by_ddf
 from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
 
 from .warping import PerKeyd, on_grid_of, require_keys
@@ -47,12 +47,6 @@ def _check_fields(**fields: torch.Tensor) -> None:
 def _check_tolerance(tolerance: float) -> None:
     if not tolerance >= 0:  # nor NaN
         raise ValueError(f"tolerance must not be negative, got {tolerance}: give voxels.")
-
-
-def _voxels(ddf: torch.Tensor) -> torch.Tensor:
-    """Coordinates of the voxels of a field ``(B, ndim, *spatial)``, ``(ndim, *spatial)``."""
-    axes = [torch.arange(n, device=ddf.device, dtype=ddf.dtype) for n in ddf.shape[2:]]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 class _Interpolated:
@@ -93,21 +87,12 @@ class _Interpolated:
         return columns
 
 
-def _determinant(columns: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Point by point, of a matrix with columns ``(ndim, N)``."""
-    if len(columns) == 2:
-        a, b = columns
-        return a[0] * b[1] - a[1] * b[0]
-    a, b, c = columns
-    return (a * torch.linalg.cross(b, c, dim=0)).sum(0)
-
-
 def _solve(columns: list[torch.Tensor], right: torch.Tensor) -> torch.Tensor:
     """Point by point, ``columns @ x = right`` by Cramer's rule; ``right`` itself where the matrix is singular."""
-    determinant = _determinant(columns)
-    replaced = [_determinant([*columns[:i], right, *columns[i + 1 :]]) for i in range(len(columns))]
-    regular = determinant.abs() > _SINGULAR
-    return torch.where(regular, torch.stack(replaced) / torch.where(regular, determinant, 1.0), right)
+    det = determinant(columns)
+    replaced = [determinant([*columns[:i], right, *columns[i + 1 :]]) for i in range(len(columns))]
+    regular = det.abs() > _SINGULAR
+    return torch.where(regular, torch.stack(replaced) / torch.where(regular, det, 1.0), right)
 
 
 def _newton(ddf: torch.Tensor, voxels: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -156,7 +141,7 @@ def invert_ddf(
     _check_fields(ddf=ddf, **({} if initial is None else {"initial": initial}))
     ddf = ddf.detach().to(torch.promote_types(ddf.dtype, torch.float32)).contiguous()
     start = torch.zeros_like(ddf) if initial is None else initial.to(ddf)
-    voxels = _voxels(ddf).flatten(1)
+    voxels = identity_grid(tuple(ddf.shape[2:]), ddf.device, ddf.dtype)[0].flatten(1)
     # a coordinate has no more digits than this
     rounding = 4 * torch.finfo(ddf.dtype).eps * max(ddf.shape[2:])
 
@@ -195,12 +180,12 @@ def inversion_failures(
     _check_fields(ddf=ddf, inverse=inverse)
     dtype = torch.promote_types(torch.promote_types(ddf.dtype, inverse.dtype), torch.float32)
     u, v = ddf.detach().to(dtype).contiguous(), inverse.detach().to(dtype).contiguous()
-    points = _voxels(v) + v
+    points = identity_grid(tuple(v.shape[2:]), v.device, v.dtype) + v
     outside = points_outside(points.movedim(1, -1), tuple(v.shape[2:]))
     failed = (v + warp_by_ddf(u, v)).norm(dim=1) > tolerance
     for field, ends, beyond, result in zip(u, points.flatten(2), outside.flatten(1), failed.flatten(1), strict=True):
         for index in torch.nonzero(~beyond)[:, 0].split(_CHUNK):
-            result[index] |= _determinant(_Interpolated(field, ends[:, index]).jacobian()) <= 0
+            result[index] |= determinant(_Interpolated(field, ends[:, index]).jacobian()) <= 0
     return failed, outside
 
 

@@ -17,7 +17,16 @@ from .updates import (
     VoxelMorphUpdate,
     similarity_gradient,
 )
-from .warping import DDFWarp, OutsidePoints, check_ddf, check_outside, points_outside, warp_by_ddf, warp_points_by_ddf
+from .warping import (
+    DDFWarp,
+    OutsidePoints,
+    check_ddf,
+    check_outside,
+    identity_grid,
+    points_outside,
+    warp_by_ddf,
+    warp_points_by_ddf,
+)
 
 __all__ = [
     "ConvGRUCell",
@@ -41,6 +50,7 @@ __all__ = [
     "determinant",
     "gaussian_reach",
     "gaussian_smooth",
+    "identity_grid",
     "in_slabs",
     "points_outside",
     "remove_folds",

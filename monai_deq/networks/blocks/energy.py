@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from monai_deq.networks.blocks.filters import central_difference, gaussian_reach, gaussian_smooth, in_slabs
-from monai_deq.networks.blocks.similarities import LocalCorrelationLoss, similarity_and_gradient
+from monai_deq.networks.blocks.similarities import LocalCorrelationLoss, similarity_and_gradient, value_and_gradient
 from monai_deq.networks.blocks.updates import RegistrationUpdate
 from monai_deq.networks.blocks.warping import check_ddf, warp_by_ddf
 
@@ -43,17 +43,6 @@ def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[tor
             gradient.narrow(axis, 1, n - 1).add_(step)
             gradient.narrow(axis, 0, n - 1).sub_(step)
     return value, gradient
-
-
-def _smoothness_by_autograd(loss: nn.Module, ddf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of any loss of a displacement."""
-    through = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if not through or not ddf.requires_grad:
-            ddf = (ddf.clone() if ddf.is_inference() else ddf).detach().requires_grad_()
-        values = torch.stack([loss(item).reshape(()) for item in ddf.split(1)])
-        (gradient,) = torch.autograd.grad(values.sum() * ddf[0, 0].numel(), ddf, create_graph=through)
-    return (values, gradient) if through else (values.detach(), gradient.detach())
 
 
 class EnergyUpdate(RegistrationUpdate):
@@ -141,19 +130,29 @@ class EnergyUpdate(RegistrationUpdate):
 
         return update
 
-    def energy(
-        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The energy of each pair, ``(B,)``, without gradient; arguments as :py:meth:`forward`."""
+    def energy_at(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The energy of each pair, ``(B,)``, without gradient, as a function of the displacement; see :py:meth:`at`."""
         spacing = self.spacing or [1.0] * self.spatial_dims
         with torch.no_grad(), torch.autocast(fixed.device.type, enabled=False):
             image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
-            value = similarity(self._warped(image, ddf))[0]
-            if self.smoothness is not None:
-                return value + self.weight * _smoothness_by_autograd(self.smoothness, ddf)[0]
-            ddf = ddf * self._per_axis(ddf, spacing)
-            (rough,) = in_slabs(lambda part: _difference_energy(part, spacing)[:1], [ddf], 1)
-            return value + self.weight * rough.flatten(1).mean(dim=1)
+
+        def energy(ddf: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), torch.autocast(fixed.device.type, enabled=False):
+                value = similarity(self._warped(image, ddf))[0]
+                if self.smoothness is not None:
+                    return value + self.weight * torch.stack([v.reshape(()) for v in self._roughness(ddf)])
+                ddf = ddf * self._per_axis(ddf, spacing)
+                (rough,) = in_slabs(lambda part: _difference_energy(part, spacing)[:1], [ddf], 1)
+                return value + self.weight * rough.flatten(1).mean(dim=1)
+
+        return energy
+
+    def _roughness(self, ddf: torch.Tensor) -> list[torch.Tensor]:
+        """The smoothness loss that was given, item by item."""
+        assert self.smoothness is not None
+        return [self.smoothness(item) for item in ddf.split(1)]
 
     @staticmethod
     def _warped(image: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
@@ -170,7 +169,7 @@ class EnergyUpdate(RegistrationUpdate):
         size = self._per_axis(ddf, spacing)
         given: list[torch.Tensor] = []
         if self.smoothness is not None:
-            value, stress = _smoothness_by_autograd(self.smoothness, ddf)
+            value, stress = value_and_gradient(self._roughness, ddf)
             energy, given = energy + self.weight * value, [stress]
 
         def force(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from math import prod
@@ -22,7 +22,7 @@ _ROUNDS = 8
 _LAST = 160
 
 
-def determinant(matrix: list[list[torch.Tensor]]) -> torch.Tensor:
+def determinant(matrix: Sequence[Sequence[torch.Tensor] | torch.Tensor]) -> torch.Tensor:
     """Determinant of matrices of 2 or 3 rows, entry by entry."""
     if len(matrix) == 2:
         (a, b), (c, d) = matrix
@@ -32,16 +32,40 @@ def determinant(matrix: list[list[torch.Tensor]]) -> torch.Tensor:
 
 
 @cache
-def _simplices(spatial_dims: int) -> list[np.ndarray]:
+def _simplices(spatial_dims: int) -> list[tuple[list[tuple[int, ...]], float]]:
     """
-    The simplices of a voxel, each as the steps (rows) to the other vertices: one-sided differences along every axis (4
-    triangles in 2-D, 8 corner tetrahedra in 3-D), and the central tetrahedra of the two divisions of a cube, J1*, J2*.
+    The simplices of a voxel, each as the steps to the other vertices and their determinant: one-sided differences along
+    every axis (4 triangles in 2-D, 8 corner tetrahedra in 3-D), and the central tetrahedra of the two divisions of a
+    cube, J1*, J2*.
     """
     simplices = [np.diag(signs) for signs in product((1, -1), repeat=spatial_dims)]
     if spatial_dims == 3:
         face_diagonals = np.array([(1, 1, 0), (0, 1, 1), (1, 0, 1)])
         simplices += [-face_diagonals, face_diagonals]
-    return simplices
+    return [([tuple(map(int, row)) for row in steps], float(np.linalg.det(steps))) for steps in simplices]
+
+
+def _determinants(
+    spatial_dims: int, stretch: Callable[[tuple[int, ...]], torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """The determinant of each simplex, and what it is without a displacement; ``stretch`` says by how much the
+    displacement changes from a voxel to the one a step away, components first.
+    """
+    for steps, at_rest in _simplices(spatial_dims):
+        edges = [[part + s for part, s in zip(stretch(step), map(float, step), strict=True)] for step in steps]
+        yield determinant(edges) * float(np.sign(at_rest)), abs(at_rest)
+
+
+def _dense_determinants(ddf: torch.Tensor) -> Iterator[tuple[torch.Tensor, float]]:
+    """The determinants at all voxels, ``(B, *spatial)`` each, and what they are without a displacement."""
+    ndim = ddf.shape[1]
+    padded = F.pad(ddf, (1, 1) * ndim, mode="replicate")
+
+    def stretch(step: tuple[int, ...]) -> torch.Tensor:
+        window = (slice(1 + s, 1 + s + size) for s, size in zip(step, ddf.shape[2:], strict=True))
+        return (padded[(slice(None), slice(None), *window)] - ddf).movedim(1, 0)
+
+    return _determinants(ndim, stretch)
 
 
 def simplex_determinants(ddf: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -49,16 +73,7 @@ def simplex_determinants(ddf: torch.Tensor) -> Iterator[torch.Tensor]:
     Image Registration", IJCV 2024, ten in 3-D and four in 2-D, ``(B, *spatial)`` each, positive where nothing folds: 1
     (the central ones in 3-D: 2) without a displacement ``(B, ndim, *spatial)``. Beyond the border it goes on unchanged.
     """
-    ndim = ddf.shape[1]
-    padded = F.pad(ddf, (1, 1) * ndim, mode="replicate")
-    for steps in _simplices(ndim):
-        edges = []
-        for step in steps:
-            window = (slice(1 + int(s), 1 + int(s) + size) for s, size in zip(step, ddf.shape[2:], strict=True))
-            stretch = padded[(slice(None), slice(None), *window)] - ddf
-            edges.append([stretch[:, i] + float(step[i]) for i in range(ndim)])
-        # of the simplex at rest
-        yield determinant(edges) * float(np.sign(np.linalg.det(steps)))
+    return (values for values, _ in _dense_determinants(ddf))
 
 
 class _Nodes:
@@ -95,18 +110,11 @@ class _Nodes:
 
     def low(self, values: torch.Tensor, nodes: torch.Tensor, least: float) -> torch.Tensor:
         """Those of the nodes where a determinant of a displacement ``(ndim, V)`` is too small."""
-        here, ndim = values[:, nodes], len(values)
-        low = torch.zeros_like(nodes, dtype=torch.bool)
-        known: dict[tuple[int, ...], torch.Tensor] = {}
-        for steps in _simplices(ndim):
-            edges = []
-            for row in steps:
-                step = tuple(int(s) for s in row)
-                if step not in known:
-                    known[step] = values[:, self._moved(nodes, step)] - here
-                edges.append([known[step][i] + float(step[i]) for i in range(ndim)])
-            at_rest = float(np.linalg.det(steps))
-            low |= ~(determinant(edges) * float(np.sign(at_rest)) >= least * abs(at_rest))
+        here, low = values[:, nodes], torch.zeros_like(nodes, dtype=torch.bool)
+        # each step belongs to several simplices
+        stretch = cache(lambda step: values[:, self._moved(nodes, step)] - here)
+        for found, at_rest in _determinants(len(values), stretch):
+            low |= ~(found >= least * at_rest)
         return nodes[low]
 
 
@@ -125,8 +133,8 @@ def remove_folds(ddf: torch.Tensor, least: float = 0.01) -> tuple[torch.Tensor, 
     """
     size, ndim = tuple(ddf.shape[2:]), ddf.shape[1]
     low = torch.zeros((len(ddf), *size), dtype=torch.bool, device=ddf.device)
-    for steps, values in zip(_simplices(ndim), simplex_determinants(ddf), strict=True):
-        low |= ~(values >= least * abs(float(np.linalg.det(steps))))
+    for found, at_rest in _dense_determinants(ddf):
+        low |= ~(found >= least * at_rest)
     counts = torch.zeros(len(ddf), dtype=torch.long)
     if not bool(low.any()):
         return ddf, counts

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -93,27 +93,31 @@ class LocalCorrelationLoss(nn.Module):
         return similarity
 
 
-def _by_autograd(
-    loss: nn.Module, fixed: torch.Tensor, mask: torch.Tensor | None, warped: torch.Tensor
+def compared(loss: nn.Module, *images: torch.Tensor) -> torch.Tensor:
+    """A loss of a warped image and others; ``ValueError`` when it does not depend on that, or is no scalar."""
+    value: torch.Tensor = loss(*images)
+    if value.numel() != 1 or not value.requires_grad:
+        raise ValueError(
+            f"{type(loss).__name__} must give one number that depends on the warped image, got shape "
+            f"{tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}."
+        )
+    return value
+
+
+def value_and_gradient(
+    func: Callable[[torch.Tensor], Sequence[torch.Tensor]], x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and gradient of any loss; itself differentiable where gradients are on."""
+    """A function's value for each item of ``(B, C, *spatial)`` and its gradient times the number of voxels, by
+    autograd: found also where gradients are off, and differentiable where they are on.
+    """
     through = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        if not through or not warped.requires_grad:
+        if not through or not x.requires_grad:
             # a copy of what inference mode made is no inference tensor
-            warped, fixed = (t.clone() if t.is_inference() else t for t in (warped, fixed))
-            warped = warped.detach().requires_grad_()
-        images = (warped, fixed) if mask is None else (warped, fixed, mask)
-        values = [loss(*item) for item in zip(*(t.split(1) for t in images), strict=True)]
-        for value in values:
-            if value.numel() != 1 or not value.requires_grad:
-                raise ValueError(
-                    f"{type(loss).__name__} must give one number that depends on the warped image, got shape "
-                    f"{tuple(value.shape)}{'' if value.requires_grad else ' without a gradient'}."
-                )
-        total = torch.stack([value.reshape(()) for value in values])
-        (gradient,) = torch.autograd.grad(total.sum() * warped[0].numel(), warped, create_graph=through)
-    return (total, gradient) if through else (total.detach(), gradient.detach())
+            x = (x.clone() if x.is_inference() else x).detach().requires_grad_()
+        values = torch.stack([value.reshape(()) for value in func(x)])
+        (gradient,) = torch.autograd.grad(values.sum() * x[0, 0].numel(), x, create_graph=through)
+    return (values, gradient) if through else (values.detach(), gradient.detach())
 
 
 def similarity_and_gradient(
@@ -130,4 +134,10 @@ def similarity_and_gradient(
     """
     if isinstance(loss, LocalCorrelationLoss):
         return _standardised(moving), loss.bound(_standardised(fixed), mask)
-    return moving, partial(_by_autograd, loss, fixed, mask)
+
+    def values(warped: torch.Tensor) -> list[torch.Tensor]:
+        # as what autograd keeps, a tensor of inference mode is refused
+        others = [t.clone() if t.is_inference() else t for t in (fixed, mask) if t is not None]
+        return [compared(loss, *item) for item in zip(*(t.split(1) for t in (warped, *others)), strict=True)]
+
+    return moving, partial(value_and_gradient, values)

@@ -19,6 +19,7 @@ from monai_deq.networks.blocks.convolutions import (
     run_backbone,
     with_small_volumes,
 )
+from monai_deq.networks.blocks.similarities import compared
 from monai_deq.networks.blocks.warping import warp_by_ddf
 
 __all__ = [
@@ -187,12 +188,7 @@ def similarity_gradient(
             ddf = ddf.detach().requires_grad_()
         warped = warp_by_ddf(moving, ddf)
         exact = torch.promote_types(warped.dtype, torch.float32)
-        loss = similarity(warped.to(exact), fixed.to(exact))
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(
-                f"{type(similarity).__name__} must give one number that depends on the warped image, "
-                f"got shape {tuple(loss.shape)}{'' if loss.requires_grad else ' without a gradient'}."
-            )
+        loss = compared(similarity, warped.to(exact), fixed.to(exact))
         (gradient,) = torch.autograd.grad(loss * warped.numel(), ddf, create_graph=through)
     return (gradient, warped) if through else (gradient.detach(), warped.detach())
 

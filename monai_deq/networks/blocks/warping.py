@@ -17,6 +17,7 @@ __all__ = [
     "OutsidePoints",
     "check_ddf",
     "check_outside",
+    "identity_grid",
     "points_outside",
     "warp_by_ddf",
     "warp_points_by_ddf",
@@ -28,7 +29,7 @@ OutsidePoints = Literal["refuse", "clamp"]
 
 
 @lru_cache(maxsize=4)
-def _identity_grid(spatial_size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def identity_grid(spatial_size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Voxel coordinates of a grid, ``(1, ndim, *spatial)``. MONAI's Warp rebuilds them on the CPU at every call."""
     axes = [torch.arange(n, device=device, dtype=dtype) for n in spatial_size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
@@ -85,7 +86,7 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
     dtype = torch.promote_types(torch.promote_types(image.dtype, ddf.dtype), torch.float32)
     spatial = tuple(image.shape[2:])
     with torch.autocast(device_type=image.device.type, enabled=False):
-        coords = _identity_grid(spatial, ddf.device, dtype) + ddf.to(dtype)
+        coords = identity_grid(spatial, ddf.device, dtype) + ddf.to(dtype)
         # normalise to [-1, 1] channel by channel, last axis first as grid_sample wants (x, y, z)
         grid = torch.stack(
             [coords[:, i] * (2.0 / max(spatial[i] - 1, 1)) - 1.0 for i in reversed(range(len(spatial)))], dim=-1

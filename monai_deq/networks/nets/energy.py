@@ -156,7 +156,8 @@ class EnergyRegistrationNet(IteratedNet):
             measures["unfolded"] = counts
             before = after = torch.full_like(record.final_residual, torch.nan)
             if bool(counts.any()):
-                before, after = (self.update.energy(moving, fixed, ddf, mask) for ddf in (state[:, :ndim], flat))
+                energy_at = self.update.energy_at(moving, fixed, mask)
+                before, after = energy_at(state[:, :ndim]), energy_at(flat)
                 state = torch.cat([flat, state[:, ndim:]], dim=1)
             measures.update(energy_before_unfolding=before.cpu(), energy_unfolded=after.cpu())
         return state, replace(record, measures=measures)

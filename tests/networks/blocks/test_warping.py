@@ -15,7 +15,7 @@ from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
 from monai_deq.networks.blocks import DDFWarp, check_outside, points_outside, warp_by_ddf, warp_points_by_ddf, warping
-from monai_deq.networks.blocks.warping import _identity_grid
+from monai_deq.networks.blocks.warping import identity_grid
 
 SIZES = [(7, 10), (1, 5), (5, 8, 3)]
 
@@ -89,27 +89,27 @@ def test_float64_image_is_not_rounded() -> None:
 
 def test_grid_is_kept_for_its_shape_alone() -> None:
     cpu = torch.device("cpu")
-    _identity_grid.cache_clear()
-    first = _identity_grid((3, 4), cpu, torch.float32)
+    identity_grid.cache_clear()
+    first = identity_grid((3, 4), cpu, torch.float32)
     np.testing.assert_array_equal(first[0], np.indices((3, 4)))
-    assert _identity_grid((3, 4), cpu, torch.float32) is first
+    assert identity_grid((3, 4), cpu, torch.float32) is first
     for other in (((4, 3), torch.float32), ((3, 4, 1), torch.float32), ((3, 4), torch.float64)):
-        grid = _identity_grid(other[0], cpu, other[1])
+        grid = identity_grid(other[0], cpu, other[1])
         assert grid is not first and grid.shape[2:] == other[0] and grid.dtype == other[1]
     for n in range(5, 30):
-        _identity_grid((n, 2), cpu, torch.float32)
-    assert _identity_grid.cache_info().currsize <= 8
+        identity_grid((n, 2), cpu, torch.float32)
+    assert identity_grid.cache_info().currsize <= 8
 
-    _identity_grid.cache_clear()
+    identity_grid.cache_clear()
     for batch in (1, 2):  # whatever the batch
         warp_by_ddf(torch.rand(batch, 1, 3, 4), torch.rand(batch, 2, 3, 4))
-    assert (_identity_grid.cache_info().misses, _identity_grid.cache_info().hits) == (1, 1)
+    assert (identity_grid.cache_info().misses, identity_grid.cache_info().hits) == (1, 1)
     # the kept grid is not changed by what is done with it
-    np.testing.assert_array_equal(_identity_grid((3, 4), cpu, torch.float32)[0], np.indices((3, 4)))
+    np.testing.assert_array_equal(identity_grid((3, 4), cpu, torch.float32)[0], np.indices((3, 4)))
 
 
 def test_grid_of_inference_serves_training() -> None:
-    _identity_grid.cache_clear()
+    identity_grid.cache_clear()
     image, ddf = torch.rand(1, 1, 3, 4), torch.zeros(1, 2, 3, 4, requires_grad=True)
     with torch.inference_mode():
         warp_by_ddf(image, torch.zeros(1, 2, 3, 4))
