@@ -15,7 +15,8 @@ import typer
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Compare, iterate and measure registration methods of a bundle; fetch data; pack a bundle for the Model Zoo.",
+    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; fetch data; "
+    "pack a bundle for the Model Zoo. With --debug an error shows its trace.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,6 +68,139 @@ Overlays = Annotated[str, typer.Option(help="Configuration files of the data set
 Set = Annotated[list[str], typer.Option("--set", help="Setting of the bundle, name=value. May be repeated.")]
 Cases = Annotated[str | None, typer.Option(help="What is measured: JSON, or a file of it. [default: the paper's]")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
+
+
+Transforms = Annotated[
+    list[Path],
+    typer.Option(
+        "-t", "--transform", help="Transform; several in the order in which a fixed point passes through them."
+    ),
+]
+
+
+@app.command("register")
+def register_scans(
+    fixed: Annotated[
+        Path | None, typer.Argument(help="The fixed scan: a file, or the folder of a DICOM series.")
+    ] = None,
+    moving: Annotated[list[Path] | None, typer.Argument(help="The moving scan, or several.")] = None,
+    output_dir: Annotated[Path, typer.Option("-o", "--output-dir", help="Folder of the results.")] = Path("registered"),
+    pairs: Annotated[Path | None, typer.Option(help="List of pairs, JSON or CSV, in place of the two.")] = None,
+    fixed_label: Annotated[Path | None, typer.Option(help="Label map of the fixed scan.")] = None,
+    moving_label: Annotated[list[Path], typer.Option(help="Label map of each moving scan.")] = [],  # noqa: B006
+    fixed_mask: Annotated[Path | None, typer.Option(help="Where the fixed scan is compared.")] = None,
+    fixed_points: Annotated[Path | None, typer.Option(help="Landmarks of the fixed scan, .csv or .fcsv.")] = None,
+    moving_points: Annotated[list[Path], typer.Option(help="The same landmarks of each moving scan.")] = [],  # noqa: B006
+    initial_transform: Annotated[list[Path], typer.Option(help="Transform to begin with. May be repeated.")] = [],  # noqa: B006
+    affine: Annotated[str | None, typer.Option(help="Align the scans first: rigid or affine.")] = None,
+    preset: Annotated[str, typer.Option(help="What the scans are of: brain or lung.")] = "brain",
+    weights: Annotated[Path | None, typer.Option(help="Trained weights, to start from what they find.")] = None,
+    steps: Annotated[str, typer.Option(help="Step limits, coarse to fine, e.g. 60,40,6. [default: the preset's]")] = "",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Length of a step, in voxels, at which a pair is at rest.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")] = None,
+    transform_format: Annotated[str, typer.Option(help=".nii.gz, .mha, .nrrd or .h5.")] = ".nii.gz",
+    save_ddf: Annotated[
+        bool, typer.Option("--save-ddf", help="Write the field in voxels too, as MONAI has it.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write a report of each pair, one HTML file.")] = False,
+    require_converged: Annotated[
+        bool, typer.Option("--require-converged", help="Exit code 3 when a pair did not come to rest.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Register the moving scan to the fixed one: two files in any space, of any orientation and spacing.
+
+    Exit codes: 0 done, 2 bad input, 3 not at rest where --require-converged asks for it.
+
+    Example: monai-deq register fixed.nii.gz moving.nii.gz -o out --affine rigid --report
+
+    Example: monai-deq register atlas.nii.gz a.nii.gz b.nii.gz -o out --moving-label a_seg.nii.gz --moving-label
+    b_seg.nii.gz
+
+    Example: monai-deq register --pairs pairs.csv -o out --preset lung --transform-format .h5
+    """
+    from monai_deq.apps import RegistrationSettings, register_pairs
+    from monai_deq.data import read_pair_list
+
+    given = {"fixed_label": fixed_label, "fixed_mask": fixed_mask, "fixed_keypoints": fixed_points}
+    each = {"moving_label": moving_label, "moving_keypoints": moving_points}
+    if pairs is not None:
+        if fixed or any(given.values()) or any(each.values()) or initial_transform:
+            raise ValueError(f"--pairs {pairs} goes without other files: the list names what belongs to each pair.")
+        items = read_pair_list(pairs)
+    else:
+        if fixed is None or not moving:
+            raise ValueError("expected the fixed scan and a moving one, or --pairs; see monai-deq register --help.")
+        for name, files in each.items():
+            if files and len(files) != len(moving):
+                option = {"moving_label": "--moving-label", "moving_keypoints": "--moving-points"}[name]
+                raise ValueError(f"{option}: expected one for each of {len(moving)} moving scans, got {len(files)}.")
+        items = [
+            {"fixed": fixed, "moving": scan, **given, **{name: files[i] for name, files in each.items() if files}}
+            for i, scan in enumerate(moving)
+        ]
+        if initial_transform:
+            items = [{**item, "initial_transform": list(initial_transform)} for item in items]
+    settings = RegistrationSettings(
+        preset=preset,
+        weights=weights,
+        affine=affine,  # type: ignore[arg-type]
+        steps=_numbers(steps) or None,
+        tolerance=tolerance,
+        device=device,
+        transform_format=transform_format,
+        save_ddf=save_ddf,
+        report=report,
+        overwrite=overwrite,
+    )
+    results = register_pairs(items, output_dir, settings)
+    if require_converged and (moving_on := [r for r in results if not r["converged"]]):
+        print(
+            f"{len(moving_on)} of {len(results)} pairs did not come to rest: {moving_on[0]['verdict']}.",
+            file=sys.stderr,
+        )
+        raise typer.Exit(3)
+
+
+@app.command("apply")
+def apply_to_files(
+    moving: Annotated[Path, typer.Argument(help="Image, 4-D series or label map of the moving scan; or points, .csv.")],
+    transforms: Transforms,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The result, .nii.gz; of points .csv.")],
+    reference: Annotated[
+        Path | None, typer.Option("-r", "--reference", help="The fixed scan, on whose grid the result lies.")
+    ] = None,
+    label: Annotated[bool, typer.Option("--label", help="A label map: nearest voxel, exact numbers.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Take an image, a label map or points through transforms, with one interpolation.
+
+    Example: monai-deq apply moving_seg.nii.gz -t out/moving_to_fixed_transform.nii.gz -o seg.nii.gz --label
+    """
+    from monai_deq.apps import apply_transforms
+
+    path = apply_transforms(moving, transforms, output, reference, label, overwrite)
+    print(f"wrote {path}")
+
+
+@app.command("invert")
+def invert_files(
+    transforms: Transforms,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The inverse: .nii.gz, .mha, .nrrd, .h5; .tfm.")],
+    reference: Annotated[
+        Path | None, typer.Option("-r", "--reference", help="The moving scan, on whose grid the inverse lies.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Invert transforms: what is written takes the fixed scan to the moving one's space.
+
+    Example: monai-deq invert -t out/moving_to_fixed_transform.nii.gz -r moving.nii.gz -o inverse.nii.gz
+    """
+    from monai_deq.apps import invert_transform
+
+    print(f"wrote {invert_transform(transforms, output, reference, overwrite)}")
 
 
 @app.command("compare")
@@ -224,10 +358,15 @@ def pack_for_zoo(
 
 
 def main() -> None:
-    """Run the command: errors that say what to do are one line on stderr, with exit code 2."""
+    """Run the command: an error is one line on stderr that says what to do, with exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
     try:
         app()
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError, ImportError) as e:
+        if debug:
+            raise
         print(f"{type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from .caching import cached_given_pairs, cached_pairs, cached_subjects
 from .downloads import PUBLIC_DATASETS, download_dataset
-from .grid import Grid, check_same_grid, grid_of, source_of
+from .grid import Grid, affine_of, check_same_grid, grid_distance, grid_of, same_grid, source_of
+from .images import IMAGE_FORMATS, existing_file, image_dims, image_stem, load_simpleitk, read_image, save_nifti
 from .labels import SEG24_LABELS, SEG35_LABELS, label_set
 from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
 from .oasis import OasisDataset, find_oasis
+from .pair_files import PAIR_FILES, pair_items, pairs_to_register, read_pair_list, scan_names
 from .pairs import (
     GivenPairDataset,
     GivenPairSampler,
@@ -18,7 +20,6 @@ from .pairs import (
     ShardSampler,
     collate_annotated_pairs,
     pair_indices,
-    pairs_to_register,
     shard_loader,
 )
 from .pool import PooledDataset, PooledIndex, PooledSampler, StatePool
@@ -32,6 +33,8 @@ from .sample_cohorts import (
 from .split import part_of
 
 __all__ = [
+    "IMAGE_FORMATS",
+    "PAIR_FILES",
     "PUBLIC_DATASETS",
     "SEG24_LABELS",
     "SEG35_LABELS",
@@ -48,23 +51,35 @@ __all__ = [
     "RandomPairSampler",
     "ShardSampler",
     "StatePool",
+    "affine_of",
     "cached_given_pairs",
     "cached_pairs",
     "cached_subjects",
     "check_same_grid",
     "download_dataset",
     "collate_annotated_pairs",
+    "existing_file",
     "find_learn2reg",
     "find_oasis",
+    "grid_distance",
     "grid_of",
+    "image_dims",
+    "image_stem",
     "is_sample",
     "keep_annotations",
     "label_set",
+    "load_simpleitk",
     "pair_indices",
+    "pair_items",
     "pairs_to_register",
     "part_of",
+    "read_image",
+    "read_pair_list",
+    "same_grid",
     "sample_dataset_dir",
     "sample_lung_dataset_dir",
+    "save_nifti",
+    "scan_names",
     "shard_loader",
     "source_of",
     "write_sample_cohort",

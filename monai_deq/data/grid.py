@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import product
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 
-__all__ = ["Grid", "check_same_grid", "grid_of", "source_of"]
+__all__ = ["Grid", "affine_of", "check_same_grid", "grid_distance", "grid_of", "same_grid", "source_of"]
 
 logger = logging.getLogger("monai_deq")
 
@@ -61,7 +63,39 @@ def grid_of(image: torch.Tensor) -> Grid | None:
     return Grid(size, spacing, columns / np.where(spacing > 0, spacing, 1.0), origin)
 
 
-def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str) -> None:
+def affine_of(image: torch.Tensor) -> np.ndarray:
+    """Voxel to RAS mm of an image ``(C, *spatial)``, ``(4, 4)``, float64; the identity where it carries none. Of a slice
+    the third column is at right angles to the plane where it is not given.
+    """
+    if not isinstance(image, MetaTensor):
+        return np.eye(4)
+    affine = to_affine_nd(3, np.asarray(image.affine, dtype=np.float64))
+    if image.ndim == 3 and abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        normal = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = normal / max(float(np.linalg.norm(normal)), 1e-12)
+    return np.asarray(affine)
+
+
+def grid_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far apart the voxels of two images ``(C, *spatial)`` lie at most, in voxels of the first; infinite where their
+    sizes differ.
+    """
+    if a.shape[1:] != b.shape[1:]:
+        return float("inf")
+    first, second = affine_of(a), affine_of(b)
+    corners = np.array([*product(*((0, n - 1) for n in a.shape[1:]))], dtype=float)
+    apart = corners @ (first - second)[:3, : corners.shape[1]].T + (first - second)[:3, 3]
+    return float(np.linalg.norm(apart, axis=1).max() / np.linalg.norm(first[:3, : corners.shape[1]], axis=0).min())
+
+
+def same_grid(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the voxels of two images lie at the same places, to a thousandth of a voxel, as headers keep them."""
+    return grid_distance(a, b) <= 1e-3
+
+
+def check_same_grid(
+    fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str, what: str = "Fixed and moving image"
+) -> None:
     """Refuse a pair that does not lie on one voxel grid; warn of another origin, which affine alignment may leave.
 
     Args:
@@ -69,14 +103,15 @@ def check_same_grid(fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, 
         moving: the moving image.
         fixed_name: how to call the fixed image in messages, e.g. its subject or file.
         moving_name: the same for the moving image.
+        what: what the two are, for messages.
 
     Raises:
         ValueError: When size, spacing or orientation differ.
     """
 
-    def refuse(what: str, of_fixed: object, of_moving: object) -> None:
+    def refuse(part: str, of_fixed: object, of_moving: object) -> None:
         raise ValueError(
-            f"Fixed and moving image must share one voxel grid, but their {what} differs: "
+            f"{what} must share one voxel grid, but their {part} differs: "
             f"{fixed_name} has {of_fixed}, {moving_name} has {of_moving}. "
             "Resample one onto the other first (e.g. with monai.transforms.ResampleToMatch)."
         )

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of images: data sets of loaded ones, samplers, and what there is to register."""
+"""Pairs of loaded images: data sets, samplers, loaders."""
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +16,9 @@ from monai_deq.utils import process_count, process_rank
 
 __all__ = [
     *("GivenPairDataset", "GivenPairSampler", "PairDataset", "PairSampler", "RandomPairSampler", "ShardSampler"),
-    *("collate_annotated_pairs", "pair_indices", "pairs_to_register", "shard_loader"),
+    *("collate_annotated_pairs", "pair_indices", "shard_loader"),
 ]
 
-_FILES = ("fixed", "moving", "moving_label", "initial_ddf")
 _POINTS = ("fixed_keypoints", "moving_keypoints")
 
 
@@ -260,90 +257,6 @@ class ShardSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.indices)
-
-
-def pairs_to_register(
-    find_dataset: Callable[[], Any],
-    fixed: str | Path | None = None,
-    moving: str | Path | None = None,
-    moving_label: str | Path | None = None,
-    initial_ddf: str | Path | None = None,
-    pairs: str | Path | None = None,
-    split_sizes: Sequence[int | None] | str | None = None,
-    split_lists: Mapping[str, Sequence[str | int]] | None = None,
-) -> list[dict[str, Any]]:
-    """What an inference registers: one pair of scans, else a list of pairs, else the test part of a data set.
-
-    Args:
-        find_dataset: gives the data set; called only where neither scans nor a list are given.
-        fixed: file of the fixed scan.
-        moving: file of the moving scan.
-        moving_label: label map of the moving scan, to be warped with it.
-        initial_ddf: displacement field to start from, on the grid of the fixed scan, as inference writes it.
-        pairs: JSON file ``[{"fixed": file, "moving": file}, ...]``, each perhaps with ``"moving_label"`` and
-            ``"initial_ddf"``. Relative files are relative to the list.
-        split_sizes: ``sizes`` of the data set's ``split``.
-        split_lists: ``lists`` of the same.
-
-    Returns:
-        Items of these files, with names for the results: ``"fixed_subject"`` and ``"moving_subject"``.
-
-    Raises:
-        ValueError: When one of two scans is missing, or a list is given besides, is malformed or has one name twice.
-        FileNotFoundError: When a file does not exist.
-    """
-    given = dict(zip(_FILES, (fixed, moving, moving_label, initial_ddf), strict=True))
-    if not any(given.values()):
-        return _listed(Path(pairs)) if pairs else find_dataset().test_pairs(split_sizes, split_lists)
-    if pairs:
-        others = "--fixed, --moving, --moving_label or --initial_ddf: the list itself names what belongs to each pair."
-        raise ValueError(f"--pairs {pairs} cannot go with {others}")
-    if not fixed or not moving:
-        raise ValueError(f"both --fixed and --moving are needed, got fixed={fixed!r} and moving={moving!r}.")
-    return [_item({key: Path(file) for key, file in given.items() if file is not None}, "pair")]
-
-
-def _item(files: Mapping[str, Path], where: str) -> dict[str, Any]:
-    """The item of the files of one pair."""
-    files = {key: file.expanduser() for key, file in files.items()}
-    for key, file in files.items():
-        if not file.is_file():
-            raise FileNotFoundError(f"{where}: the file {key} {str(file)!r} does not exist.")
-    scans = files["fixed"], files["moving"]
-    names = [file.name.removesuffix(".gz").removesuffix(".nii") for file in scans]
-    if names[0] == names[1]:
-        # neurite-OASIS: one folder a subject, the same file name in each
-        names = [f"{file.resolve().parent.name}_{name}" for file, name in zip(scans, names, strict=True)]
-    return {**{key: str(file) for key, file in files.items()}, "fixed_subject": names[0], "moving_subject": names[1]}
-
-
-def _listed(path: Path) -> list[dict[str, Any]]:
-    """The items of a list of pairs."""
-    if not path.is_file():
-        raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}.") from e
-    if not isinstance(entries, list) or not entries:
-        came = "an empty one" if isinstance(entries, list) else type(entries).__name__
-        raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {came}.')
-    items: dict[tuple[str, str], dict[str, Any]] = {}
-    for i, entry in enumerate(entries):
-        where = f"{path}, pair {i}"
-        if not isinstance(entry, Mapping) or not {"fixed", "moving"} <= set(entry) <= set(_FILES):
-            expected = "the keys 'fixed', 'moving' and perhaps 'moving_label' and 'initial_ddf'"
-            raise ValueError(f"{where}: expected {expected}, got {entry!r}.")
-        named = {key: name for key, name in entry.items() if name is not None or key in _FILES[:2]}
-        if not all(isinstance(name, str) for name in named.values()):
-            raise ValueError(f"{where}: expected the names of files, got {entry!r}.")
-        item = _item({key: path.parent / Path(name).expanduser() for key, name in named.items()}, where)
-        names = item["fixed_subject"], item["moving_subject"]
-        if names in items:
-            called = f"two pairs are called {names[1]}_to_{names[0]} and would write the same files"
-            raise ValueError(f"{path}: {called}; give the scans different file names.")
-        items[names] = item
-    return list(items.values())
 
 
 def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> DataLoader:

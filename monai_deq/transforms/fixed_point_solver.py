@@ -15,7 +15,7 @@ from monai.utils import TransformBackends, convert_to_tensor
 from monai_deq.certificates import certified_solve, check_certificate
 from monai_deq.networks.blocks import warp_by_ddf
 from monai_deq.networks.nets import RegistrationNet
-from monai_deq.transforms.warping import on_grid_of, require_keys
+from monai_deq.transforms.items import on_grid_of, require_keys
 
 __all__ = ["FixedPointSolver", "FixedPointSolverD", "FixedPointSolverDict", "FixedPointSolverd"]
 

@@ -15,7 +15,7 @@ from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 from monai_deq.networks.blocks import determinant, identity_grid, points_outside, warp_by_ddf
 from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
 
-from .warping import PerKeyd, on_grid_of, require_keys
+from .items import PerKeyd, on_grid_of, require_keys
 
 __all__ = ["InvertDDF", "InvertDDFD", "InvertDDFDict", "InvertDDFd", "inversion_failures", "invert_ddf"]
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,49 +12,44 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, CopyItemsd, LoadImage, MapTransform, Resized, ScaleIntensity, ScaleIntensityRange
+from monai.transforms import CopyItemsd, MapTransform, Resize, Resized
 from monai.utils import ensure_tuple
 
-from monai_deq.data import check_same_grid, grid_of, source_of
-from monai_deq.networks.blocks import OutsidePoints, check_outside, points_outside
+from monai_deq.data import affine_of, check_same_grid, grid_distance, read_image, same_grid, source_of
+from monai_deq.networks.blocks import OutsidePoints, points_outside
 
-from .fields import LoadDDFd, ResampleDDFd, existing_file
-from .warping import PerKeyd
+from .alignment import AffineKind, AlignAffined, InitialTransformd, foreground_overlap
+from .fields import LoadDDFd, ResampleDDFd
+from .geometry import pull_image, smooth_for
+from .intensities import ScaleToUnitRanged, WindowToUnitRanged
+from .items import CheckedCompose, PerKeyd, PerKeyOfImaged
+from .points import CheckSameKeypointsd, LoadKeypointsd, ResizeKeypointsd
 
-__all__ = ["CheckLabeld", "CheckRegistrationImaged", "CheckSameGridd", "DropSliceAxisd", "LoadRegistrationImaged"]
-__all__ += ["CheckSameKeypointsD", "CheckSameKeypointsDict", "CheckSameKeypointsd", "LoadKeypointsD"]
-__all__ += ["LoadKeypointsDict", "LoadKeypointsd", "ResizeKeypointsD", "ResizeKeypointsDict", "ResizeKeypointsd"]
-__all__ += ["ScaleToUnitRanged", "WindowToUnitRangeD", "WindowToUnitRangeDict", "WindowToUnitRanged"]
-__all__ += ["load_keypoints", "resize_keypoints"]
-__all__ += ["CheckedCompose", "load_annotated_pair_transforms", "load_pair_transforms", "load_subject_transforms"]
+__all__ = ["CheckLabeld", "CheckRegistrationImaged", "CheckSameGridd", "CheckedCompose", "DropSliceAxisd"]
+__all__ += ["LoadRegistrationImaged", "MatchGridd", "ResizeFixedd"]
+__all__ += ["load_annotated_pair_transforms", "load_pair_transforms", "load_subject_transforms"]
 
 logger = logging.getLogger("monai_deq")
 
 _PAIR, _SCANS = ("fixed", "moving"), ("fixed_scan", "moving_scan")
-
-
-class _PerKeyOfImaged(PerKeyd):
-    """Base where to each of ``keys`` belongs an image of the item, the one of that place in ``image_keys``."""
-
-    def __init__(self, keys: KeysCollection, image_keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        images = ensure_tuple(image_keys)
-        if len(images) != len(self.keys):
-            raise ValueError(f"image_keys must name one image for each of {tuple(self.keys)}, got {images}.")
-        self.beside = (images,)
+#: voxels that a segmentation may lie beside its image, and share of what is labelled that may lie outside of it
+_LABEL_OFF, _LABEL_OUTSIDE = 0.1, 0.01
+#: longest to shortest edge of a voxel that a method takes as it is, and voxels that it works on at most (4 GB)
+_NEARLY, _MOST_VOXELS = 1.5, 1e7
+#: overlap of the foreground below which scans are hardly aligned
+_LITTLE_OVERLAP = 0.8
 
 
 class LoadRegistrationImaged(PerKeyd):
     """
-    Load the image files under ``keys`` by nibabel to channel-first float32 ``MetaTensor``. With ``allow_missing_keys``
-    those that are absent or None are left out. ``RuntimeError`` for a damaged file, such as half a download.
+    Load the image files under ``keys`` to channel-first ``MetaTensor``, float32, or with ``label`` whole numbers exactly;
+    see :py:func:`monai_deq.data.read_image`, errors too. With ``allow_missing_keys`` those that are absent or None are
+    left out.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, label: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.loader = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
-        # LoadImage would fall back on the other readers it finds, and ITK makes an image of half a file
-        self.loader.readers = self.loader.readers[-1:]
+        self.label = label
 
     def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
         file = item[key]
@@ -64,15 +58,7 @@ class LoadRegistrationImaged(PerKeyd):
             return
         if not isinstance(file, (str, Path)):
             raise ValueError(f"{key!r} must be the name of an image file, got {file!r}.")
-        existing_file(file, repr(key))
-        try:
-            item[key] = self.loader(str(file))
-        except Exception as e:  # readers raise whatever their file format's library does: EOFError, zlib.error, ...
-            reason = next(iter(str(e).strip().splitlines()), "")
-            raise RuntimeError(
-                f"{key!r}: cannot read {str(file)!r} ({type(e).__name__}: {reason}). "
-                "The file is damaged, incomplete or no NIfTI image; download it again."
-            ) from e
+        item[key] = read_image(file, repr(key), self.label)
 
 
 class DropSliceAxisd(PerKeyd):
@@ -124,31 +110,61 @@ class CheckRegistrationImaged(PerKeyd):
             raise ValueError(f"{name}: the image {what}; there is nothing to register. Check the file or its export.")
 
 
-class CheckLabeld(_PerKeyOfImaged):
+class CheckLabeld(PerKeyOfImaged):
     """
-    Refuse (``ValueError``, which names the file) segmentations ``(1, *spatial)`` under ``keys`` with another shape than
-    their image, of ``image_keys`` in the same order, or values other than 0, 1, 2, ...
+    Refuse (``ValueError``, which names the file) segmentations ``(1, *spatial)`` under ``keys`` with values other than
+    0, 1, 2, ..., or on another grid than their image, of ``image_keys`` in the same order, by more than a tenth of a
+    voxel. With ``resample`` such a one is pulled onto that grid by its own affine, each voxel from the nearest, and
+    refused where more than a hundredth of what is labelled lies outside of the image.
     """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_keys: KeysCollection,
+        allow_missing_keys: bool = False,
+        resample: bool = False,
+    ) -> None:
+        super().__init__(keys, image_keys, allow_missing_keys)
+        self.resample = resample
 
     def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
         label, image = item[key], item[image_key]
         name, image_name = source_of(label, str(key)), source_of(image, str(image_key))
-        if label.shape != image.shape:
+        if label.ndim != image.ndim or len(label) != 1:
             raise ValueError(
                 f"{name}: a segmentation must have the shape of its image, {tuple(image.shape)} ({image_name}), "
-                f"got {tuple(label.shape)}. Resample it by the nearest neighbour first."
+                f"got {tuple(label.shape)}."
             )
-        wrong = ~((label >= 0) & (label == label.round()))  # so that NaN counts as wrong
+        wrong = ~((label >= 0) & (label == label.round() if label.is_floating_point() else True))  # NaN is wrong
         if wrong.any():
             raise ValueError(
                 f"{name}: a segmentation must hold label numbers 0, 1, 2, ..., but {int(wrong.sum())} voxels have "
                 f"others, e.g. {float(label[wrong].flatten()[0]):g}. It may have been resampled by linear "
                 "interpolation, or be a probability map."
             )
-        a, b = grid_of(label), grid_of(image)
-        if a is not None and b is not None and a.orientation != b.orientation:
-            message = "%s has orientation %s, its image %s has %s; they are taken to match voxel by voxel"
-            logger.warning(message, name, a.orientation, image_name, b.orientation)
+        if grid_distance(image, label) <= _LABEL_OFF:
+            return
+        if not self.resample:
+            check_same_grid(image, label, image_name, name, "An image and its segmentation")
+            raise ValueError(
+                f"An image and its segmentation must share one voxel grid, but {name} lies up to "
+                f"{grid_distance(image, label):.3g} voxels away from {image_name}. Resample it by the nearest neighbour, "
+                "or correct its header."
+            )
+        points = (label > 0)[0].nonzero().T.to(torch.float64)
+        if label.ndim == 3:
+            points = torch.cat([points, torch.zeros_like(points[:1])])
+        matrix = torch.from_numpy(np.linalg.solve(affine_of(image), affine_of(label)))
+        inside = (matrix[:3, :3] @ points + matrix[:3, 3:])[: image.ndim - 1].T
+        outside = int(points_outside(inside, tuple(image.shape[1:])).sum())
+        if outside > _LABEL_OUTSIDE * max(points.shape[1], 1):
+            raise ValueError(
+                f"{name}: {outside} of {points.shape[1]} labelled voxels lie outside of the image {image_name} by their "
+                "own header. Give the segmentation of this image, or correct its header."
+            )
+        logger.info("%s: resampled onto the grid of %s, each voxel from the nearest", name, image_name)
+        item[key] = pull_image(label, image, mode="nearest")
 
 
 class CheckSameGridd(MapTransform):
@@ -168,199 +184,49 @@ class CheckSameGridd(MapTransform):
         return d
 
 
-class ScaleToUnitRanged(PerKeyd):
-    """
-    Scale intensities of the images under ``keys`` linearly from their own minimum and maximum to [0, 1], and say so in
-    the log. An image inside [0, 1] passes unchanged, whatever its largest value.
-    """
+class ResizeLabeld(PerKeyd):
+    """Resize segmentations ``(C, *spatial)`` by the nearest voxel, exactly, whatever their numbers; affines follow."""
 
-    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
-        low, high = float(item[key].min()), float(item[key].max())
-        if low < 0.0 or high > 1.0:
-            name = source_of(item[key], str(key))
-            logger.info("%s: intensities scaled linearly from [%g, %g] to [0, 1]", name, low, high)
-            item[key] = ScaleIntensity(minv=0.0, maxv=1.0)(item[key])
-
-
-class WindowToUnitRanged(PerKeyd):
-    """
-    Clip intensities of the images under ``keys`` to a window, e.g. ``(-1200, 400)`` Hounsfield units, and scale it
-    linearly to [0, 1]. ``ValueError`` for an image outside of the window, or scaled to [0, 1] already.
-    """
-
-    def __init__(self, keys: KeysCollection, window: Sequence[float], allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, spatial_size: Sequence[int], allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        if len(window) != 2 or not window[0] < window[1]:
-            raise ValueError(f"window must be its lower and its upper end, got {window!r}.")
-        self.low, self.high = (float(end) for end in window)
-        self.scaler = ScaleIntensityRange(self.low, self.high, b_min=0.0, b_max=1.0, clip=True)
-
-    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
-        low, high = float(item[key].min()), float(item[key].max())
-        name, window = source_of(item[key], str(key)), f"[{self.low:g}, {self.high:g}]"
-        if high <= self.low or low >= self.high:
-            raise ValueError(
-                f"{name}: no intensity is inside the window {window}, they go from {low:g} to {high:g}. Give a window "
-                "that fits the image."
-            )
-        if low >= 0 and high <= 1 < self.high - self.low:
-            raise ValueError(
-                f"{name}: the intensities, from {low:g} to {high:g}, are scaled to [0, 1] already; the window {window} "
-                "would flatten them. Give no window."
-            )
-        item[key] = self.scaler(item[key])
-
-
-def load_keypoints(path: str | Path, spatial_dims: int) -> torch.Tensor:
-    """
-    Read keypoints as the Learn2Reg challenge stores them: one point a line, its voxel coordinates in the order of the
-    array axes, separated by commas, no header. The same line of two files is the same point of the body.
-
-    Args:
-        path: ``.csv`` file; ``FileNotFoundError`` without it, ``ValueError`` for anything but such lines, or none.
-        spatial_dims: 2 or 3.
-
-    Returns:
-        ``(N, spatial_dims)``, float32, voxels; the first voxel's centre is 0.
-    """
-    path = existing_file(path, "keypoints")
-    expected = f"{path}: expected lines of {spatial_dims} voxel coordinates separated by commas, without a header"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy's, of an empty file
-            points = np.loadtxt(path, delimiter=",", ndmin=2)
-    except (ValueError, UnicodeDecodeError) as e:
-        raise ValueError(f"{expected}; cannot read it ({e}).") from e
-    if not points.size:
-        raise ValueError(f"{expected}; the file is empty.")
-    if points.shape[1] != spatial_dims:
-        raise ValueError(f"{expected}; got {points.shape[1]} column(s).")
-    if not np.isfinite(points).all():
-        line = 1 + int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
-        raise ValueError(f"{expected}; point {line} has NaN or infinity.")
-    return torch.from_numpy(points.astype(np.float32))
-
-
-def resize_keypoints(points: torch.Tensor, old_size: Sequence[int], new_size: Sequence[int]) -> torch.Tensor:
-    """
-    The same points ``(..., ndim)``, in voxels, on the grid of the image after MONAI's ``Resize`` from ``old_size`` to
-    ``new_size``, where voxel borders, not centres, coincide.
-    """
-    scale = points.new_tensor(new_size) / points.new_tensor(old_size)
-    return (points + 0.5) * scale - 0.5
-
-
-class LoadKeypointsd(_PerKeyOfImaged):
-    """
-    Dictionary-based wrapper of :py:func:`load_keypoints`, with a check that the points lie in their image.
-
-    Args:
-        keys, allow_missing_keys: of the file names, and of the points ``(N, ndim)``; see MONAI's ``MapTransform``.
-        image_keys: keys of the images ``(C, *spatial)`` they belong to, one for each of ``keys``.
-        outside: ``"refuse"`` points outside the image, or ``"clamp"``: they are kept, for a metric that clamps, and
-            their number is logged.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_keys: KeysCollection,
-        outside: OutsidePoints = "refuse",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, image_keys, allow_missing_keys)
-        check_outside(outside)
-        self.outside = outside
-
-    def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
-        file, image = item[key], item[image_key]
-        spatial = tuple(image.shape[1:])
-        item[key] = points = load_keypoints(file, len(spatial))
-        beyond = points_outside(points, spatial)
-        if not beyond.any():
-            return
-        line = 1 + int(beyond.nonzero()[0])
-        message = (
-            f"{file}: {int(beyond.sum())} of {len(points)} keypoints lie outside the image of size {spatial} "
-            f"({source_of(image, str(image_key))}), e.g. line {line}: "
-            f"{[round(value, 4) for value in points[line - 1].tolist()]}"
-        )
-        if self.outside == "refuse":
-            raise ValueError(
-                f"{message}. They must be voxel coordinates in the order of the image's axes; remove the "
-                "points from both files of the pair, or choose outside='clamp'."
-            )
-        logger.warning("%s; they are kept", message)
-
-
-class CheckSameKeypointsd(MapTransform):
-    """Refuse (``ValueError``) sets of keypoints ``(N, ndim)`` of other length than the first: they must correspond."""
-
-    def __init__(
-        self, keys: KeysCollection = ("fixed_keypoints", "moving_keypoints"), allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        first, *others = list(self.key_iterator(d)) or [None]
-        for key in others:
-            if d[key].shape != d[first].shape:
-                names = " and ".join(str(d[name]) for name in ("fixed_subject", "moving_subject") if name in d)
-                raise ValueError(
-                    f"Keypoints must correspond line by line, but {first!r} has {len(d[first])} points and {key!r} has "
-                    f"{len(d[key])}{f' ({names})' if names else ''}. Take both files from the same release of the data."
-                )
-        return d
-
-
-class ResizeKeypointsd(_PerKeyOfImaged):
-    """
-    Dictionary-based wrapper of :py:func:`resize_keypoints`, to the ``spatial_size`` that their images will have; let it
-    come before these, ``(C, *spatial)`` under ``image_keys``, one for each of ``keys``, are resized.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_keys: KeysCollection,
-        spatial_size: Sequence[int],
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, image_keys, allow_missing_keys)
         self.spatial_size = tuple(spatial_size)
 
-    def treat(self, item: dict[Hashable, Any], key: Hashable, image_key: Hashable) -> None:
-        item[key] = resize_keypoints(item[key], item[image_key].shape[1:], self.spatial_size)
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        label, old = item[key], tuple(item[key].shape[1:])
+        meta = dict(label.meta) if isinstance(label, MetaTensor) else None
+        plain = label.as_tensor() if isinstance(label, MetaTensor) else label
+        for axis, (n, size) in enumerate(zip(old, self.spatial_size, strict=True), start=1):
+            # of the voxel that the centre lies in
+            plain = plain.index_select(
+                axis, ((torch.arange(size).double() + 0.5) * (n / size)).floor().long().clamp(max=n - 1)
+            )
+        if meta is None:
+            item[key] = plain
+            return
+        affine = affine_of(label) @ resize_affine(old, self.spatial_size)
+        item[key] = MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=plain.ndim - 1)
 
 
-class CheckedCompose(Compose):
-    """MONAI's ``Compose``, which raises the error of a check itself, not ``RuntimeError("applying transform ...")``."""
-
-    def __call__(self, input_: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as Compose
-        try:
-            return super().__call__(input_, *args, **kwargs)
-        except RuntimeError as e:
-            error: BaseException = e
-            while str(error).startswith("applying transform") and error.__cause__ is not None:
-                error = error.__cause__
-            if error is e:
-                raise
-            raise error from error.__cause__
+def resize_affine(old: Sequence[int], new: Sequence[int]) -> np.ndarray:
+    """Voxels of an image of another size over the same field of view to voxels of the old one, ``(4, 4)``."""
+    affine = np.eye(4)
+    for axis, (n, size) in enumerate(zip(old, new, strict=True)):
+        affine[axis, axis], affine[axis, 3] = n / size, 0.5 * (n / size - 1)
+    return affine
 
 
 def _read(spatial_dims: int, images: Sequence[Hashable], labels: Sequence[Hashable]) -> list[MapTransform]:
     """Read images and segmentations, each of which may be absent, and check the images."""
     return [
         LoadRegistrationImaged(images),
-        LoadRegistrationImaged(labels, allow_missing_keys=True),
+        LoadRegistrationImaged(labels, allow_missing_keys=True, label=True),
         *([DropSliceAxisd((*images, *labels), allow_missing_keys=True)] if spatial_dims == 2 else []),
         CheckRegistrationImaged(images, spatial_dims),
     ]
 
 
-def _scale(images: Sequence[Hashable], window: Sequence[float] | None) -> MapTransform:
-    return ScaleToUnitRanged(images) if window is None else WindowToUnitRanged(images, window)
+def _scale(images: Sequence[Hashable], window: Sequence[float] | None, range_key: str | None = None) -> MapTransform:
+    return ScaleToUnitRanged(images, range_key) if window is None else WindowToUnitRanged(images, window, range_key)
 
 
 def _resize(
@@ -378,8 +244,7 @@ def _resize(
     linear = "bilinear" if spatial_dims == 2 else "trilinear"
     transforms: list[MapTransform] = [Resized(images, size, mode=linear, align_corners=False, anti_aliasing=True)]
     if labels:
-        # "nearest" of torch rounds down, which shifts labels against the image; "nearest-exact" does not
-        transforms.append(Resized(labels, size, mode="nearest-exact", allow_missing_keys=True))
+        transforms.append(ResizeLabeld(labels, size, allow_missing_keys=True))
     return transforms
 
 
@@ -409,28 +274,120 @@ def load_subject_transforms(
     return CheckedCompose(transforms, log_stats=False)
 
 
+def isotropic_size(image: torch.Tensor) -> list[int]:
+    """
+    Size of a grid over the field of view of an image ``(C, *spatial)`` whose voxels are as long as wide, and as many;
+    but its own size where they nearly are, and never more than ten million voxels.
+    """
+    size = np.array(image.shape[1:])
+    spacing = np.linalg.norm(affine_of(image)[:3, : len(size)], axis=0)
+    voxels = float(size.prod())
+    if spacing.max() <= _NEARLY * spacing.min() and voxels <= _MOST_VOXELS:
+        return size.tolist()  # type: ignore[no-any-return]
+    edge = spacing.prod() ** (1 / len(size)) * max(voxels / _MOST_VOXELS, 1.0) ** (1 / len(size))
+    return [max(int(n), 2) for n in np.round(size * spacing / edge)]
+
+
+class ResizeFixedd(PerKeyd):
+    """
+    Resize the fixed scan to the grid that a method works on.
+
+    Args:
+        keys: of the images ``(1, *spatial)``.
+        spatial_size: its size; or ``"isotropic"``: see :py:func:`isotropic_size`.
+    """
+
+    def __init__(self, keys: KeysCollection, spatial_size: Sequence[int] | str) -> None:
+        super().__init__(keys)
+        self.spatial_size = spatial_size
+
+    def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
+        image = item[key]
+        size = isotropic_size(image) if isinstance(self.spatial_size, str) else list(self.spatial_size)
+        if size != list(image.shape[1:]):
+            item[key] = _resized(image, size)
+
+
+def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The image by linear interpolation between voxel centres, smoothed first where it shrinks."""
+    linear = "bilinear" if len(size) == 2 else "trilinear"
+    resized = Resize(size, mode=linear, align_corners=False, anti_aliasing=True)(image)
+    affine = affine_of(image) @ resize_affine(image.shape[1:], size)
+    meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
+    plain = resized.as_tensor() if isinstance(resized, MetaTensor) else resized
+    return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(size))
+
+
+class MatchGridd(MapTransform):
+    """
+    Bring the moving scan, and a mask of the fixed one, to the grid of the fixed image that a method works on: from where
+    affines and the item's ``"initial_transform"`` place it in the world, smoothed first where it shrinks; with such a
+    transform ``"moving_before"`` is the scan without it. How far the scans overlap then is kept under ``"overlap"``, and
+    warned of where it is little.
+    """
+
+    def __init__(self) -> None:
+        super().__init__((*_PAIR, *_SCANS))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        fixed, moving, fixed_scan, moving_scan = (d[key] for key in self.keys)
+        chain = d.get("initial_transform") or []
+        if not chain and same_grid(fixed_scan, moving_scan):
+            same = moving.shape == fixed.shape
+            d["moving"] = moving if same else _resized(moving, fixed.shape[1:])
+        else:
+            d["moving"] = pull_image(smooth_for(moving, fixed, chain), fixed, chain)
+            if chain:
+                d["moving_before"] = pull_image(smooth_for(moving, fixed), fixed)
+        if "fixed_mask" in d and not same_grid(d["fixed_mask"], fixed):
+            d["fixed_mask"] = pull_image(d["fixed_mask"], fixed, mode="nearest")
+        d["overlap"] = overlap = foreground_overlap(fixed, d["moving"])
+        if overlap < _LITTLE_OVERLAP:
+            names = source_of(moving_scan, "moving"), source_of(fixed_scan, "fixed")
+            logger.warning(
+                "%s and %s overlap by %.0f %% only (Dice of their foreground): they seem not to be aligned; align them "
+                "first, by --affine rigid or an initial transform",
+                *(*names, 100 * overlap),
+            )
+        return d
+
+
 def load_pair_transforms(
-    spatial_dims: int, spatial_size: Sequence[int] | None = None, window: Sequence[float] | None = None
+    spatial_dims: int,
+    spatial_size: Sequence[int] | str | None = None,
+    window: Sequence[float] | None = None,
+    affine: AffineKind | None = None,
 ) -> CheckedCompose:
     """
-    Transforms from ``{"fixed": file, "moving": file}``, perhaps with ``"moving_label"`` and ``"initial_ddf"``, to what
-    registers them: ``"fixed"`` and ``"moving"`` in [0, 1] at the network's size, as is the field to start from, and
-    ``"fixed_scan"`` and ``"moving_scan"`` with their own intensities and size, which the field found is applied to.
+    Transforms from ``{"fixed": file, "moving": file}`` in any space to what registers them: ``"fixed"`` and ``"moving"``
+    in [0, 1] on the grid that a method works on, and ``"fixed_scan"`` and ``"moving_scan"`` as they are in the files,
+    which what is found is applied to. The item may also have ``"fixed_label"``, ``"moving_label"``, ``"fixed_mask"``,
+    ``"fixed_keypoints"``, ``"moving_keypoints"``, ``"initial_transform"`` (see :py:class:`InitialTransformd`), and
+    ``"initial_ddf"``, a displacement field on the grid of the fixed scan for the solver to start from.
 
     Args:
         spatial_dims: 2 or 3.
-        spatial_size: size the network works at, ``spatial_dims`` numbers. Defaults to None: the scans' own.
+        spatial_size: size of that grid, ``spatial_dims`` numbers, or ``"isotropic"``: see :py:func:`isotropic_size`.
+            Defaults to None: the fixed scan's own.
         window: see :py:class:`WindowToUnitRanged`. Defaults to None: see :py:class:`ScaleToUnitRanged`.
+        affine: ``"rigid"`` or ``"affine"``: align the scans first, see :py:func:`align_affine`. Defaults to None.
     """
-    label = ("moving_label",)
+    labels, keypoints = ("fixed_label", "moving_label", "fixed_mask"), ("fixed_keypoints", "moving_keypoints")
+    if spatial_size is not None and not isinstance(spatial_size, str):
+        _resize(spatial_dims, spatial_size, _PAIR)  # refuses what is no size
     transforms = [
-        *_read(spatial_dims, _PAIR, label),
-        CheckLabeld(label, ("moving",), allow_missing_keys=True),
-        CheckSameGridd(_PAIR),
+        *_read(spatial_dims, _PAIR, labels),
+        CheckLabeld(labels, ("fixed", "moving", "fixed"), allow_missing_keys=True, resample=True),
+        LoadKeypointsd(keypoints, _PAIR, allow_missing_keys=True),
+        CheckSameKeypointsd(keypoints, allow_missing_keys=True),
         CopyItemsd(_PAIR, names=_SCANS),
         LoadDDFd("initial_ddf", "fixed_scan", spatial_dims, allow_missing_keys=True),
-        _scale(_PAIR, window),
-        *_resize(spatial_dims, spatial_size, _PAIR),
+        _scale(_PAIR, window, "intensities"),
+        InitialTransformd(),
+        *([AlignAffined(affine)] if affine else []),
+        *([ResizeFixedd(("fixed",), spatial_size)] if spatial_size is not None else []),
+        MatchGridd(),
         ResampleDDFd("fixed", "initial_ddf", allow_missing_keys=True),
     ]
     return CheckedCompose(transforms, log_stats=False)
@@ -471,9 +428,3 @@ def load_annotated_pair_transforms(
     if spatial_size is not None and not keep_scans:
         transforms.append(ResizeKeypointsd(keypoints, _PAIR, spatial_size, allow_missing_keys=True))
     return CheckedCompose([*transforms, *resize], log_stats=False)
-
-
-CheckSameKeypointsD = CheckSameKeypointsDict = CheckSameKeypointsd
-LoadKeypointsD = LoadKeypointsDict = LoadKeypointsd
-ResizeKeypointsD = ResizeKeypointsDict = ResizeKeypointsd
-WindowToUnitRangeD = WindowToUnitRangeDict = WindowToUnitRanged

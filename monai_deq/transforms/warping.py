@@ -3,62 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Transform
 from monai.utils import TransformBackends, convert_to_tensor, ensure_tuple_rep
 
 from monai_deq.networks.blocks import OutsidePoints, check_outside, warp_by_ddf, warp_points_by_ddf
+
+from .items import PerKeyd, on_grid_of, require_keys
 
 __all__ = ["WarpByDDFD", "WarpByDDFDict", "WarpByDDFd"]
 __all__ += ["WarpPointsByDDF", "WarpPointsByDDFD", "WarpPointsByDDFDict", "WarpPointsByDDFd"]
 
 
-def on_grid_of(image: torch.Tensor, reference: Any) -> torch.Tensor:
-    """The image ``(C, *spatial)`` with the meta data of the reference on whose grid it lies, if it is a MetaTensor."""
-    if not isinstance(reference, MetaTensor):
-        return image
-    # MetaTensor copies what it is given; of a slice it would count the channel as a spatial axis
-    return MetaTensor(image, meta=dict(reference.meta), spatial_ndim=image.ndim - 1)
-
-
-def require_keys(data: Mapping[Hashable, Any], keys: Sequence[Hashable], transform: str) -> None:
-    """Raise ``KeyError`` when the item that ``transform`` is given lacks one of ``keys``."""
-    absent = [key for key in keys if key not in data]
-    if absent:
-        raise KeyError(f"{transform} finds no {absent} in the item, which has {sorted(map(str, data))}.")
-
-
-class PerKeyd(MapTransform):
-    """Base of what treats an item key by key: ``treat`` changes the item, its own copy."""
-
-    #: what goes with each of ``keys``, given to ``treat`` behind the key
-    beside: tuple[Sequence[Any], ...] = ()
-
-    def treat(self, item: dict[Hashable, Any], key: Hashable, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for _, key, *args in self.key_iterator(d, self.keys, *self.beside):
-            self.treat(d, key, *args)
-        return d
-
-
 class WarpByDDFd(PerKeyd):
     """
-    Pull images or label maps back through a displacement field of the item. The results lie on the field's grid.
+    Pull images or label maps back through a displacement field of the item, voxel by voxel of one grid, whatever affines
+    say; for others see :py:class:`ResampleByDDFd`. The results lie on the field's grid.
 
     Args:
         keys, allow_missing_keys: of the images ``(C, *spatial)``; see MONAI's ``MapTransform``.
         ddf_key: displacement ``(ndim, *spatial)`` in voxels.
         output_keys: where the results go. Defaults to ``keys`` (in place).
-        mode: ``"bilinear"`` (whole numbers become float32), or ``"nearest"`` for label maps (the number type stays);
-            one, or one a key.
+        mode: ``"bilinear"`` (whole numbers become float32), or ``"nearest"`` for label maps (numbers and their type
+            stay); one, or one a key.
     """
 
     backend = [TransformBackends.TORCH]
@@ -79,12 +50,12 @@ class WarpByDDFd(PerKeyd):
             raise ValueError(f'mode must be "bilinear" or "nearest", got {mode!r}.')
 
     def treat(self, item: dict[Hashable, Any], key: Hashable, output_key: Hashable, mode: str) -> None:
-        require_keys(item, (self.ddf_key,), "WarpByDDFd")
+        require_keys(item, (self.ddf_key,), type(self).__name__)
         ddf, image = (convert_to_tensor(item[k], track_meta=False) for k in (self.ddf_key, key))
-        # label numbers are exact in float32 up to 2^24
-        work = image if image.is_floating_point() else image.to(torch.float32)
-        warped = warp_by_ddf(work[None], ddf[None].to(work.device), mode=mode)[0]
-        item[output_key] = on_grid_of(warped.to(image.dtype) if mode == "nearest" else warped, item[self.ddf_key])
+        if mode != "nearest" and not image.is_floating_point():
+            image = image.to(torch.float32)
+        warped = warp_by_ddf(image[None], ddf[None].to(image.device), mode=mode)[0]
+        item[output_key] = on_grid_of(warped, item[self.ddf_key], item[key])
 
 
 class WarpPointsByDDF(Transform):

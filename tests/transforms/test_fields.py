@@ -15,6 +15,7 @@ from monai.transforms import Resize
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
+from monai_deq.data import save_nifti
 from monai_deq.transforms import (
     LoadDDFd,
     ResampleDDF,
@@ -24,7 +25,6 @@ from monai_deq.transforms import (
     load_ddf,
     load_learn2reg_ddf,
     save_learn2reg_ddf,
-    save_nifti,
 )
 
 NLST = ("NLST_0101_0000", "NLST_0101_0001")

@@ -16,6 +16,7 @@ from monai.transforms import Compose
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
+from monai_deq.data import save_nifti
 from monai_deq.handlers import OutputGuard
 from monai_deq.networks.nets import DEQRegistrationNet
 from monai_deq.transforms import (
@@ -28,7 +29,6 @@ from monai_deq.transforms import (
     load_ddf,
     load_learn2reg_ddf,
     save_learn2reg_ddf,
-    save_nifti,
 )
 
 SIZES = [(7, 9), (5, 7, 6)]

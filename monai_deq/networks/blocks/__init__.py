@@ -24,6 +24,7 @@ from .warping import (
     check_outside,
     identity_grid,
     points_outside,
+    sample_at,
     warp_by_ddf,
     warp_points_by_ddf,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "in_slabs",
     "points_outside",
     "remove_folds",
+    "sample_at",
     "similarity_gradient",
     "simplex_determinants",
     "warp_by_ddf",

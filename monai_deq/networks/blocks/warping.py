@@ -19,6 +19,7 @@ __all__ = [
     "check_outside",
     "identity_grid",
     "points_outside",
+    "sample_at",
     "warp_by_ddf",
     "warp_points_by_ddf",
 ]
@@ -26,6 +27,9 @@ __all__ = [
 logger = logging.getLogger("monai_deq")
 
 OutsidePoints = Literal["refuse", "clamp"]
+
+#: whole numbers up to this are exact in float32
+_EXACT = 2**24
 
 
 @lru_cache(maxsize=4)
@@ -65,12 +69,48 @@ def _sample(image: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
     return out if not rest.shape[1] else torch.cat([out, sample(image, rest)], dim=2)
 
 
+def sample_at(image: torch.Tensor, coordinates: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
+    """Values of an image at positions in its voxels, as ``grid_sample`` with ``align_corners=True`` and border padding.
+    Positions are in float32 at least (in half precision high voxel indices lose sub-voxel displacements).
+
+    Args:
+        image: ``(B, C, *spatial)``, 2-D or 3-D; of an integer type with ``"nearest"`` only, whose numbers stay exact.
+        coordinates: ``(B, ndim, *out)`` in voxels, coordinate ``i`` along array axis ``i``; ``out`` has as many axes.
+        mode: ``"bilinear"`` (linear in 3-D too) or ``"nearest"``. Defaults to ``"bilinear"``.
+
+    Returns:
+        ``(B, C, *out)`` of the image's dtype.
+
+    Raises:
+        ValueError: When an image of an integer type would be interpolated.
+    """
+    if not image.is_floating_point():
+        if mode != "nearest":
+            raise ValueError(f'an image of type {image.dtype} can be warped with mode="nearest" only, got {mode!r}.')
+        low, high = (int(x) for x in image.aminmax()) if image.dtype != torch.bool and image.numel() else (0, 1)
+        if max(-low, high) > _EXACT:  # the numbers are exchanged for their places in a list
+            numbers, places = image.unique(return_inverse=True)
+            return numbers[sample_at(places.to(torch.float64), coordinates, mode).long()]
+    spatial = tuple(image.shape[2:])
+    dtype = torch.promote_types(torch.promote_types(image.dtype, coordinates.dtype), torch.float32)
+    with torch.autocast(device_type=image.device.type, enabled=False):
+        coords = coordinates.to(dtype)
+        # normalise to [-1, 1] channel by channel, last axis first as grid_sample wants (x, y, z)
+        grid = torch.stack(
+            [coords[:, i] * (2.0 / max(spatial[i] - 1, 1)) - 1.0 for i in reversed(range(len(spatial)))], dim=-1
+        )
+        if len(spatial) == 2 and grid.requires_grad and grid.device.type == "cpu":
+            # at NaN PyTorch's backward kernel for 2-D on the CPU reads out of bounds, and the process dies
+            grid = torch.nan_to_num(grid, nan=-1.0, posinf=float("inf"), neginf=-float("inf"))
+        out = _sample(image.to(dtype), grid, mode)
+    return out.to(image.dtype)
+
+
 def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") -> torch.Tensor:
     """Pull an image back through a displacement field: ``warped(x) = image(x + ddf(x))``.
 
     Same convention as :py:class:`monai.networks.blocks.Warp` with its defaults: voxel units, channel ``i`` displaces
-    array axis ``i``, border padding, ``align_corners=True``. Sampling coordinates are computed in float32 at least (in
-    half precision high voxel indices lose sub-voxel displacements); the result has the image's shape and dtype.
+    array axis ``i``; sampled as by :py:func:`sample_at`. The result has the image's shape and dtype.
 
     Args:
         image: ``(B, C, *spatial)``, 2-D or 3-D; of an integer type with ``"nearest"`` only.
@@ -81,21 +121,10 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
         ValueError: When the shapes do not fit, or when an image of an integer type would be interpolated.
     """
     check_ddf(image, ddf)
-    if mode != "nearest" and not image.is_floating_point():
-        raise ValueError(f'an image of type {image.dtype} can be warped with mode="nearest" only, got {mode!r}.')
     dtype = torch.promote_types(torch.promote_types(image.dtype, ddf.dtype), torch.float32)
-    spatial = tuple(image.shape[2:])
     with torch.autocast(device_type=image.device.type, enabled=False):
-        coords = identity_grid(spatial, ddf.device, dtype) + ddf.to(dtype)
-        # normalise to [-1, 1] channel by channel, last axis first as grid_sample wants (x, y, z)
-        grid = torch.stack(
-            [coords[:, i] * (2.0 / max(spatial[i] - 1, 1)) - 1.0 for i in reversed(range(len(spatial)))], dim=-1
-        )
-        if len(spatial) == 2 and grid.requires_grad and grid.device.type == "cpu":
-            # at NaN PyTorch's backward kernel for 2-D on the CPU reads out of bounds, and the process dies
-            grid = torch.nan_to_num(grid, nan=-1.0, posinf=float("inf"), neginf=-float("inf"))
-        out = _sample(image.to(dtype), grid, mode)
-    return out.to(image.dtype)
+        coordinates = identity_grid(tuple(image.shape[2:]), ddf.device, dtype) + ddf.to(dtype)
+    return sample_at(image, coordinates, mode)
 
 
 class DDFWarp(nn.Module):

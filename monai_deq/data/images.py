@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files as people have them: NIfTI and FreeSurfer's by nibabel, NRRD, MetaImage and DICOM by SimpleITK."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
+from monai.utils import OptionalImportError, convert_to_numpy, optional_import
+
+from monai_deq.utils import replace_file
+
+__all__ = ["IMAGE_FORMATS", "existing_file", "image_dims", "image_stem", "load_simpleitk", "read_image", "save_nifti"]
+
+_NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
+_ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
+#: what is read, in words
+IMAGE_FORMATS = "NIfTI (.nii, .nii.gz) or .mgz; with SimpleITK also .nrrd, .mha, .dcm or the folder of a DICOM series"
+#: beginnings of files whose names may say otherwise
+_MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"NRRD": "NRRD", b"II*\x00": "TIFF", b"MM\x00*": "TIFF"}
+_MAGIC |= {
+    b"PK\x03\x04": "ZIP",
+    b"\x89HDF": "HDF5",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"%PDF": "PDF",
+    b"\x93NUMPY": "NumPy",
+}
+#: RAS, of nibabel and MONAI, to LPS, of ITK and DICOM, and back
+_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def existing_file(path: str | Path, name: str) -> Path:
+    """The path, its ``~`` resolved; ``FileNotFoundError``, in which it is called ``name``, where there is no file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: the file {str(path)!r} does not exist.")
+    return path
+
+
+def image_stem(path: str | Path) -> str:
+    """Name of a file without folder and ending, both of ``.nii.gz``."""
+    name = Path(path).name
+    ending = next((s for s in sorted((*_NIBABEL, *_ITK), key=len, reverse=True) if name.lower().endswith(s)), "")
+    return name[: -len(ending)] if ending and len(ending) < len(name) else name
+
+
+def load_simpleitk(purpose: str) -> Any:
+    """The module ``SimpleITK``; ``OptionalImportError``, which says what for, where it is not installed."""
+    module, found = optional_import("SimpleITK")
+    if not found:
+        raise OptionalImportError(f'{purpose} needs SimpleITK: pip install "monai_deq[itk]".')
+    return module
+
+
+def _content(path: Path) -> str | None:
+    """What a file is by its first bytes, where that is known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(132)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(path) as packed:
+                head = packed.read(132)
+    except (OSError, EOFError):
+        return None
+    return "DICOM" if head[128:132] == b"DICM" else next((n for m, n in _MAGIC.items() if head.startswith(m)), None)
+
+
+def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
+    """Array, affine, and time between the volumes of a 4-D file."""
+    image: Any = nib.load(path)
+    array = np.asarray(image.dataobj)  # whole numbers stay as they are, unless the header scales them
+    return array, np.asarray(image.affine, dtype=float), float(([*image.header.get_zooms(), 1.0, 1.0])[3])
+
+
+def _by_simpleitk(path: Path, name: str) -> tuple[np.ndarray, np.ndarray, float]:
+    sitk = load_simpleitk(f"{name}: to read {str(path)!r}")
+    if path.is_dir():
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+        if not series:
+            raise ValueError(
+                f"{name}: the folder {str(path)!r} holds no DICOM series; expected a file, {IMAGE_FORMATS}."
+            )
+        files = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), uid) for uid in series}
+        if len(files) > 1:
+            found = ", ".join(f"{uid} ({len(names)} files)" for uid, names in files.items())
+            raise ValueError(f"{name}: {str(path)!r} holds {len(files)} DICOM series, {found}; give a folder of one.")
+        image = sitk.ReadImage(files[series[0]])
+    else:
+        image = sitk.ReadImage(str(path))
+    array, dims = sitk.GetArrayFromImage(image), image.GetDimension()
+    components = image.GetNumberOfComponentsPerPixel() > 1
+    array = array.transpose(*reversed(range(dims)), *([dims] if components else []))
+    space = min(dims, 3)
+    affine = np.eye(4)
+    direction = np.reshape(image.GetDirection(), (dims, dims))[:space, :space]
+    affine[:space, :space] = direction * np.asarray(image.GetSpacing()[:space])
+    affine[:space, 3] = image.GetOrigin()[:space]
+    return array, _FLIP @ affine, float((*image.GetSpacing(), 1.0, 1.0)[3])
+
+
+def _refuse_unreadable(path: Path, name: str) -> None:
+    """``ValueError`` for what is no image of a format that is read, by what it is."""
+    lower = path.name.lower()
+    if path.is_dir() or lower.endswith((".dcm", ".ima")):
+        return
+    content, known = _content(path), lower.endswith((*_NIBABEL, *_ITK))
+    fits = {"NRRD": (".nrrd", ".nhdr"), "DICOM": ()}.get(content or "", ())
+    if content and not (known and lower.endswith(fits or ("\n",))):
+        advice = "rename it to what it is" if content == "NRRD" else "export the scan from where it was made"
+        if content == "DICOM":
+            advice = "name it .dcm, or give the folder of the series"
+        raise ValueError(f"{name}: {str(path)!r} is a {content} file; expected {IMAGE_FORMATS}: {advice}.")
+    if not known:
+        raise ValueError(f"{name}: {str(path)!r} is of no format that is read; expected {IMAGE_FORMATS}.")
+
+
+def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
+    """
+    Read an image to channel-first ``(C, *spatial)`` with its affine, voxel to RAS mm, ``(4, 4)``. The last axis of a
+    4-D file are the channels. ``meta["spatial_shape"]`` is the shape in the file: of a slice two numbers or three.
+
+    Args:
+        path: file, or folder of one DICOM series; for the formats see :py:data:`IMAGE_FORMATS`.
+        name: how to call it in messages.
+        label: whole numbers stay exact, as int32 or int64. Defaults to False: float32.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is not of a known format, holds a vector image, or label numbers above ``2**63 - 1``.
+        RuntimeError: When it cannot be read.
+        OptionalImportError: When SimpleITK is needed and not installed.
+    """
+    path = Path(path).expanduser()
+    path = path if path.is_dir() else existing_file(path, name)
+    _refuse_unreadable(path, name)
+    try:
+        nibabel = not path.is_dir() and path.name.lower().endswith(_NIBABEL)
+        array, affine, between = _by_nibabel(path) if nibabel else _by_simpleitk(path, name)
+    except (OptionalImportError, ValueError) as e:
+        if str(e).startswith(f"{name}:"):
+            raise
+        raise RuntimeError(_damaged(path, name, e)) from e
+    except Exception as e:  # readers raise whatever their file format's library does: EOFError, zlib.error, ...
+        raise RuntimeError(_damaged(path, name, e)) from e
+    if array.dtype.names or array.dtype.kind == "c" or array.ndim not in (2, 3, 4):
+        what = "colour or complex voxels" if array.dtype.names or array.dtype.kind == "c" else f"{array.ndim} axes"
+        raise ValueError(f"{name}: {str(path)!r} has {what}; expected one image of plain numbers.")
+    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
+    shape = array.shape[1:]
+    tensor = torch.from_numpy(np.ascontiguousarray(_whole(array, path, name) if label else array.astype(np.float32)))
+    meta = {"filename_or_obj": str(path), "spatial_shape": list(shape), "original_affine": affine, "space": "RAS"}
+    if len(array) > 1:
+        meta["frame_spacing"] = between
+    # MetaTensor takes the number of axes from the affine's rows
+    return MetaTensor(tensor, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(shape))
+
+
+def image_dims(path: str | Path, name: str) -> int:
+    """Whether a file is of slices, 2, or of volumes, 3, by its header; errors as of :py:func:`read_image`."""
+    path = Path(path).expanduser()
+    path = path if path.is_dir() else existing_file(path, name)
+    _refuse_unreadable(path, name)
+    if path.is_dir():
+        return 3
+    try:
+        if path.name.lower().endswith(_NIBABEL):
+            shape = nib.load(path).shape  # type: ignore[attr-defined]
+        else:
+            reader = load_simpleitk(f"{name}: to read {str(path)!r}").ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            shape = reader.GetSize()
+    except OptionalImportError:
+        raise
+    except Exception as e:
+        raise RuntimeError(_damaged(path, name, e)) from e
+    return 3 if len([n for n in shape[2:3] if n > 1]) else 2
+
+
+def _damaged(path: Path, name: str, error: BaseException) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    said = f"{name}: cannot read {str(path)!r} ({type(error).__name__}: {reason})."
+    return f"{said} The file is damaged or incomplete; download it again."
+
+
+def _whole(array: np.ndarray, path: Path, name: str) -> np.ndarray:
+    """Label numbers as int32 where they fit, else int64; what is not whole stays, for a check to refuse."""
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or (array != np.round(array)).any() or np.abs(array).max(initial=0) >= 2.0**63:
+            return array.astype(np.float32)
+        array = array.astype(np.int64)
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    if high > 2**63 - 1:
+        raise ValueError(f"{name}: {str(path)!r} has the label {high}; expected numbers up to {2**63 - 1}.")
+    return array.astype(np.int32 if low >= -(2**31) and high < 2**31 else np.int64)
+
+
+def save_nifti(path: str | Path, image: NdarrayOrTensor, affine: np.ndarray | None, spatial_dims: int) -> None:
+    """
+    Write a channel-first image as NIfTI, whole or not at all. Several channels become the last axis; a 2-D image gets
+    the slice axis that NIfTI needs, unless its ``meta["spatial_shape"]`` has two numbers; half precision becomes
+    float32, whole numbers of 64 bits those of 32 where they fit, booleans uint8.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz`` file.
+        image: ``(C, *spatial)``, with as many spatial axes as ``spatial_dims`` says, 2 or 3.
+        affine: ``(4, 4)``, or ``(3, 3)`` of a 2-D image; identity when None.
+    """
+    if image.ndim != spatial_dims + 1:
+        raise ValueError(f"expected a channel-first {spatial_dims}-D image for {path}, got shape {tuple(image.shape)}.")
+    planar = isinstance(image, MetaTensor) and len(image.meta.get("spatial_shape", ())) == 2 and len(image) == 1
+    if isinstance(image, torch.Tensor) and image.dtype == torch.bfloat16:  # which NumPy does not have
+        image = image.float()
+    array = convert_to_numpy(image)
+    known = {"float16": np.float32, "bool": np.uint8}
+    if array.dtype == np.int64 and np.abs(array).max(initial=0) < 2**31:
+        array = array.astype(np.int32)
+    array = array.astype(known.get(array.dtype.name, array.dtype))
+    if spatial_dims == 2 and not planar:
+        array = array[..., None]
+    array = np.moveaxis(array, 0, -1) if array.shape[0] > 1 else array[0]
+    with replace_file(path) as temporary:
+        affine = np.eye(4) if affine is None else to_affine_nd(3, affine)
+        written = nib.Nifti1Image(array, affine, dtype=array.dtype)
+        if isinstance(image, MetaTensor) and "frame_spacing" in image.meta and array.ndim == 4:
+            written.header.set_zooms((*written.header.get_zooms()[:3], image.meta["frame_spacing"]))
+        nib.save(written, temporary)
