@@ -260,9 +260,12 @@ class DEQRegistrationNet(IteratedNet):
     def _start(
         self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None, center: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """The first state, the proximal centre, and the steps of the coarser networks where they were asked."""
+        """The first state, the proximal centre, and the steps of the coarser networks, 0 where they were not asked."""
         check_pair(moving, fixed)
-        steps: tuple[torch.Tensor, ...] = ()
+        levels, network = 0, self.coarse
+        while network is not None:
+            levels, network = levels + 1, network.coarse
+        steps = (torch.zeros(len(fixed), dtype=torch.long),) * levels
         if center is None and (ddf is None or self.proximal_weight):
             center, steps = self.coarse_start(moving, fixed)
         return initial_state(fixed, center if ddf is None else ddf, self.hidden_channels), center, steps
