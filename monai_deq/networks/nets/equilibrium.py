@@ -183,17 +183,6 @@ class DEQRegistrationNet(IteratedNet):
         self.coarse = coarse
         if coarse is not None:
             coarse.requires_grad_(False)
-        self.deq = build_deq(
-            self.solver,
-            n_states=self.gradient.num_states + 1,  # in TorchDEQ it counts the final state too
-            grad=self.gradient.steps,
-            tau=self.gradient.damping,
-            ift=self.gradient.kind == "implicit",
-            b_solver=torchdeq_name("plain"),
-            b_max_iter=self.gradient.implicit_max_steps,
-            b_tol=self.gradient.implicit_tolerance,
-            b_stop_mode="rel",
-        )
 
     def fixed_point_map(  # type: ignore[override]
         self,
@@ -286,8 +275,20 @@ class DEQRegistrationNet(IteratedNet):
             "ddf_channels": ndim if self.hidden_channels else None,
             **(self.solver.options or {}),
         }
+        # made when it is needed: TorchDEQ's module keeps functions that cannot be pickled
+        deq = build_deq(
+            self.solver,
+            n_states=self.gradient.num_states + 1,  # in TorchDEQ it counts the final state too
+            grad=self.gradient.steps,
+            tau=self.gradient.damping,
+            ift=self.gradient.kind == "implicit",
+            b_solver=torchdeq_name("plain"),
+            b_max_iter=self.gradient.implicit_max_steps,
+            b_tol=self.gradient.implicit_tolerance,
+            b_stop_mode="rel",
+        ).train(self.training)
         # TorchDEQ solves without gradients, and makes the phantom steps with them
-        states, _ = self.deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
+        states, _ = deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
         return [s[:, :ndim] for s in states]
 
 
