@@ -109,6 +109,11 @@ def test_a_prefix_of_some_names_is_none_of_all(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"net.{k}": v for k, v in two.state_dict().items()}}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model.pt, under 'state_dict', is of.*10 unexpected \(coarse\.update"):
         load_weights(deq_net(tiny_update(2), spatial_dims=2), tmp_path / "model.pt")
+    # nor is one of two that lie side by side taken for the other
+    both = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in unet().state_dict().items()}
+    torch.save(both, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"10 missing .* 20 unexpected \(student\.encoder"):
+        load_weights(unet(), tmp_path / "model.pt")
 
 
 def test_several_that_fit(tmp_path: Path) -> None:
