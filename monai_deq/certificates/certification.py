@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from monai_deq.certificates.spectrum import spectral_radius
 from monai_deq.networks.nets import IteratedNet, RegistrationNet
 from monai_deq.solvers import SolverRecord, random_smooth_ddf, residual_norms
-from monai_deq.utils import json_ready
 
 __all__ = ["Certificate", "Verdict", "certified_solve", "certify", "check_certificate", "starting_point", "verdict"]
 
@@ -55,9 +55,8 @@ class Certificate:
     start_distance: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, fit for JSON: a number that is not finite becomes ``None``."""
-        content: dict[str, Any] = json_ready(asdict(self))
-        return content
+        """The fields by name, NaN for what was not asked for, which data loaders take and ``None`` they do not."""
+        return {name: math.nan if value is None else value for name, value in asdict(self).items()}
 
 
 def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +38,69 @@ def load_weights(network: nn.Module, path: str | Path, without: str | None = Non
 
     Args:
         network: the network.
-        path: checkpoint file: a state dict, or a training checkpoint that has one under ``"network"``.
+        path: checkpoint file: a state dict, or dictionaries nested in each other with a state dict in them. What all
+            names begin with, such as ``"module."`` of ``DistributedDataParallel``, ``"_orig_mod."`` of
+            ``torch.compile`` or the name of an attribute, is left out where the others then fit. Of several that fit,
+            as in the checkpoint of a training, it is the one under ``"network"``.
         without: weights whose names begin with it, such as ``"coarse."``, stay as they are. Defaults to none.
 
     Raises:
         FileNotFoundError: When there is no such file.
-        ValueError: When the file is not a checkpoint, or is one of another architecture.
+        ValueError: When the file is not a checkpoint, is one of another architecture, or has several that fit.
     """
     checkpoint = load_checkpoint(path)
-    state = checkpoint.get("network", checkpoint)
-    if not isinstance(state, Mapping):
-        raise ValueError(f'{path} holds a {type(state).__name__} under "network", expected a dictionary of weights.')
-    own = network.state_dict()
-    if without:
-        own = {k: v for k, v in own.items() if not k.startswith(without)}
-        state = {k: v for k, v in state.items() if not k.startswith(without)}
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k}: expected {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
-        for k in own
-        if k in state and own[k].shape != state[k].shape
-    ]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(v)} {what} ({v[0]}{', ...' if len(v) > 1 else ''})"
-            for what, v in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if v
-        ]
+    own = {k: v for k, v in network.state_dict().items() if not (without and k.startswith(without))}
+    tried = []
+    for name, saved in _states(checkpoint):
+        for short in _without_prefix(saved):
+            state = {k: v for k, v in short.items() if not (without and k.startswith(without))}
+            tried.append((name, state, _differences(own, state)))
+    if not tried:
+        got = ", ".join(repr(k) for k in list(checkpoint)[:5]) or "an empty one"
+        raise ValueError(f"{path} holds no weights: expected a dictionary of tensors, or others around it, got {got}.")
+    fitting = {name: state for name, state, differences in tried if not any(differences.values())}
+    if not fitting:
+        name, _, differences = min(tried, key=lambda attempt: sum(map(len, attempt[2].values())))
+        parts = [f"{len(v)} {what} ({v[0]}{', ...' if len(v) > 1 else ''})" for what, v in differences.items() if v]
         raise ValueError(
-            f"the checkpoint {path} is of another architecture than {type(network).__name__}: weights "
-            f"{'; '.join(parts)}. Use the configuration (2-D or 3-D, channels, method) it was trained with."
+            f"the checkpoint {path}{name and f', under {name!r},'} is of another architecture than "
+            f"{type(network).__name__}: weights {'; '.join(parts)}. Use the configuration (2-D or 3-D, channels, "
+            "method) it was trained with."
         )
+    if len(fitting) > 1 and "network" not in fitting:
+        raise ValueError(
+            f"{path} holds several networks that fit, under {', '.join(map(repr, fitting))}: save the weights of the "
+            "one that is meant alone."
+        )
+    state = fitting.get("network", next(iter(fitting.values())))
     network.load_state_dict(state, strict=not without)
     return network
+
+
+def _states(content: Mapping[Any, Any], name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The dictionaries with tensors in them, and the names they are under, joined by dots."""
+    if any(isinstance(v, torch.Tensor) for v in content.values()) and all(isinstance(k, str) for k in content):
+        yield name, content
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _states(value, f"{name}.{key}" if name else str(key))
+
+
+def _without_prefix(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The state as it is, and without the first one, two, ... parts of the names while all of them share these."""
+    names = [k.split(".") for k in state]
+    for n in range(len(os.path.commonprefix([parts[:-1] for parts in names])) + 1):
+        yield {".".join(parts[n:]): v for parts, v in zip(names, state.values(), strict=True)}
+
+
+def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What is wrong with a state for a network of its ``own`` weights, each kind as a list."""
+    return {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [
+            f"{k}: expected {tuple(v.shape)}, got {tuple(state[k].shape)}"
+            for k, v in own.items()
+            if k in state and v.shape != state[k].shape
+        ],
+    }

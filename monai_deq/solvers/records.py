@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from monai_deq.utils import json_ready
+import torch.nn.functional as F
 
 __all__ = ["MEASURES", "SolverRecord", "StopReason"]
 
@@ -38,7 +37,7 @@ class SolverRecord:
         converged: ``(B,)``, whether the item met a tolerance.
         reason: why each item stopped, one of the values of :py:class:`StopReason`.
         coarse_steps: ``(B,)`` each, evaluations at the smaller sizes that gave the start, each half the size of the one
-            before. Empty where there was none.
+            before; 0 at one that was left out. Empty for a method of one size.
         finish: record of the second method that went on from the solution. Defaults to ``None``: none did.
         measures: what else the method measured, by name: ``(B,)``, or ``(B, N)`` for each step. Empty by default.
     """
@@ -85,22 +84,26 @@ class SolverRecord:
                 values["energy_before_finish"] = self.finish.measures["energy"][:, 0]
         return values
 
-    def item(self, index: int) -> dict[str, Any]:
-        """The record of one item in plain Python values, fit for JSON: a residual that is not finite is ``None``."""
+    def item(self, index: int, length: int = 0) -> dict[str, Any]:
+        """The record of one item: plain Python values, NaN where there is no number, and tensors, which are
+        ``coarse_steps`` and the traces. For JSON see :py:func:`monai_deq.utils.json_ready`.
+
+        Args:
+            index: of the item.
+            length: with fewer steps the traces, those of a finish too, are padded with NaN to it: data loaders put
+                items together whose traces are of one length. Defaults to 0: as many as steps.
+        """
         n = int(self.steps[index])
-        content: dict[str, Any] = json_ready(
-            {
-                "steps": n,
-                "residual": self.final_residual[index],
-                "relative_residual": self.final_relative_residual[index],
-                "converged": self.converged[index],
-                "reason": self.reason[index],
-                "coarse_steps": [steps[index] for steps in self.coarse_steps],
-                "residual_trace": self.residual[index, :n],
-                "relative_residual_trace": self.relative_residual[index, :n],
-                **({} if self.finish is None else {"finish": self.finish.item(index)}),
-                **{f"{k}_trace": v[index, :n] for k, v in self.measures.items() if v.ndim > 1},
-                **{k: v[index] for k, v in self.measured().items()},
-            }
-        )
-        return content
+        traces = {"residual": self.residual, "relative_residual": self.relative_residual}
+        traces |= {k: v for k, v in self.measures.items() if v.ndim > 1}
+        return {
+            "steps": n,
+            "residual": self.final_residual[index].item(),
+            "relative_residual": self.final_relative_residual[index].item(),
+            "converged": bool(self.converged[index]),
+            "reason": self.reason[index],
+            "coarse_steps": torch.tensor([int(steps[index]) for steps in self.coarse_steps], dtype=torch.long),
+            **{f"{k}_trace": F.pad(v[index, :n], (0, max(length - n, 0)), value=torch.nan) for k, v in traces.items()},
+            **({} if self.finish is None else {"finish": self.finish.item(index, length)}),
+            **{k: v[index].item() for k, v in self.measured().items()},
+        }

@@ -85,7 +85,9 @@ class FixedPointSolver(Transform):
             ``steps``, ``coarse_steps``, ``evaluations`` (those at smaller sizes by their share of the voxels),
             ``residual``, ``relative_residual``, ``converged``, ``reason`` and the two traces; with a certificate the
             fields of :py:class:`monai_deq.certificates.Certificate` too, with the residuals at the solution itself;
-            with a ``finish`` its record as ``finish``, all else being of the network's solution.
+            with a ``finish`` its record as ``finish``, all else being of the network's solution. A data loader puts
+            the records of several pairs together: what there is no number of is NaN, and the traces are tensors
+            padded with NaN to the step limit, so that ``trace[:steps]`` are the steps taken.
         """
         # NumPy's default is float64, which the weights of a float32 network would refuse
         parameter = next((p for p in self.network.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -107,7 +109,10 @@ class FixedPointSolver(Transform):
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
         warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
-        words = {**record.item(0), "evaluations": float(record.evaluations(ddf.ndim - 1)[0])}
+        limit = self.network.solver.changed(**self.changes).max_steps
+        if self.finish is not None:
+            limit = max(limit, self.finish.solver.max_steps)
+        words = {**record.item(0, limit), "evaluations": float(record.evaluations(ddf.ndim - 1)[0])}
         if certificates is not None:
             words.update(certificates[0].as_dict())
         elif self.certificate is not None:

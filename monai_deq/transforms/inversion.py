@@ -216,14 +216,14 @@ class InvertDDF(Transform):
 
         Returns:
             The inverse ``(ndim, *spatial)`` in voxels, and the record: ``steps``, ``residual``, ``converged``,
-            ``reason`` and the traces of the solver; ``failed`` (number of voxels), ``failed_percent`` and
-            ``outside_percent``, see :py:func:`inversion_failures`.
+            ``reason`` and the traces of the solver, padded with NaN to its step limit; ``failed`` (number of voxels),
+            ``failed_percent`` and ``outside_percent``, see :py:func:`inversion_failures`.
         """
         field = convert_to_tensor(ddf, track_meta=False)[None]
         start = None if initial is None else convert_to_tensor(initial, track_meta=False)[None]
         inverse, record = invert_ddf(field, self.settings, start)
         failed, outside = inversion_failures(field, inverse, self.tolerance)
-        words = {**record.item(0), "failed": int(failed.sum())}
+        words = {**record.item(0, (self.settings or _SETTINGS).max_steps), "failed": int(failed.sum())}
         words["failed_percent"], words["outside_percent"] = (
             100 * float(mask.double().mean()) for mask in (failed, outside)
         )

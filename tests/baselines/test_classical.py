@@ -10,6 +10,7 @@ import torch
 
 from monai_deq.baselines import InitialAlignment
 from monai_deq.inferers import FixedPointInferer
+from monai_deq.utils import json_ready
 
 
 def make_batch(ndim: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +43,7 @@ def test_behind_the_inferer_of_the_networks(ndim: int) -> None:
 def test_record_is_fit_for_json() -> None:
     _, record = InitialAlignment().solve(*make_batch(2))
     assert len(record) == 3 and record.residual.shape == (3, 1)
-    assert json.loads(json.dumps(record.item(1))) == {
+    assert json.loads(json.dumps(json_ready(record.item(1)), allow_nan=False)) == {
         "steps": 0,
         "residual": None,
         "relative_residual": None,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -65,6 +67,16 @@ def itk() -> Iterator[Any]:
     yield itk
     threader.SetGlobalMaximumNumberOfThreads(highest)
     threader.SetGlobalDefaultNumberOfThreads(default)
+
+
+@needs_elastix
+def test_pickles() -> None:
+    moving, fixed, _ = make_pair(2)
+    network = ElastixRegistration(2, levels=1, iterations=2, parameters=FAST, threads=1)
+    expected = network.solve(moving, fixed)[0]  # before: what a call keeps must not be in the way
+    for again in (pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
+        assert again.parameter_map == network.parameter_map
+        assert torch.equal(again.solve(moving, fixed)[0], expected) and bool(expected.any())
 
 
 @needs_elastix

@@ -64,11 +64,9 @@ def test_certify_a_contraction() -> None:
             "spectral_radius": c.spectral_radius,
             "start_distance": c.start_distance,
         }
-    assert Certificate("diverging", math.nan, math.inf, 3).as_dict() == {
-        **dict.fromkeys(("residual", "relative_residual", "spectral_radius", "start_distance")),
-        "verdict": "diverging",
-        "steps": 3,
-    }
+    words = Certificate("diverging", math.nan, math.inf, 3).as_dict()
+    assert (words.pop("verdict"), words.pop("steps"), words.pop("relative_residual")) == ("diverging", 3, math.inf)
+    assert set(words) == {"residual", "spectral_radius", "start_distance"} and all(map(math.isnan, words.values()))
     # another tolerance, and nothing that was not asked for
     (c, _) = certify(network, fixed, fixed, state, record, {"tolerance": 1e-9})
     assert c.verdict != "converged" and c.spectral_radius is None and c.start_distance is None

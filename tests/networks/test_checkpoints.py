@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from nets import deq_net, tiny_update
 
 from monai_deq.networks import load_checkpoint, load_weights
 from monai_deq.networks.blocks import RegistrationUNet
+from monai_deq.networks.nets import coarse_to_fine
 
 
 def unet(spatial_dims: int = 2, in_channels: int = 4, **kwargs: Any) -> RegistrationUNet:
@@ -34,6 +38,98 @@ def test_loads_in_place(tmp_path: Path, spatial_dims: int, form: str) -> None:
     assert all(map(torch.equal, weights(source), weights(network)))
 
 
+class Inside(torch.nn.Module):
+    """The network as an attribute of something else, as Lightning's modules have it."""
+
+    def __init__(self, name: str, network: torch.nn.Module) -> None:
+        super().__init__()
+        setattr(self, name, network)
+
+
+#: what is around a network when its weights are saved
+WRAPPED: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "nothing": lambda network: network,
+    "data parallel": torch.nn.DataParallel,
+    "compiled": torch.compile,
+    "compiled in parallel": lambda network: torch.nn.DataParallel(torch.compile(network)),
+    "parallel and compiled": lambda network: torch.compile(torch.nn.DataParallel(network)),
+    **{f"as {name}": partial(Inside, name) for name in ("network", "net", "model", "registration")},
+    "deep inside": lambda network: Inside("method", torch.compile(Inside("network", network))),
+}
+#: what is around a state dict in the file
+FORMS: dict[str, Callable[[Any, torch.optim.Optimizer], Any]] = {
+    "alone": lambda state, _: state,
+    **{name: partial(lambda name, state, _: {name: state}, name) for name in ("model", "model_state_dict", "network")},
+    "with its optimizer": lambda state, optimizer: {
+        "epoch": 3,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "model_state_dict": state,
+        "loss": torch.tensor(0.25),
+    },
+    "Lightning": lambda state, optimizer: {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        "optimizer_states": [optimizer.state_dict()],
+        "hyper_parameters": {"rate": 1e-3},
+    },
+    "nested": lambda state, optimizer: {"run": {"best": {"weights": state}, "optimizer": optimizer.state_dict()}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("without", [None, "coarse."])
+def test_habits_of_others(tmp_path: Path, wrap: str, form: str, without: str | None) -> None:
+    def net(seed: int) -> torch.nn.Module:
+        network = coarse_to_fine(deq_net(tiny_update(2), spatial_dims=2), 2)
+        torch.manual_seed(seed)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+        return network
+
+    source, network = net(1), net(2)
+    optimizer = torch.optim.Adam(source.parameters())
+    for parameter in source.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.save(FORMS[form](WRAPPED[wrap](source).state_dict(), optimizer), tmp_path / "model.pt")
+    kept = {k: v.clone() for k, v in network.state_dict().items() if without and k.startswith(without)}
+    assert load_weights(network, tmp_path / "model.pt", without) is network
+    expected = {**source.state_dict(), **kept}
+    state = network.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[k], v) for k, v in expected.items())
+    assert bool(kept) == bool(without)
+
+
+def test_a_prefix_of_some_names_is_none_of_all(tmp_path: Path) -> None:
+    # the coarser network of two sizes is no network of one, though its names fit when the rest is passed over
+    two = coarse_to_fine(deq_net(tiny_update(2), spatial_dims=2), 2)
+    torch.save({"state_dict": {f"net.{k}": v for k, v in two.state_dict().items()}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model.pt, under 'state_dict', is of.*10 unexpected \(coarse\.update"):
+        load_weights(deq_net(tiny_update(2), spatial_dims=2), tmp_path / "model.pt")
+    # nor is one of two that lie side by side taken for the other
+    both = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in unet().state_dict().items()}
+    torch.save(both, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"10 missing .* 20 unexpected \(student\.encoder"):
+        load_weights(unet(), tmp_path / "model.pt")
+
+
+def test_several_that_fit(tmp_path: Path) -> None:
+    first, second = unet(), unet()
+    path = tmp_path / "model.pt"
+    # as our trainings write it
+    torch.save({"averaged": first.state_dict(), "network": second.state_dict()}, path)
+    assert all(map(torch.equal, weights(load_weights(unet(), path)), weights(second)))
+    torch.save({"model": first.state_dict(), "ema": {"module": second.state_dict()}}, path)
+    with pytest.raises(ValueError, match=r"several networks that fit, under 'model', 'ema.module': save"):
+        load_weights(unet(), path)
+    # one of another size is in nobody's way
+    torch.save({"generator": unet(3).state_dict(), "critic": second.state_dict()}, path)
+    assert all(map(torch.equal, weights(load_weights(unet(), path)), weights(second)))
+
+
 def test_leaves_weights_as_they_are(tmp_path: Path) -> None:
     source, network = unet(), unet()
     prefix = next(iter(source.state_dict())).split(".")[0] + "."
@@ -47,7 +143,7 @@ def test_leaves_weights_as_they_are(tmp_path: Path) -> None:
         kept = {k: torch.equal(v, own[k]) for k, v in network.state_dict().items() if k.startswith(prefix)}
         assert kept and all(kept.values()), name
         assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items() if k not in kept), name
-    torch.save({}, tmp_path / "model.pt")
+    torch.save({next(iter(before)): torch.zeros(2)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="missing"):
         load_weights(network, tmp_path / "model.pt", without=prefix)
 
@@ -100,6 +196,14 @@ def test_not_a_dictionary(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], path)
     with pytest.raises(ValueError, match=r"model\.pt holds a list, expected a dictionary of weights"):
         load_weights(unet(), path)
-    torch.save({"network": 3}, path)
-    with pytest.raises(ValueError, match=r'model\.pt holds a int under "network"'):
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [({"network": 3}, "'network'"), ({}, "an empty one"), ({"state_dict": {}, "epoch": 3}, "'state_dict', 'epoch'")],
+)
+def test_no_weights(tmp_path: Path, content: Any, got: str) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"model\.pt holds no weights: expected a dictionary of tensors.*got {got}\."):
         load_weights(unet(), path)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from monai_deq.solvers import MEASURES, SolverRecord, SolverSettings, StopReason, solve_fixed_point
+from monai_deq.utils import json_ready
 
 
 def record() -> SolverRecord:
@@ -33,7 +35,7 @@ def test_last_values() -> None:
 
 def test_items_as_json() -> None:
     r = record()
-    items = [json.loads(json.dumps(r.item(i), allow_nan=False)) for i in range(4)]
+    items = [json.loads(json.dumps(json_ready(r.item(i)), allow_nan=False)) for i in range(4)]
     assert items[0] == {
         "steps": 3,
         "residual": 1.0,
@@ -63,7 +65,7 @@ def test_evaluations_at_smaller_sizes_count_by_their_voxels() -> None:
     assert record().evaluations(2).tolist() == [3, 1, 0, 2]
     assert r.evaluations(2).tolist() == [3 + 2 + 1, 1 + 1 + 0.125, 0, 2.25]
     assert r.evaluations(3).tolist() == [3 + 1 + 0.25, 1 + 0.5 + 2 / 64, 0, 2.125]
-    assert r.item(0)["coarse_steps"] == [8, 16]
+    assert r.item(0)["coarse_steps"].tolist() == [8, 16]
 
 
 def finished() -> SolverRecord:
@@ -107,10 +109,10 @@ def test_measures_of_a_finish() -> None:
 
 def test_items_with_a_finish_as_json() -> None:
     r = finished()
-    items = [json.loads(json.dumps(r.item(i), allow_nan=False)) for i in range(4)]
+    items = [json.loads(json.dumps(json_ready(r.item(i)), allow_nan=False)) for i in range(4)]
     plain = record()
     for i, item in enumerate(items):
-        known = json.loads(json.dumps(plain.item(i), allow_nan=False))
+        known = json.loads(json.dumps(json_ready(plain.item(i)), allow_nan=False))
         assert {k: v for k, v in item.items() if k in known} == known
         assert set(item) - set(known) == {"finish", "energy_trace", "own", *r.measured()}
         assert item["own"] == 1.0 and item["energy_trace"] == [[0.0, 1.0, 2.0], [3.0], [], [9.0, 10.0]][i]
@@ -127,8 +129,23 @@ def test_items_of_real_solves(solver: str) -> None:
     _, r = solve_fixed_point(lambda x: scale * x, torch.ones(3, 2, 3), SolverSettings(solver, 20))
     items = [r.item(i) for i in range(3)]
     for item in items:
-        json.dumps(item, allow_nan=False)
+        json.dumps(json_ready(item), allow_nan=False)
         assert len(item["residual_trace"]) == len(item["relative_residual_trace"]) == item["steps"]
     assert [item["reason"] for item in items] == ["tolerance", "tolerance", "non-finite"]
-    assert items[1]["relative_residual_trace"] == [None, 0.0]
-    assert items[2]["residual"] is None
+    assert json_ready(items[1]["relative_residual_trace"]) == [None, 0.0]
+    assert math.isnan(items[2]["residual"])
+
+
+@pytest.mark.parametrize("length", [0, 2, 5])
+def test_traces_of_one_length(length: int) -> None:
+    r = finished()
+    for i, (steps, finish_steps) in enumerate(zip([3, 1, 0, 2], [2, 1, 2, 0], strict=True)):
+        item, plain = r.item(i, length), r.item(i)
+        for words, known, n in ((item, plain, steps), (item["finish"], plain["finish"], finish_steps)):
+            assert words.keys() == known.keys()
+            traces = [k for k in words if k.endswith("_trace")]
+            assert sorted(traces) == ["energy_trace", "relative_residual_trace", "residual_trace"]
+            for name in traces:
+                assert len(known[name]) == n and len(words[name]) == max(n, length)
+                assert words[name].is_floating_point() and bool(words[name][n:].isnan().all())
+                torch.testing.assert_close(words[name][:n], known[name], equal_nan=True, rtol=0, atol=0)

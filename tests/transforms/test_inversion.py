@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.transforms import Compose
 from scipy import ndimage, optimize
 
 import monai_deq.transforms as transforms
 from monai_deq.solvers import SolverSettings
 from monai_deq.transforms import InvertDDF, InvertDDFd, inversion_failures, invert_ddf
+from monai_deq.utils import json_ready
 
 SIZES = [(21, 16), (11, 14, 9)]
 MATRICES = {
@@ -217,7 +218,21 @@ def test_transform(size: tuple[int, ...], kind: Any) -> None:
     assert isinstance(inverse, MetaTensor) == (kind is MetaTensor)
     assert record["converged"] and 1 < record["steps"] < 16 and record["residual"] < 1e-5
     assert record["failed"] == record["failed_percent"] == record["outside_percent"] == 0
-    json.dumps(record)
+    json.dumps(json_ready(record), allow_nan=False)
+
+
+@pytest.mark.parametrize("settings", [None, SolverSettings(max_steps=3, tolerance=0.0)])
+def test_records_collate(settings: SolverSettings | None) -> None:
+    # nothing to invert, and a field that takes several steps
+    items = [{"ddf": torch.zeros(2, 9, 8)}, {"ddf": smooth_ddf((9, 8), 1.5)[0]}]
+    data = Dataset(items, InvertDDFd("ddf", settings=settings))
+    steps = [item["inverse_ddf_record"]["steps"] for item in data]
+    assert steps[0] < steps[1]
+    (batch,) = DataLoader(data, batch_size=2)
+    assert batch["inverse_ddf_record"]["steps"].tolist() == steps
+    for record, item in zip(decollate_batch(batch["inverse_ddf_record"]), data, strict=True):
+        known = item["inverse_ddf_record"]
+        assert json_ready(record) == json_ready(known) and [*map(type, record.values())] == [*map(type, known.values())]
 
 
 def test_record_counts() -> None:

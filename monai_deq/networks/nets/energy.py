@@ -127,7 +127,9 @@ class EnergyRegistrationNet(IteratedNet):
             if not last:
                 steps.insert(0, record.steps)
                 ddf = upsample_state(state[:, : self.spatial_dims], images[level + 1][1].shape[2:])
-        return state, replace(record, coarse_steps=tuple(steps))
+        # a size that was left out is there with no step: records of one network are alike
+        left_out = [torch.zeros_like(record.steps)] * (len(self.steps) - len(images))
+        return state, replace(record, coarse_steps=(*steps, *left_out))
 
     def _solve_size(
         self,

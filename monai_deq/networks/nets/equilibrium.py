@@ -183,17 +183,6 @@ class DEQRegistrationNet(IteratedNet):
         self.coarse = coarse
         if coarse is not None:
             coarse.requires_grad_(False)
-        self.deq = build_deq(
-            self.solver,
-            n_states=self.gradient.num_states + 1,  # in TorchDEQ it counts the final state too
-            grad=self.gradient.steps,
-            tau=self.gradient.damping,
-            ift=self.gradient.kind == "implicit",
-            b_solver=torchdeq_name("plain"),
-            b_max_iter=self.gradient.implicit_max_steps,
-            b_tol=self.gradient.implicit_tolerance,
-            b_stop_mode="rel",
-        )
 
     def fixed_point_map(  # type: ignore[override]
         self,
@@ -260,9 +249,12 @@ class DEQRegistrationNet(IteratedNet):
     def _start(
         self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor | None, center: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """The first state, the proximal centre, and the steps of the coarser networks where they were asked."""
+        """The first state, the proximal centre, and the steps of the coarser networks, 0 where they were not asked."""
         check_pair(moving, fixed)
-        steps: tuple[torch.Tensor, ...] = ()
+        levels, network = 0, self.coarse
+        while network is not None:
+            levels, network = levels + 1, network.coarse
+        steps = (torch.zeros(len(fixed), dtype=torch.long),) * levels
         if center is None and (ddf is None or self.proximal_weight):
             center, steps = self.coarse_start(moving, fixed)
         return initial_state(fixed, center if ddf is None else ddf, self.hidden_channels), center, steps
@@ -283,8 +275,20 @@ class DEQRegistrationNet(IteratedNet):
             "ddf_channels": ndim if self.hidden_channels else None,
             **(self.solver.options or {}),
         }
+        # made when it is needed: TorchDEQ's module keeps functions that cannot be pickled
+        deq = build_deq(
+            self.solver,
+            n_states=self.gradient.num_states + 1,  # in TorchDEQ it counts the final state too
+            grad=self.gradient.steps,
+            tau=self.gradient.damping,
+            ift=self.gradient.kind == "implicit",
+            b_solver=torchdeq_name("plain"),
+            b_max_iter=self.gradient.implicit_max_steps,
+            b_tol=self.gradient.implicit_tolerance,
+            b_stop_mode="rel",
+        ).train(self.training)
         # TorchDEQ solves without gradients, and makes the phantom steps with them
-        states, _ = self.deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
+        states, _ = deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
         return [s[:, :ndim] for s in states]
 
 

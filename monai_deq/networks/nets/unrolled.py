@@ -140,7 +140,8 @@ class UnrolledRegistrationNet(IteratedNet):
             state, _ = self._start(self._pyramid(moving), self._pyramid(fixed), initial_ddf)
         ddf_channels = fixed.ndim - 2 if self.hidden_channels else None
         state, record = solve_fixed_point(g, state, self.solver.changed(**changes), ddf_channels)
-        levels = self.steps[-2::-1] if initial_ddf is None else ()
+        # a size that was left out is there with no step: records of one network are alike
+        levels = [n if initial_ddf is None else 0 for n in self.steps[-2::-1]]
         return state, replace(record, coarse_steps=tuple(torch.full_like(record.steps, n) for n in levels))
 
     def training_states(  # type: ignore[override]

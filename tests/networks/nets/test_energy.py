@@ -69,7 +69,8 @@ def test_known_deformations(size: tuple[int, ...], seed: int) -> None:
 def test_images_too_small_for_all_sizes(size: tuple[int, ...]) -> None:
     moving, fixed, truth = problem(size, 0.7)
     ddf, record = make_net(len(size), steps=(60, 40, 40)).solve(moving, fixed)
-    assert record.coarse_steps == () and int(record.steps) <= 40 and length(ddf - truth) < 0.35 * length(truth)
+    assert [int(n) for n in record.coarse_steps] == [0, 0]
+    assert int(record.steps) <= 40 and length(ddf - truth) < 0.35 * length(truth)
 
 
 @pytest.mark.parametrize(("size", "levels"), [((14, 40), 1), ((15, 40), 2), ((31, 28), 2), ((29, 33), 3)])
@@ -77,9 +78,9 @@ def test_sizes(size: tuple[int, ...], levels: int) -> None:
     # none has an axis of fewer than eight voxels
     moving, fixed, _ = problem(size)
     _, record = make_net(2, steps=(3, 4, 5), tolerance=0.0).solve(moving, fixed)
-    assert [int(record.steps), *(int(n) for n in record.coarse_steps)] == [5, 4, 3][:levels]
+    assert [int(record.steps), *(int(n) for n in record.coarse_steps)] == [[5, 4, 3], [5, 4, 0], [5, 0, 0]][3 - levels]
     _, record = make_net(2, steps=(3, 4, 5), tolerance=0.0).solve(moving, fixed, max_steps=7)
-    assert [int(record.steps), *(int(n) for n in record.coarse_steps)] == [7, 4, 3][:levels]
+    assert [int(record.steps), *(int(n) for n in record.coarse_steps)] == [[7, 4, 3], [7, 4, 0], [7, 0, 0]][3 - levels]
 
 
 def test_default_steps() -> None:
@@ -252,7 +253,7 @@ def test_items_stop_one_by_one() -> None:
             assert values.ndim == 1 or bool(values[i, n:].isnan().all())
         assert bool(record.measures["energy"][i, :n].isfinite().all())
     words = record.item(2)
-    assert words["energy_trace"] == [] and words["unfolded"] == 0
+    assert len(words["energy_trace"]) == 0 and words["unfolded"] == 0
     assert record.item(1)["steps"] == len(record.item(1)["energy_trace"])
 
 
@@ -302,7 +303,7 @@ def test_initial_displacement() -> None:
     moving, fixed, truth = problem((40, 33))
     net = make_net(2)
     ddf, record = net.solve(moving, fixed, truth, max_steps=1)
-    assert record.coarse_steps == () and length(ddf - truth) <= 0.51
+    assert not any(record.coarse_steps) and length(ddf - truth) <= 0.51
     assert float(record.measures["energy"][0, 0]) < -0.9
     ddf, record = net.solve(moving, fixed, truth)
     assert length(ddf - truth) < 0.25 * length(truth) and int(record.steps) <= 40

@@ -1,18 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked of every registration method: the call with one and with two tensors, and the pairs it refuses."""
+"""What is asked of every registration method: the call with one and with two tensors, pairs it refuses, pickles."""
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from monai.data import DataLoader, Dataset
+from monai.losses import GlobalMutualInformationLoss, LocalNormalizedCrossCorrelationLoss
 from monai.networks.blocks import Warp
 from nets import Pull, deq_net, pair, tiny_recurrent_update, tiny_update
+from torch.utils.data import ConcatDataset
 
-from monai_deq.networks.nets import IteratedNet, RegistrationNet, UnrolledRegistrationNet
+from monai_deq.baselines import InitialAlignment
+from monai_deq.networks.nets import (
+    DEQRegistrationNet,
+    EnergyRegistrationNet,
+    GradientSettings,
+    IteratedNet,
+    RegistrationNet,
+    RestSettings,
+    UnrolledRegistrationNet,
+    coarse_to_fine,
+    gradirn_net,
+    riir_net,
+    unrolling_net,
+    voxelmorph_net,
+)
 from monai_deq.networks.nets.interface import check_pair
 from monai_deq.solvers import SolverRecord, SolverSettings
+from monai_deq.transforms import FixedPointSolverd
 
 
 class Constant(RegistrationNet):
@@ -109,3 +131,82 @@ def test_whole_numbers() -> None:
         check_pair(image.byte(), image)
     with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.int64"):
         check_pair(image, image.long())
+
+
+#: tiny ones of every kind, with weights that are seen
+PICKLED: dict[str, Callable[[int], RegistrationNet]] = {
+    "DEQReg": lambda ndim: deq_net(tiny_update(ndim), max_steps=3, num_states=1),
+    "DEQReg, implicit": lambda ndim: deq_net(tiny_update(ndim), max_steps=3, num_states=0, gradient="implicit"),
+    "DEQReg at rest": lambda ndim: DEQRegistrationNet(
+        tiny_update(ndim, checkpoint_parts=2),
+        solver=SolverSettings("anderson", 4, options={"window": 2}),
+        gradient=GradientSettings(num_states=1, checkpointed=True),
+        rest=RestSettings(),
+    ),
+    "coarse to fine": lambda ndim: coarse_to_fine(deq_net(tiny_update(ndim), max_steps=3, num_states=0), 2, 3),
+    "hidden state": lambda ndim: deq_net(tiny_recurrent_update(ndim), max_steps=3, num_states=0),
+    "unrolled": lambda ndim: UnrolledRegistrationNet(tiny_update(ndim), steps=(1, 2), all_states=True),
+    "VoxelMorph": lambda ndim: voxelmorph_net(ndim, 2),
+    "Unrolling": lambda ndim: unrolling_net(ndim, 2, 2),
+    "GraDIRN": lambda ndim: gradirn_net(ndim, 2, 2, LocalNormalizedCrossCorrelationLoss(ndim, 3)),
+    "RIIR": lambda ndim: riir_net(ndim, 2, GlobalMutualInformationLoss(num_bins=5)),
+    "energy": lambda ndim: EnergyRegistrationNet(spatial_dims=ndim, steps=(2, 3)),
+    "initial alignment": lambda ndim: InitialAlignment(),
+    "a method outside": lambda ndim: Constant(),
+}
+ROUND_TRIPS: dict[str, Callable[[RegistrationNet], RegistrationNet]] = {
+    "pickle": lambda network: pickle.loads(pickle.dumps(network)),
+    "deepcopy": copy.deepcopy,
+    "torch.save": lambda network: torch.load(saved(network), weights_only=False),
+}
+
+
+def saved(network: torch.nn.Module) -> io.BytesIO:
+    torch.save(network, file := io.BytesIO())
+    file.seek(0)
+    return file
+
+
+def pickled_network(kind: str, ndim: int) -> RegistrationNet:
+    network = PICKLED[kind](ndim)
+    torch.manual_seed(3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return network
+
+
+@pytest.mark.parametrize("way", ROUND_TRIPS)
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("kind", PICKLED)
+def test_round_trip(kind: str, ndim: int, way: str) -> None:
+    moving, fixed = pair((16, 18) if ndim == 2 else (16, 10, 9))
+    network = pickled_network(kind, ndim).eval()
+    expected, expected_record = network.solve(moving, fixed)  # before: what a call keeps must not be in the way
+    again = ROUND_TRIPS[way](network)
+    assert again is not network and type(again) is type(network)
+    ddf, record = again.solve(moving, fixed)
+    assert torch.equal(ddf, expected) and torch.equal(record.steps, expected_record.steps)
+    assert (again.training, again.solver) == (network.training, network.solver)
+    if kind in ("energy", "initial alignment", "a method outside"):
+        return
+    # on a tape of its own
+    network.train(), again.train()
+    for one in (network, again):
+        (one(moving, fixed)[0] - fixed).square().mean().backward()
+    gradients = [[p.grad for p in one.parameters() if p.requires_grad] for one in (network, again)]
+    assert gradients[0] and all(map(torch.equal, *gradients)) and any(bool(g.any()) for g in gradients[0])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_loader(context: str) -> None:
+    # of all kinds at once: a spawned worker takes seconds to begin
+    moving, fixed = (images[0] for images in pair((16, 18)))
+    item = {"moving": moving, "fixed": fixed}
+    solvers = [FixedPointSolverd(pickled_network(kind, 2)) for kind in PICKLED]
+    data = ConcatDataset([Dataset([item], solver) for solver in solvers])
+    loader = DataLoader(data, batch_size=1, num_workers=1, multiprocessing_context=context)
+    for solver, batch in zip(solvers, loader, strict=True):
+        known = solver(item)
+        assert (
+            torch.equal(batch["ddf"][0], known["ddf"]) and batch["record"]["steps"].item() == known["record"]["steps"]
+        )
