@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-EXTRAS = ["itk-elastix", "matplotlib>=3.10", "pooch"]
+EXTRAS = ["itk-elastix", "matplotlib>=3.10", "pooch", "SimpleITK>=2.3"]
 DOCS = ["sphinx>=7.3", "myst-parser>=3", "furo"]
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "monai_deq" / "__init__.py").read_text(), re.M).group(1)  # type: ignore[union-attr]
 
@@ -38,6 +38,7 @@ setup(
         "elastix": ["itk-elastix"],
         "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"],  # what --tracking mlflow needs of MLflow
         "figures": ["matplotlib>=3.10"],
+        "itk": ["SimpleITK>=2.3"],  # its formats, its transforms, affine alignment
         "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", *EXTRAS, *DOCS],
         "docs": DOCS,
     },

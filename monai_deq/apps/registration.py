@@ -107,7 +107,8 @@ def _method(settings: RegistrationSettings, dims: int) -> tuple[RegistrationNet,
     load_weights(network, settings.weights)
     solver = {"finish": energy_finish(dims, weight=preset.weight)}
     solver |= {"max_steps": settings.steps[0]} if settings.steps else {}
-    return network, solver, {"spatial_size": record.spatial_size, "window": record.preprocessing.get("window")}
+    known = {key: record.preprocessing.get(key) for key in ("window", "orientation")}
+    return network, solver, {"spatial_size": record.spatial_size, **known}
 
 
 def _transforms(
@@ -120,7 +121,13 @@ def _transforms(
     if solver.get("finish") is not None:
         solver["finish"].to(device)
     solve = FixedPointSolverd(
-        network, initial_ddf_key="initial_ddf", certificate={}, tolerance=settings.tolerance, device=device, **solver
+        network,
+        initial_ddf_key="initial_ddf",
+        mask_key="fixed_mask",
+        certificate={},
+        tolerance=settings.tolerance,
+        device=device,
+        **solver,
     )
     finish = [
         ComposeDDFd(),

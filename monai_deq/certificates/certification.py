@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from monai_deq.certificates.spectrum import spectral_radius
-from monai_deq.networks.nets import IteratedNet, RegistrationNet
+from monai_deq.networks.nets import EnergyRegistrationNet, IteratedNet, RegistrationNet
 from monai_deq.solvers import SolverRecord, random_smooth_ddf, residual_norms
 
 __all__ = ["Certificate", "Verdict", "certified_solve", "certify", "check_certificate", "starting_point", "verdict"]
@@ -144,7 +144,7 @@ def certify(
     record: SolverRecord,
     certificate: Mapping[str, Any] | None = None,
     solver: Mapping[str, Any] | None = None,
-    proximal_center: torch.Tensor | None = None,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Certificate]:
     """Examine the solutions of a batch of pairs ``(B, 1, *spatial)``: one certificate a pair.
 
@@ -159,7 +159,8 @@ def certify(
         record: the record of that solve.
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to none of the options.
         solver: settings of these solves in place of the network's own. Defaults to none.
-        proximal_center: what the proximal term pulls to, ``(B, ndim, *spatial)``. Defaults to what is solved for here.
+        given: what ``network.solve_state`` and ``fixed_point_map`` take by keyword: ``"proximal_center"``, what the
+            proximal term pulls to, ``(B, ndim, *spatial)``, else it is solved for here; of the energy ``"mask"``.
 
     Raises:
         TypeError: When there is no such option.
@@ -170,9 +171,9 @@ def certify(
     options = {**_DEFAULTS, "tolerance": settings.tolerance, **(check_certificate(certificate) or {})}
     tolerance, relative_tolerance = options["tolerance"], settings.relative_tolerance
     iterations, random_starts, seed = (options[k] for k in ("spectral_iterations", "random_starts", "seed"))
-    center = {} if proximal_center is None else {"proximal_center": proximal_center}
+    given = dict(given or {})
     ndim, batch = fixed.ndim - 2, len(fixed)
-    g = network.fixed_point_map(moving, fixed, **center)
+    g = network.fixed_point_map(moving, fixed, **given)
     with torch.no_grad():
         after = g(state).to(state.dtype)
         change = after - state
@@ -191,7 +192,7 @@ def certify(
             random = random_smooth_ddf(shape, options["start_rms"], options["start_smoothness"], seed + i, fixed.device)
             random = random.repeat(batch, *[1] * (ndim + 1))
             start, other_center = starting_point(network, moving, fixed, random)
-            other, _ = network.solve_state(moving, fixed, start, **other_center, **changes)
+            other, _ = network.solve_state(moving, fixed, start, **{**given, **other_center}, **changes)
             square = (other[:, :ndim] - state[:, :ndim]).double().square().flatten(1).sum(dim=1)
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())
@@ -216,6 +217,7 @@ def certified_solve(
     initial_ddf: torch.Tensor | None = None,
     certificate: Mapping[str, Any] | None = None,
     finish: RegistrationNet | None = None,
+    mask: torch.Tensor | None = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
     """Solve a batch of pairs without gradients and examine the solutions.
@@ -226,15 +228,23 @@ def certified_solve(
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
         finish: method that goes on from the solution, as :py:func:`monai_deq.networks.nets.energy_finish`. The
             certificate is of the solution before it, the record has its own. Defaults to ``None``: none.
+        mask: where the energy compares the fixed images, ``(B, 1, *spatial)``. Defaults to ``None``: everywhere.
+
+    Raises:
+        ValueError: When there is a mask, but neither method goes by the energy.
 
     Returns:
         The displacement ``(B, ndim, *spatial)``, the record, and a certificate a pair: ``None`` when none is asked for
         or the method is not iterated.
     """
-    ddf, record, certificates = _certified(network, moving, fixed, initial_ddf, certificate, **changes)
+    by_energy = [isinstance(method, EnergyRegistrationNet) for method in (network, finish)]
+    if mask is not None and not any(by_energy):
+        raise ValueError(f"mask: {type(network).__name__} takes none; leave it out, or register by the energy.")
+    own, later = ({"mask": mask} if mask is not None and takes else {} for takes in by_energy)
+    ddf, record, certificates = _certified(network, moving, fixed, initial_ddf, certificate, own, **changes)
     if finish is not None:
         with torch.no_grad():
-            ddf, finished = finish.solve(moving, fixed, ddf)
+            ddf, finished = finish.solve(moving, fixed, ddf, **later)
         record = replace(record, finish=finished)
     return ddf, record, certificates
 
@@ -245,22 +255,23 @@ def _certified(
     fixed: torch.Tensor,
     initial_ddf: torch.Tensor | None,
     certificate: Mapping[str, Any] | None,
+    given: dict[str, torch.Tensor],
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
-    """See :py:func:`certified_solve`."""
+    """See :py:func:`certified_solve`; what is ``given`` goes to the network by keyword."""
     with torch.no_grad():
         if certificate is None or not isinstance(network, IteratedNet):
-            ddf, record = network.solve(moving, fixed, initial_ddf, **changes)
+            ddf, record = network.solve(moving, fixed, initial_ddf, **given, **changes)
             return ddf, record, None
-        center, coarse_steps, given = None, None, {}
+        coarse_steps = None
         if network.coarse is not None and network.proximal_weight:
             # once, for the solve and for the map that is examined
             center, coarse_steps = network.coarse_start(moving, fixed)
-            given = {"proximal_center": center}
+            given = {**given, "proximal_center": center}
         state, record = network.solve_state(moving, fixed, initial_ddf, **given, **changes)
         if coarse_steps is not None:
             record = replace(record, coarse_steps=coarse_steps)
-        certificates = certify(network, moving, fixed, state, record, certificate, changes, center)
+        certificates = certify(network, moving, fixed, state, record, certificate, changes, given)
         ndim = fixed.ndim - 2
         # without the hidden state, which a view would keep in memory
         return state if state.shape[1] == ndim else state[:, :ndim].clone(), record, certificates

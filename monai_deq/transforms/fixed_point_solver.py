@@ -73,12 +73,17 @@ class FixedPointSolver(Transform):
         self.device = None if device is None else torch.device(device)
 
     def __call__(  # type: ignore[override]
-        self, moving: NdarrayOrTensor, fixed: NdarrayOrTensor, initial_ddf: NdarrayOrTensor | None = None
+        self,
+        moving: NdarrayOrTensor,
+        fixed: NdarrayOrTensor,
+        initial_ddf: NdarrayOrTensor | None = None,
+        mask: NdarrayOrTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """
         Args:
             moving, fixed: ``(1, *spatial)``, intensities in [0, 1].
             initial_ddf: displacement to start from, ``(ndim, *spatial)`` in voxels. Defaults to zero.
+            mask: where the energy compares the fixed image, ``(1, *spatial)``. Defaults to everywhere.
 
         Returns:
             The warped image ``(1, *spatial)``, the displacement ``(ndim, *spatial)`` in voxels, and the record:
@@ -95,11 +100,13 @@ class FixedPointSolver(Transform):
         moving_batch, fixed_batch = _plain(moving, "moving", device, dtype), _plain(fixed, "fixed", device, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         start = None if initial_ddf is None else _plain(initial_ddf, "initial_ddf", device, exact)
+        inside = {} if mask is None else {"mask": _plain(mask, "mask", device, dtype)}
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()
         try:
+            settings = (self.certificate, self.finish)
             ddf, record, certificates = certified_solve(
-                self.network, moving_batch, fixed_batch, start, self.certificate, self.finish, **self.changes
+                self.network, moving_batch, fixed_batch, start, *settings, **inside, **self.changes
             )
             with torch.no_grad():
                 warped = warp_by_ddf(moving_batch, ddf)
@@ -108,7 +115,10 @@ class FixedPointSolver(Transform):
             for module, training in modes:
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
-        warped, ddf = (on_grid_of(result[0].to(out_device), fixed) for result in (warped, ddf))
+        warped, ddf = (
+            on_grid_of(result[0].to(out_device), fixed, source)
+            for result, source in ((warped, moving), (ddf, fixed))
+        )
         limit = self.network.solver.changed(**self.changes).max_steps
         if self.finish is not None:
             limit = max(limit, self.finish.solver.max_steps)
@@ -128,6 +138,7 @@ class FixedPointSolverd(MapTransform):
         network, kwargs: see :py:class:`FixedPointSolver`.
         moving_key, fixed_key: the images.
         initial_ddf_key: a displacement to start from, if any; an item without it starts from zero.
+        mask_key: where the energy compares the fixed image, if anywhere in the item.
         ddf_key, warped_key, record_key: where displacement, warped image and record are put.
     """
 
@@ -139,21 +150,23 @@ class FixedPointSolverd(MapTransform):
         moving_key: str = "moving",
         fixed_key: str = "fixed",
         initial_ddf_key: str | None = None,
+        mask_key: str | None = None,
         ddf_key: str = "ddf",
         warped_key: str = "warped",
         record_key: str = "record",
         **kwargs: Any,
     ) -> None:
         super().__init__((moving_key, fixed_key))
-        self.moving_key, self.fixed_key, self.initial_ddf_key = moving_key, fixed_key, initial_ddf_key
+        self.moving_key, self.fixed_key = moving_key, fixed_key
+        self.initial_ddf_key, self.mask_key = initial_ddf_key, mask_key
         self.ddf_key, self.warped_key, self.record_key = ddf_key, warped_key, record_key
         self.solve = FixedPointSolver(network, **kwargs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         require_keys(d, (self.moving_key, self.fixed_key), "FixedPointSolverd")
-        initial = None if self.initial_ddf_key is None else d.get(self.initial_ddf_key)
-        results = self.solve(d[self.moving_key], d[self.fixed_key], initial)
+        others = [None if key is None else d.get(key) for key in (self.initial_ddf_key, self.mask_key)]
+        results = self.solve(d[self.moving_key], d[self.fixed_key], *others)
         d[self.warped_key], d[self.ddf_key], d[self.record_key] = results
         return d
 

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import CopyItemsd, MapTransform, Resize, Resized
 from monai.utils import ensure_tuple
 
-from monai_deq.data import affine_of, check_same_grid, grid_distance, read_image, same_grid, source_of
+from monai_deq.data import affine_of, check_same_grid, grid_distance, grid_of, read_image, same_grid, source_of
 from monai_deq.networks.blocks import OutsidePoints, points_outside
 
 from .alignment import AffineKind, AlignAffined, InitialTransformd, foreground_overlap
@@ -290,22 +290,51 @@ def isotropic_size(image: torch.Tensor) -> list[int]:
 
 class ResizeFixedd(PerKeyd):
     """
-    Resize the fixed scan to the grid that a method works on.
+    Bring the fixed scan to the grid that a method works on.
 
     Args:
         keys: of the images ``(1, *spatial)``.
-        spatial_size: its size; or ``"isotropic"``: see :py:func:`isotropic_size`.
+        spatial_size: its size; or ``"isotropic"``: see :py:func:`isotropic_size`; None: as it is.
+        orientation: world direction of each axis, as of :py:class:`monai_deq.data.Grid`. Defaults to None: as it is.
     """
 
-    def __init__(self, keys: KeysCollection, spatial_size: Sequence[int] | str) -> None:
+    def __init__(
+        self, keys: KeysCollection, spatial_size: Sequence[int] | str | None, orientation: str | None = None
+    ) -> None:
         super().__init__(keys)
-        self.spatial_size = spatial_size
+        self.spatial_size, self.orientation = spatial_size, orientation
 
     def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
-        image = item[key]
-        size = isotropic_size(image) if isinstance(self.spatial_size, str) else list(self.spatial_size)
-        if size != list(image.shape[1:]):
-            item[key] = _resized(image, size)
+        image = item[key] if self.orientation is None else _turned(item[key], self.orientation)
+        if self.spatial_size is not None:
+            isotropic = isinstance(self.spatial_size, str)
+            size = isotropic_size(image) if isotropic else list(self.spatial_size)  # type: ignore[arg-type]
+            image = image if size == list(image.shape[1:]) else _resized(image, size)
+        item[key] = image
+
+
+def _turned(image: torch.Tensor, orientation: str) -> torch.Tensor:
+    """The image with its axes in another order and direction; as it is, which is logged, where they are others."""
+    grid = grid_of(image)
+    if grid is None or grid.orientation == orientation:
+        return image
+    ways = {letter: i for i, pair in enumerate(("LR", "PA", "IS")) for letter in pair}
+    own, wanted = ([ways[letter] for letter in letters] for letters in (grid.orientation, orientation))
+    if sorted(own) != sorted(wanted):
+        words = "%s: oriented %s, while the weights were trained on %s; it is registered as it is"
+        logger.warning(words, source_of(image, "fixed"), grid.orientation, orientation)
+        return image
+    order = [own.index(way) for way in wanted]
+    flips = [i for i, axis in enumerate(order) if grid.orientation[axis] != orientation[i]]
+    plain = image.as_tensor().permute(0, *(axis + 1 for axis in order)).flip([i + 1 for i in flips])  # type: ignore[attr-defined]
+    turn = np.eye(4)
+    for i, axis in enumerate(order):
+        turn[:3, i] = 0.0
+        turn[axis, i] = -1.0 if i in flips else 1.0
+    for i in flips:
+        turn[order[i], 3] = image.shape[order[i] + 1] - 1
+    affine = torch.from_numpy(affine_of(image) @ turn)
+    return MetaTensor(plain.contiguous(), affine=affine, meta=dict(image.meta), spatial_ndim=image.ndim - 1)  # type: ignore[attr-defined]
 
 
 def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -316,6 +345,12 @@ def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
     plain = resized.as_tensor() if isinstance(resized, MetaTensor) else resized
     return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(size))
+
+
+def _along(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the axes of two images of one field of view are the same ones."""
+    turned = np.linalg.solve(affine_of(b), affine_of(a))[:3, :3]
+    return bool(np.allclose(turned, np.diag(np.diag(turned)), atol=1e-3) and (np.diag(turned) > 0).all())
 
 
 class MatchGridd(MapTransform):
@@ -333,7 +368,7 @@ class MatchGridd(MapTransform):
         d = dict(data)
         fixed, moving, fixed_scan, moving_scan = (d[key] for key in self.keys)
         chain = d.get("initial_transform") or []
-        if not chain and same_grid(fixed_scan, moving_scan):
+        if not chain and same_grid(fixed_scan, moving_scan) and _along(fixed, fixed_scan):
             same = moving.shape == fixed.shape
             d["moving"] = moving if same else _resized(moving, fixed.shape[1:])
         else:
@@ -358,6 +393,7 @@ def load_pair_transforms(
     spatial_size: Sequence[int] | str | None = None,
     window: Sequence[float] | None = None,
     affine: AffineKind | None = None,
+    orientation: str | None = None,
 ) -> CheckedCompose:
     """
     Transforms from ``{"fixed": file, "moving": file}`` in any space to what registers them: ``"fixed"`` and ``"moving"``
@@ -372,6 +408,7 @@ def load_pair_transforms(
             Defaults to None: the fixed scan's own.
         window: see :py:class:`WindowToUnitRanged`. Defaults to None: see :py:class:`ScaleToUnitRanged`.
         affine: ``"rigid"`` or ``"affine"``: align the scans first, see :py:func:`align_affine`. Defaults to None.
+        orientation: of that grid, see :py:class:`ResizeFixedd`. Defaults to None: the fixed scan's own.
     """
     labels, keypoints = ("fixed_label", "moving_label", "fixed_mask"), ("fixed_keypoints", "moving_keypoints")
     if spatial_size is not None and not isinstance(spatial_size, str):
@@ -386,7 +423,7 @@ def load_pair_transforms(
         _scale(_PAIR, window, "intensities"),
         InitialTransformd(),
         *([AlignAffined(affine)] if affine else []),
-        *([ResizeFixedd(("fixed",), spatial_size)] if spatial_size is not None else []),
+        ResizeFixedd(("fixed",), spatial_size, orientation),
         MatchGridd(),
         ResampleDDFd("fixed", "initial_ddf", allow_missing_keys=True),
     ]
