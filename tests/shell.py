@@ -12,7 +12,6 @@ import random
 import socket
 import subprocess
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -76,7 +75,7 @@ def run_bundle(run_id: str, config_file: object, folder: Path, **overrides: obje
             code = e.code if isinstance(e.code, int) else int(e.code is not None)
         except Exception:
             code = 1
-            traceback.print_exc(file=err)
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     _log_to_stdout()
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
@@ -122,9 +121,11 @@ def output_of(result: subprocess.CompletedProcess) -> str:
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
-    """What a command printed that ended in an error."""
+    """The reason that a command which ended in an error gave last, behind the traceback."""
     assert result.returncode != 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return result.stdout + result.stderr
+    before, line = result.stderr.rstrip("\n").rsplit("\n", 1)
+    assert "Traceback (most recent call last)" in before and line.startswith("Error: "), result.stderr[-6000:]
+    return line.removeprefix("Error: ")
 
 
 def assert_equal(a: Any, b: Any, name: str = "") -> None:
@@ -166,8 +167,8 @@ def _log_to_stdout() -> None:
 
 @contextlib.contextmanager
 def as_before() -> Iterator[None]:
-    """Put back what a run sets for a whole interpreter: folder, paths, loggers, random states, determinism."""
-    folder, argv, path = Path.cwd(), list(sys.argv), list(sys.path)
+    """Put back what a run sets for a whole interpreter: folder, paths, hook, loggers, random states, determinism."""
+    folder, argv, path, hook = Path.cwd(), list(sys.argv), list(sys.path), sys.excepthook
     logs = [(x, x.level, list(x.handlers), x.disabled, x.propagate) for x in _loggers()]
     states, numpy_state = random.getstate(), np.random.get_state()
     seed, cudnn = monai.utils.misc.get_seed(), torch.backends.cudnn
@@ -178,7 +179,7 @@ def as_before() -> Iterator[None]:
             yield
     finally:
         os.chdir(folder)
-        sys.argv[:], sys.path[:] = argv, path
+        sys.argv[:], sys.path[:], sys.excepthook = argv, path, hook
         for logger, level, handlers, disabled, propagate in logs:
             logger.setLevel(level)
             logger.handlers[:] = handlers

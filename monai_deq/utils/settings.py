@@ -7,16 +7,23 @@ import inspect
 import json
 import re
 import sys
+import traceback
 from ast import literal_eval
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
 __all__ = ["as_flag", "refuse_unknown_settings"]
+
+#: the last frame of a traceback: the file, and what was said there
+_RAISED = re.compile(r'^  File "([^"]*)", line .*\n(?:  (?!File ).*\n)*(\S.*)', re.MULTILINE)
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -35,12 +42,17 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     nothing refers that is run, such as one of another method; what another setting of the command line refers to
     (``--my_update "{...}" --update @my_update``) is neither. Nothing happens in any other program.
 
+    From then on an error that ends this process is followed by its reason on the last line: MONAI raises errors of its
+    own for each of a configuration's, and the traceback ends in these.
+
     Args:
         argv: the words of the command, the program first. Defaults to those of this process.
     """
     words = list(sys.argv if argv is None else argv)
     if Path(words[0]).parts[-3:] != ("monai", "bundle", "__main__.py") or words[1:2] != ["run"]:
         return
+    if argv is None and getattr(sys.excepthook, "func", None) is not _report:
+        sys.excepthook = partial(_report, sys.excepthook)
     given = _settings(words[2:])
     if "args_file" in given:
         given = {**ConfigParser.load_config_file(given["args_file"]), **given}
@@ -71,6 +83,29 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     if unused:
         user = config.get("method", files)
         raise ValueError(f"{user} has no use for {', '.join(sorted(unused))}: leave it out, or take another method.")
+
+
+def _report(
+    before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Report an error as the hook before does, and its reason on one line behind that."""
+    before(kind, error, trace)
+    if isinstance(error, Exception):
+        print(f"Error: {_reason(error)}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """What an error came from, in one line: what this package said, and otherwise what the first of all errors says."""
+    # as text: that is all there is of an error in a worker of a data loader
+    text = "".join(traceback.format_exception(error))
+    raised = _RAISED.findall(text)
+    own = [said for file, said in raised if _PACKAGE in Path(file).parents]
+    if own:
+        reason = own[-1].partition(": ")[2]
+        return reason if " " in reason else own[-1]  # a KeyError says no more than the key
+    # an error that came up while another one was handled need not be of it
+    last = _RAISED.findall(text.rpartition("During handling of the above exception")[2]) or raised
+    return last[0][1] if last else " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _references(content: Any) -> set[str]:

@@ -216,7 +216,7 @@ def test_resumed_training_is_the_same_as_an_uninterrupted_one(
         ("does not exist", {"dataset_dir": "nowhere"}),
         ("No OASIS data set", {"dataset_dir": "."}),
         ("unknown solver 'newton'", {"solver#name": "newton"}),
-        ("7 subjects", {"split_sizes": "[300,30,84]"}),
+        ("need more subjects than the 7", {"split_sizes": "[300,30,84]"}),
         ("checkpointed must be true or false, got 'maybe'", {"checkpointed": "maybe"}),
         ("pooled must be true or false, got 'maybe'", {"pooled": "maybe"}),
         ("has no setting max_epoch (is it max_epochs?)", {"max_epoch": 2}),

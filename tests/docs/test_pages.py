@@ -288,6 +288,7 @@ class Workplace:
         elif name == "python" and words[:3] == ["-m", "monai.bundle", "run"]:
             with pytest.MonkeyPatch.context() as patch:
                 short = shortened_bundle(words[2:])
+                patch.setattr(sys, "excepthook", sys.excepthook)  # which the run changes
                 patch.setattr(sys, "argv", [str(Path(monai.bundle.__file__).with_name("__main__.py")), *short])
                 settings = {key.removeprefix("--"): value for key, value in options_of(short[2:]).items()}
                 # as Fire does it, which spends longer on the stack of pytest than the run takes

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from monai.bundle import ConfigParser
+from torch.utils.data import DataLoader
 
 from monai_deq.utils import as_flag, refuse_unknown_settings
 
@@ -86,3 +90,100 @@ def test_settings_that_nothing_uses(words: list[str], files: str) -> None:
         refuse_unknown_settings(command)
     # until something does
     refuse_unknown_settings([*command, "--update", "@rest"])
+
+
+class Refused:
+    """A data set whose every item is refused by this package."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> bool:
+        try:
+            return as_flag("in a worker", "resume")
+        except ValueError as e:
+            raise RuntimeError("applying transform") from e
+
+
+def refused(wrap: bool = False) -> None:
+    try:
+        try:
+            {}["cause"]
+        except KeyError:
+            as_flag("perhaps", "resume")
+    except ValueError as e:
+        if wrap:
+            raise RuntimeError("Failed to evaluate\nConfigExpression") from e
+        raise
+
+
+def in_other_hands() -> None:
+    """Errors that are none of this package."""
+    try:
+        int("three")
+    except ValueError as e:
+        raise RuntimeError("Failed to evaluate") from e
+
+
+def while_another_one_was_handled() -> None:
+    try:
+        {}["absent"]
+    except KeyError:
+        in_other_hands()
+
+
+def of_a_configuration() -> None:
+    content = {"flag": "$as_flag('perhaps', 'resume')", "imports": ["$from monai_deq.utils import as_flag"]}
+    parser = ConfigParser({**content, "run": {"_target_": "torch.nn.ReLU", "inplace": "@flag"}})
+    parser.get_parsed_content("run")
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        (refused, "resume must be true or false, got 'perhaps'."),
+        (lambda: refused(wrap=True), "resume must be true or false, got 'perhaps'."),
+        (of_a_configuration, "resume must be true or false, got 'perhaps'."),
+        (lambda: list(DataLoader(Refused(), num_workers=1)), "resume must be true or false, got 'in a worker'."),
+        (in_other_hands, "ValueError: invalid literal for int() with base 10: 'three'"),
+        (while_another_one_was_handled, "ValueError: invalid literal for int() with base 10: 'three'"),
+        (lambda: {}["key"], "KeyError: 'key'"),
+        (lambda: compile("a =", "here", "exec"), "SyntaxError: invalid syntax"),
+    ],
+)
+def test_the_last_line_is_the_reason(
+    fails: Callable[[], Any],
+    reason: str,
+    files: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "run", "training", "--config_file", files])
+    refuse_unknown_settings()
+    refuse_unknown_settings()
+    try:
+        fails()
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == f"Error: {reason}"
+    assert sum(line.startswith("Error: ") for line in lines) == 1
+
+
+def test_what_other_programs_and_the_user_end_with(files: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    seen = []
+    monkeypatch.setattr(sys, "excepthook", earlier := lambda *args: seen.append(args))
+    for argv in (["/usr/bin/pytest", "run"], [PROGRAM, "ckpt_export"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        refuse_unknown_settings()
+        refuse_unknown_settings([PROGRAM, "run", "training", "--config_file", files])
+        assert sys.excepthook is earlier
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "run", "training", "--config_file", files, "--max_epoch", "3"])
+    with pytest.raises(ValueError, match="has no setting max_epoch"):
+        refuse_unknown_settings()
+    # the hook that was there has the first word, and the only one of an interruption
+    sys.excepthook(KeyboardInterrupt, interruption := KeyboardInterrupt(), None)
+    assert seen == [(KeyboardInterrupt, interruption, None)] and capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("first\nsecond"), None)
+    assert len(seen) == 2 and capsys.readouterr().err.count("\n") == 1
