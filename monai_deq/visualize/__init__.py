@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and reports of registrations; they need matplotlib, ``pip install "monai_deq[figures]"``."""
+
+from __future__ import annotations
+
+from . import panels, registered, style
+from .panels import *  # noqa: F403
+from .registered import *  # noqa: F403
+from .style import *  # noqa: F403
+
+__all__ = panels.__all__ + registered.__all__ + style.__all__
