@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from . import panels, registered, style
+from . import pages, panels, registered, reports, style
+from .pages import *  # noqa: F403
 from .panels import *  # noqa: F403
 from .registered import *  # noqa: F403
+from .reports import *  # noqa: F403
 from .style import *  # noqa: F403
 
-__all__ = panels.__all__ + registered.__all__ + style.__all__
+__all__ = pages.__all__ + panels.__all__ + registered.__all__ + reports.__all__ + style.__all__

@@ -59,8 +59,8 @@ def plot_registration(
     span = math.exp(min(max(float(np.percentile(logs, 99.5)) if logs.size else 0.0, math.log(1.1)), math.log(10)))
     folds = int((jacobian <= 0).sum())
 
-    words = textwrap.wrap(_words(pair, shown, folds), int(7 * column * 15))
-    below = 0.6 + 0.15 * len(words)
+    lines = textwrap.wrap(_words(pair, shown, folds), int(7 * column * 15))
+    below = 0.6 + 0.15 * len(lines)
     with _cells(path, overwrite, [column] * 7, heights, below) as (figure, axes):
         for row, plane in zip(axes, shown.planes, strict=True):
             for axis, name in zip(row[:3], ("fixed", "moving", "warped"), strict=True):
@@ -91,7 +91,15 @@ def plot_registration(
             bar.ax.tick_params(labelsize=7)
         bar.set_ticks([1 / span, 1, span], labels=[f"{v:.2g}" for v in (1 / span, 1, span)])
         bar.minorticks_off()
-        figure.text(0.5, 0.06 / figure.get_figheight(), "\n".join(words), fontsize=8, ha="center", va="bottom")
+        # a name may have a $
+        words: dict[str, Any] = {
+            "s": "\n".join(lines),
+            "ha": "center",
+            "va": "bottom",
+            "fontsize": 8,
+            "parse_math": False,
+        }
+        figure.text(0.5, 0.06 / figure.get_figheight(), **words)
     return figure
 
 
