@@ -6,12 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from monai_deq.evaluation.scores import MethodResult, MetricColumn, common_pairs, finite_scores, metric_columns
 from monai_deq.visualize import COLOURS, figure_file, style_axis
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PANELS", "plot_boxes", "plot_lines", "plot_steps"]
 
@@ -44,8 +47,11 @@ _BOX: dict[str, Any] = {
 
 
 def plot_boxes(
-    results: Sequence[MethodResult], metrics: Sequence[str | MetricColumn], path: str | Path, overwrite: bool = False
-) -> None:
+    results: Sequence[MethodResult],
+    metrics: Sequence[str | MetricColumn],
+    path: str | Path | None = None,
+    overwrite: bool = False,
+) -> Figure:
     """
     Draw the scores over the pairs: one panel a metric, one box a method (whiskers to the last score within 1.5 times
     the box, further ones as points) and its mean as a dot. A method that failed or lacks a metric says so in place of
@@ -54,7 +60,7 @@ def plot_boxes(
     Args:
         results: the methods from top to bottom.
         metrics: the panels: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS`, or columns of your own.
-        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
+        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``. Defaults to ``None``: none.
         overwrite: replace an existing file, which is ``FileExistsError`` else.
 
     Raises:
@@ -90,6 +96,7 @@ def plot_boxes(
         count = f"Box: median and quartiles, n = {len(pairs)} pairs."
         words = (" " if across > 2 else "\n").join([count, "White dot: mean.", "Whiskers: within 1.5 box lengths."])
         figure.supxlabel(words, fontsize=7, color="#444444")
+    return figure
 
 
 def plot_steps(

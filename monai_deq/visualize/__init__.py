@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from . import pages, panels, registered, reports, style
+from . import pages, pairs, panels, reports, style
 from .pages import *  # noqa: F403
+from .pairs import *  # noqa: F403
 from .panels import *  # noqa: F403
-from .registered import *  # noqa: F403
 from .reports import *  # noqa: F403
 from .style import *  # noqa: F403
 
-__all__ = pages.__all__ + panels.__all__ + registered.__all__ + reports.__all__ + style.__all__
+__all__ = pages.__all__ + pairs.__all__ + panels.__all__ + reports.__all__ + style.__all__

@@ -33,9 +33,10 @@ h1, td, th, p { overflow-wrap: anywhere; }
 p { margin: .5em 0; } small { display: block; font-weight: normal; font-size: .8em; color: #555; }
 .badge { padding: .5em .8em; border-left: 6px solid; border-radius: 4px; }
 .good { background: #e2f4ec; border-color: #009e73; } .doubt { background: #fdf1d6; border-color: #e69f00; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .scroll + .scroll { margin-top: 1em; }
 table { border-collapse: collapse; width: 100%; } caption { text-align: left; font-weight: 600; }
 th, td { padding: .35em .6em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+th[scope=row] { min-width: 9em; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 img { max-width: 100%; height: auto; display: block; }
 .viewer .screen { position: relative; width: 100%; max-width: 420px; background: #000; }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from monai_deq.visualize.registered import PLANES, OrientedPair, RegisteredPair, oriented
+from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
 from monai_deq.visualize.style import COLOURS, figure_file, style_axis
 
 if TYPE_CHECKING:

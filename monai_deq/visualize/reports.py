@@ -16,8 +16,8 @@ import torch
 from monai_deq.metrics import compute_label_dice, compute_non_diffeomorphic_volume, compute_std_log_jacobian
 from monai_deq.networks.blocks import LocalCorrelationLoss
 from monai_deq.visualize.pages import HTMLPage, data_uri, flattened, gray_jpeg, html_picture, html_table
+from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
 from monai_deq.visualize.panels import plot_checkerboard, plot_registration, plot_traces
-from monai_deq.visualize.registered import PLANES, OrientedPair, RegisteredPair, oriented
 
 __all__ = ["pair_summary", "write_pair_report"]
 

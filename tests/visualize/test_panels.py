@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from monai_deq.visualize import RegisteredPair, figure_png, plot_checkerboard, plot_registration, plot_traces
-from monai_deq.visualize.registered import oriented
+from monai_deq.visualize.pairs import oriented
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_deq.visualize import RegisteredPair
-from monai_deq.visualize.registered import PLANES, oriented
+from monai_deq.visualize.pairs import PLANES, oriented
 
 SIZE = (7, 9, 11)
 
