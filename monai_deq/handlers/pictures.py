@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
+from torch.nn.functional import interpolate
 
 from monai_deq.networks.blocks import warp_by_ddf
 from monai_deq.visualize import RegisteredPair, figures_available, plot_registration
@@ -67,4 +68,7 @@ def _first_pair(output: Mapping[str, Any]) -> RegisteredPair:
     if label is not None and label.shape[1:] == item["ddf"].shape[1:]:
         label, ddf = (torch.as_tensor(t).as_subclass(torch.Tensor)[None] for t in (label, item["ddf"]))
         item["warped_label"] = warp_by_ddf(label.to(ddf.device), ddf.float(), mode="nearest")[0]
+    if "fixed_mask" in item:  # it may lie on the grid of the scan, and tells where to look
+        mask = torch.as_tensor(item["fixed_mask"]).as_subclass(torch.Tensor)[None].float()
+        item["fixed_mask"] = interpolate(mask, item["ddf"].shape[1:])[0]
     return RegisteredPair.from_item(item)

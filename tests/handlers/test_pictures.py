@@ -97,14 +97,21 @@ def test_without_matplotlib_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_of_another_grid_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_another_grid_are_left_out_and_a_mask_is_brought_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs: list[RegisteredPair] = []
     plot = pictures.plot_registration
     monkeypatch.setattr(pictures, "plot_registration", lambda pair: pairs.append(pair) or plot(pair))
     batch = make_batch(0.5)
     batch["fixed_label"] = batch["moving_label"] = torch.zeros(2, 1, 40, 48)
+    batch["fixed_mask"] = torch.zeros(2, 1, 40, 48, dtype=torch.uint8)
+    batch["fixed_mask"][:, :, 10:20, 24:] = 1
     run(evaluator_with(TensorBoardPairHandler(str(tmp_path))), [batch], 1)
     assert pairs[0].fixed_label is None and pairs[0].warped_label is None
+    expected = np.zeros(SIZE)
+    expected[5:10, 12:] = 1  # half the size
+    np.testing.assert_array_equal(pairs[0].mask, expected)
 
 
 def test_interval() -> None:
