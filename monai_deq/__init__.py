@@ -23,6 +23,7 @@ __all__ = [
     "solvers",
     "transforms",
     "utils",
+    "visualize",
 ]
 
 

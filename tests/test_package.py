@@ -23,6 +23,7 @@ FLOORS = [
     ["solvers"],
     ["networks"],
     ["certificates", "data", "losses", "metrics"],
+    ["visualize"],
     ["baselines", "handlers", "inferers", "transforms"],
     ["engines"],
     ["bundle", "evaluation"],

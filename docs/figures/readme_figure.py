@@ -8,26 +8,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-import matplotlib
-import torch
 from PIL import Image
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from monai_deq.data import PairDataset, find_oasis, write_sample_cohort
+from monai_deq.networks.blocks import warp_by_ddf
+from monai_deq.networks.nets import EnergyRegistrationNet
+from monai_deq.transforms import load_subject_transforms
+from monai_deq.visualize import RegisteredPair, figure_png, plot_registration
 
-from monai_deq.data import write_sample_cohort
-from monai_deq.networks import load_network
-from monai_deq.transforms import load_pair_transforms
-
-ROOT = Path(__file__).resolve().parents[2]
-WEIGHTS = ROOT / "bundles" / "oasis" / "models" / "slices" / "model.pt"
 SIZE = (160, 192)
-ROWS = (8, 152)  # where the head is
 
 
 def draw(output: Path) -> None:
     """
-    Register two subjects of the synthetic cohort and draw fixed, moving and warped image and the field.
+    Register two subjects of the synthetic cohort by descent on the energy and draw what that did.
 
     Args:
         output: PNG to write.
@@ -36,29 +30,15 @@ def draw(output: Path) -> None:
         cohort = write_sample_cohort(
             Path(folder) / "cohort", num_subjects=2, spatial_size_3d=(16, 16, 24), spatial_size_2d=SIZE
         )
-        files = (str(cohort / f"OASIS_OAS1_900{i}_MR1" / "slice_norm.nii.gz") for i in (1, 2))
-        pair = load_pair_transforms(spatial_dims=2)(dict(zip(("fixed", "moving"), files, strict=True)))
-        moving, fixed = (pair[key].as_tensor()[None] for key in ("moving", "fixed"))
-    with torch.no_grad():
-        warped, ddf = load_network(WEIGHTS)(moving, fixed)
-    grid = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in fixed.shape[2:]), indexing="ij")
-    across, down = (torch.stack(grid) + ddf[0]).numpy()
-
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.75), layout="constrained", facecolor="white")
-    brightest = float(fixed.max())
-    for ax, (title, image) in zip(axes, {"fixed": fixed, "moving": moving, "warped": warped}.items(), strict=False):
-        ax.imshow(image[0, 0].T, cmap="gray", vmin=0, vmax=brightest)
-        ax.set_title(title)
-    axes[3].imshow(fixed[0, 0].T, cmap="gray_r", vmin=0, vmax=2.5 * brightest)
-    axes[3].plot(across[::6].T, down[::6].T, color="#d55e00", linewidth=0.8)
-    axes[3].plot(across[:, ::6], down[:, ::6], color="#d55e00", linewidth=0.8)
-    axes[3].set_title("displacement")
-    for ax in axes:
-        ax.set(xlim=(2, fixed.shape[2] - 3), ylim=(ROWS[1], ROWS[0]))
-        ax.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    Image.open(buffer).convert("RGB").quantize(64).save(output, optimize=True)
+        load = load_subject_transforms(spatial_dims=2)
+        item = PairDataset([load(subject) for subject in find_oasis(cohort, 2).subjects])[0]
+    moving, fixed, labels = (item[key].as_tensor()[None] for key in ("moving", "fixed", "moving_label"))
+    warped, ddf = EnergyRegistrationNet(spatial_dims=2).eval()(moving, fixed)
+    item.update(warped=warped[0], ddf=ddf[0], warped_label=warp_by_ddf(labels, ddf, "nearest")[0])
+    item.update(moving_subject="synthetic head 9002", fixed_subject="synthetic head 9001")
+    figure = plot_registration(RegisteredPair.from_item(item))
+    picture = Image.open(io.BytesIO(figure_png(figure, dpi=110))).convert("RGB")
+    picture.quantize(255, dither=Image.Dither.NONE).save(output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ from monai.engines.utils import IterationEvents
 from monai.handlers import StatsHandler, TensorBoardStatsHandler, from_engine
 
 from monai_deq.engines.batches import PreparePairBatch, PreparePooledPairBatch
-from monai_deq.handlers import EpochMeanLoss, GradientClipping, ListedOutput, SamplerEpochSetter, StatePoolUpdater
+from monai_deq.handlers import (
+    EpochMeanLoss,
+    GradientClipping,
+    ListedOutput,
+    SamplerEpochSetter,
+    StatePoolUpdater,
+    TensorBoardPairHandler,
+)
 from monai_deq.utils import process_count, process_rank
 
 __all__ = ["RegistrationEvaluator", "RegistrationTrainer"]
@@ -64,7 +71,8 @@ class RegistrationEvaluator(SupervisedEvaluator):
     for it.
 
     Args:
-        log_dir: folder of TensorBoard's files, for the validation in a training. Defaults to ``None``: a progress bar.
+        log_dir: folder of TensorBoard's files, for the validation in a training: metrics, and a picture of one pair
+            (:py:class:`monai_deq.handlers.TensorBoardPairHandler`). Defaults to ``None``: a progress bar.
         val_handlers: further handlers. Defaults to none.
         kwargs: of MONAI's evaluator; ``prepare_batch`` defaults to :py:class:`monai_deq.engines.PreparePairBatch`.
     """
@@ -75,6 +83,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
             handlers += [
                 StatsHandler(iteration_log=False),
                 TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False),
+                TensorBoardPairHandler(log_dir),
             ]
         elif process_rank() == 0:
             handlers.append(ProgressBar(ncols=100))

@@ -10,6 +10,7 @@ from .costs import measure_costs
 from .figures import plot_boxes, plot_lines, plot_steps
 from .measurements import Timing, TrainingMemory, live_tensors, saved_for_backward, time_side_by_side, training_memory
 from .methods import BundleMethod, evaluate_method
+from .reports import write_evaluation_report
 from .scores import (
     METRIC_COLUMNS,
     MethodResult,
@@ -56,4 +57,5 @@ __all__ = [
     "step_table",
     "time_side_by_side",
     "training_memory",
+    "write_evaluation_report",
 ]

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from monai_deq.evaluation.costs import gradient_step
-from monai_deq.evaluation.figures import figures_available, plot_lines
+from monai_deq.evaluation.figures import plot_lines
 from monai_deq.evaluation.measurements import Timing, time_side_by_side, training_memory
 from monai_deq.evaluation.methods import (
     BundleMethod,
@@ -33,6 +33,7 @@ from monai_deq.evaluation.methods import (
 from monai_deq.evaluation.tables import cell_text, markdown_table
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.utils import json_ready, replace_file, write_json
+from monai_deq.visualize import figures_available
 
 __all__ = ["MEMORY_CASES", "SCALING_CASES", "SPEED_CASES", "measure_memory", "measure_scaling", "measure_speed"]
 

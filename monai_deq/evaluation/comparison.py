@@ -13,10 +13,11 @@ from typing import Any
 import pandas as pd
 
 from monai_deq.evaluation.costs import kept_costs
-from monai_deq.evaluation.figures import figures_available, plot_boxes
+from monai_deq.evaluation.figures import plot_boxes
 from monai_deq.evaluation.methods import BundleMethod, as_list, bundle_methods, check_count, evaluate_method, new_files
 from monai_deq.evaluation.scores import MethodResult, metric_columns
 from monai_deq.evaluation.tables import ComparisonTable
+from monai_deq.visualize import figures_available
 
 __all__ = ["METHODS", "METRICS", "compare"]
 

@@ -18,7 +18,7 @@ from monai.losses import DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from monai_deq.certificates import starting_point
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation import methods as bundle
-from monai_deq.evaluation.figures import best_step, figures_available, plot_steps
+from monai_deq.evaluation.figures import best_step, plot_steps
 from monai_deq.evaluation.tables import markdown_table
 from monai_deq.metrics import compute_folded_voxels, compute_label_dice
 from monai_deq.networks import load_weights
@@ -26,6 +26,7 @@ from monai_deq.networks.blocks import warp_by_ddf
 from monai_deq.networks.nets import IteratedNet
 from monai_deq.solvers import random_smooth_ddf
 from monai_deq.utils import as_flag, replace_file
+from monai_deq.visualize import figures_available
 
 __all__ = ["ITERATED_METHODS", "converge", "default_steps", "score_steps", "step_curves", "step_table"]
 

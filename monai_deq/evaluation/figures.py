@@ -3,30 +3,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from monai.utils import optional_import
 
 from monai_deq.evaluation.scores import MethodResult, MetricColumn, common_pairs, finite_scores, metric_columns
-from monai_deq.utils import refuse_existing, replace_file
+from monai_deq.visualize import COLOURS, figure_file, style_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PANELS", "figures_available", "plot_boxes", "plot_lines", "plot_steps"]
+__all__ = ["PANELS", "plot_boxes", "plot_lines", "plot_steps"]
 
-#: Okabe and Ito's palette, which readers with any common colour blindness tell apart, and a grey
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999999")
-#: the same without black, lightened by 40 % so that a median shows
+#: the palette without black, lightened by 40 % so that a median shows
 _LIGHT = ("#66AAD1", "#F0C566", "#66C5AB", "#E0AFCA", "#E69E66", "#9AD2F2", "#F6EF8E")
 _UNRANKED = "#CCCCCC"
-_NEEDED = 'figures need matplotlib: pip install "monai_deq[figures]"'
 #: an iteration that diverges goes on to 1e30 voxels, and nothing would be seen of the others; below lies rounding
 _LARGEST, _SMALLEST = 100.0, 1e-6
 
@@ -52,44 +46,12 @@ _BOX: dict[str, Any] = {
 }
 
 
-def figures_available() -> bool:
-    """Whether matplotlib is installed; it is logged as a warning where it is not."""
-    there = optional_import("matplotlib")[1]
-    if not there:
-        logging.getLogger("monai_deq").warning(f"no figure: {_NEEDED}")
-    return there
-
-
-@contextmanager
-def _picture(path: str | Path, width: float, height: float, overwrite: bool) -> Iterator[Figure]:
-    """A figure that is written when the block ends without an exception."""
-    path = Path(path)
-    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"path: expected a name that ends in .png, .pdf, .svg, got {path}.")
-    if not overwrite:
-        refuse_existing([path], "Replace it with overwrite, or name another path.")
-    try:
-        # a figure of its own and never pyplot: a caller's backend and open figures stay as they are
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError(_NEEDED) from e
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    with replace_file(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-
-
-def _style(axis: Any, title: str, size: int = 10, grid: str = "both") -> None:
-    axis.set_title(title, fontsize=size)
-    axis.tick_params(labelsize=8)
-    axis.grid(axis=grid, color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def plot_boxes(
-    results: Sequence[MethodResult], metrics: Sequence[str | MetricColumn], path: str | Path, overwrite: bool = False
-) -> None:
+    results: Sequence[MethodResult],
+    metrics: Sequence[str | MetricColumn],
+    path: str | Path | None = None,
+    overwrite: bool = False,
+) -> Figure:
     """
     Draw the scores over the pairs: one panel a metric, one box a method (whiskers to the last score within 1.5 times
     the box, further ones as points) and its mean as a dot. A method that failed or lacks a metric says so in place of
@@ -98,7 +60,7 @@ def plot_boxes(
     Args:
         results: the methods from top to bottom.
         metrics: the panels: keys of :py:data:`monai_deq.evaluation.METRIC_COLUMNS`, or columns of your own.
-        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``.
+        path: the picture, ``.png`` (150 dpi), ``.pdf`` or ``.svg``. Defaults to ``None``: none.
         overwrite: replace an existing file, which is ``FileExistsError`` else.
 
     Raises:
@@ -110,7 +72,7 @@ def plot_boxes(
     down = math.ceil(len(columns) / across)
     ranked = [result.name for result in results if result.ranked]
     colours = {name: _LIGHT[i % len(_LIGHT)] for i, name in enumerate(ranked)}
-    with _picture(path, 1.3 + 1.75 * across, (0.75 + 0.27 * len(results)) * down + 0.25, overwrite) as figure:
+    with figure_file(path, 1.3 + 1.75 * across, (0.75 + 0.27 * len(results)) * down + 0.25, overwrite) as figure:
         axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten().tolist()
         for axis, column in zip(axes, columns, strict=False):
             for row, result in enumerate(results):
@@ -123,7 +85,7 @@ def plot_boxes(
                     continue
                 face = {"facecolor": colours.get(result.name, _UNRANKED), "edgecolor": "black", "linewidth": 0.7}
                 axis.boxplot(column.scale * scores.to_numpy(), positions=[row], boxprops=face, **_BOX)
-            _style(axis, column.title, 9, grid="x")
+            style_axis(axis, column.title, 9, grid="x")
             axis.set_yticks(range(len(results)), [result.title for result in results])
             axis.set_ylim(len(results) - 0.4, -0.6)  # the first method on top
             axis.tick_params(axis="x", labelsize=7)
@@ -134,6 +96,7 @@ def plot_boxes(
         count = f"Box: median and quartiles, n = {len(pairs)} pairs."
         words = (" " if across > 2 else "\n").join([count, "White dot: mean.", "Whiskers: within 1.5 box lengths."])
         figure.supxlabel(words, fontsize=7, color="#444444")
+    return figure
 
 
 def plot_steps(
@@ -151,14 +114,14 @@ def plot_steps(
     """
     panels = [name for name in PANELS if any(c[name, "mean"].notna().any() for c in curves.values())]
     columns = max(math.ceil(len(panels) / 2), 1)
-    with _picture(path, 4.7 * columns, 6.0, overwrite) as figure:
+    with figure_file(path, 4.7 * columns, 6.0, overwrite) as figure:
         axes: Sequence[Any] = figure.subplots(2, columns, squeeze=False).flatten().tolist()
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         for axis, key in zip(axes, panels, strict=False):
             title, scale, logarithmic = PANELS[key]
             for i, (method, of_method) in enumerate(curves.items()):
-                curve, colour = scale * of_method[key], _COLOURS[i % len(_COLOURS)]
+                curve, colour = scale * of_method[key], COLOURS[i % len(COLOURS)]
                 # residuals lie on a logarithmic axis and far apart: their median
                 drawn = curve["median" if logarithmic else "mean"]
                 axis.plot(drawn.index, drawn, color=colour, linewidth=1.4, label=method)
@@ -173,7 +136,7 @@ def plot_steps(
                 axis.set_yscale("log")
                 bottom, top = axis.get_ylim()
                 axis.set_ylim(max(bottom, _SMALLEST), min(top, _LARGEST))
-            _style(axis, title)
+            style_axis(axis, title)
             axis.set_xlabel("steps", fontsize=8)
         axes[0].legend(fontsize=7, frameon=False)
         words = "Mean over the pairs with a band of one standard error; on logarithmic axes the median. "
@@ -198,17 +161,17 @@ def plot_lines(
         path, overwrite: see :py:func:`plot_boxes`.
         x_label: of the horizontal axis.
     """
-    with _picture(path, 6.4, 4.2, overwrite) as figure:
+    with figure_file(path, 6.4, 4.2, overwrite) as figure:
         axis = figure.subplots()
         for i, (name, line) in enumerate(lines.items()):
-            colour, finite = _COLOURS[i % len(_COLOURS)], finite_scores(line)
+            colour, finite = COLOURS[i % len(COLOURS)], finite_scores(line)
             if finite.index.to_list() == [1]:
                 axis.axhline(finite.iloc[0], color=colour, linewidth=1.2, linestyle="--" if i else ":", label=name)
             elif len(finite):
                 axis.plot(finite.index, finite, "o-", color=colour, linewidth=1.4, markersize=4, label=name)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        _style(axis, title)
+        style_axis(axis, title)
         axis.set_xlabel(x_label, fontsize=8)
         if axis.lines:
             axis.legend(fontsize=7, frameon=False)

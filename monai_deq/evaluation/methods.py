@@ -88,7 +88,7 @@ def _source_digest() -> bytes:
     digest = hashlib.sha256()
     package = Path(monai_deq.__file__).parent
     for path in sorted(package.rglob("*.py")):
-        if path.parent.name != "evaluation" and path.name != "cli.py":
+        if path.parent.name not in ("evaluation", "visualize") and path.name != "cli.py":
             digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.digest()
 

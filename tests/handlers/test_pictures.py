@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in TensorBoard: of which pair, in which epochs, and never in the way of a training."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor, list_data_collate
+from monai.engines.utils import IterationEvents
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from monai_deq.handlers import TensorBoardPairHandler, pictures
+from monai_deq.visualize import RegisteredPair
+
+pytest.importorskip("matplotlib")
+
+SIZE = (20, 24)
+AFFINE = torch.diag(torch.tensor([1.0, 2.0, 1.0, 1.0], dtype=torch.float64))
+
+
+def make_batch(brightness: float) -> dict[str, Any]:
+    """Two pairs, the first fixed image of one brightness; the labels are 3 voxels apart along the first axis."""
+    items = []
+    for fixed, moving in (("a", "c"), ("b", "d")):
+        item = {key: MetaTensor(torch.rand(1, *SIZE), affine=AFFINE) for key in ("fixed", "moving", "warped")}
+        item |= {"fixed_label": torch.zeros(1, *SIZE), "moving_label": torch.zeros(1, *SIZE)}
+        item["fixed_label"][:, 5:9, 5:9] = item["moving_label"][:, 8:12, 5:9] = 4
+        item["ddf"] = torch.tensor([3.0, 0.0])[:, None, None].expand(2, *SIZE).clone()
+        items.append({**item, "fixed_subject": fixed, "moving_subject": moving})
+    items[0]["fixed"][:] = brightness
+    return dict(list_data_collate(items))
+
+
+def evaluator_with(handler: TensorBoardPairHandler) -> Engine:
+    def step(engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
+        engine.state.output = batch
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        return {"ddf": "what postprocessing made of it"}
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    handler.attach(engine)
+    return engine
+
+
+def run(engine: Engine, batches: list[dict[str, Any]], epochs: int) -> None:
+    """As MONAI's evaluator is run, one epoch at a time."""
+    for epoch in range(1, epochs + 1):
+        engine.state.epoch, engine.state.max_epochs, engine.state.iteration = epoch - 1, epoch, 0
+        engine.run(batches, max_epochs=epoch)
+
+
+def test_the_first_pair_each_so_many_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[RegisteredPair] = []
+    plot = pictures.plot_registration
+    monkeypatch.setattr(pictures, "plot_registration", lambda pair: pairs.append(pair) or plot(pair))
+    batches = [make_batch(0.25), make_batch(0.5)]
+    run(evaluator_with(TensorBoardPairHandler(str(tmp_path), interval=3)), batches, 5)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    shown = events.Images("registration")
+    assert [image.step for image in shown] == [1, 4] and len(pairs) == 2
+    from PIL import Image
+
+    with Image.open(io.BytesIO(shown[0].encoded_image_string)) as image:
+        assert image.width > 1000 and image.height > 150
+        assert np.asarray(image).std() > 5  # something is drawn
+    pair = pairs[0]
+    assert (pair.fixed == 0.25).all() and pair.names == ("c", "a") and pair.spacing == pytest.approx((1, 2))
+    np.testing.assert_array_equal(pair.warped_label, pair.fixed_label)
+
+
+def test_a_failed_solve_does_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batch = make_batch(0.5)
+    batch["ddf"][0] = float("nan")
+    with caplog.at_level(logging.WARNING, "monai_deq"):
+        run(evaluator_with(TensorBoardPairHandler(str(tmp_path))), [batch], 1)
+    assert caplog.messages == ["no picture of the first pair: ddf: expected finite numbers, got NaN or infinity."]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    batch = make_batch(0.5)
+    with caplog.at_level(logging.WARNING, "monai_deq"):
+        run(evaluator_with(TensorBoardPairHandler(str(tmp_path), 1)), [batch], 3)
+    assert len(caplog.messages) == 1 and "pip install" in caplog.messages[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_labels_of_another_grid_are_left_out_and_a_mask_is_brought_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs: list[RegisteredPair] = []
+    plot = pictures.plot_registration
+    monkeypatch.setattr(pictures, "plot_registration", lambda pair: pairs.append(pair) or plot(pair))
+    batch = make_batch(0.5)
+    batch["fixed_label"] = batch["moving_label"] = torch.zeros(2, 1, 40, 48)
+    batch["fixed_mask"] = torch.zeros(2, 1, 40, 48, dtype=torch.uint8)
+    batch["fixed_mask"][:, :, 10:20, 24:] = 1
+    run(evaluator_with(TensorBoardPairHandler(str(tmp_path))), [batch], 1)
+    assert pairs[0].fixed_label is None and pairs[0].warped_label is None
+    expected = np.zeros(SIZE)
+    expected[5:10, 12:] = 1  # half the size
+    np.testing.assert_array_equal(pairs[0].mask, expected)
+
+
+def test_interval() -> None:
+    with pytest.raises(ValueError, match="interval must be at least 1"):
+        TensorBoardPairHandler("", 0)
