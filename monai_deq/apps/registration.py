@@ -6,11 +6,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from monai_deq.data import image_dims, pair_items
+import numpy as np
+import torch
+
+from monai_deq.data import affine_of, image_dims, pair_items
 from monai_deq.networks import load_weights, read_record
 from monai_deq.networks.blocks import EnergyUpdate
 from monai_deq.networks.nets import EnergyRegistrationNet, RegistrationNet, energy_finish
@@ -23,9 +26,11 @@ from monai_deq.transforms import (
     SaveRegistrationd,
     SummarizeRegistrationd,
     load_pair_transforms,
+    pull_image,
     summary_lines,
 )
 from monai_deq.utils import local_device
+from monai_deq.visualize import HTMLPage, RegisteredPair, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
 
@@ -171,6 +176,8 @@ def register_pairs(
     saver = next(iter(transforms.values()))[-1]
     for item in items:
         saver.refuse_existing(item)
+        if settings.report:
+            HTMLPage.check(_report_path(saver, item), settings.overwrite)
     results = []
     for number, item in enumerate(items, start=1):
         begin = time.perf_counter()
@@ -183,6 +190,9 @@ def register_pairs(
         done: Any = finish(solved)
         saved = save({**done, **{k: v for k, v in done["record"].items() if k not in done}})
         record = saved["record"]
+        if settings.report:
+            saved["files"]["report"] = str(_report_path(save, item))
+            _write_report(saved, settings)
         kept = {k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved}
         verdict, converged = record.get("verdict", record["reason"]), bool(record["converged"])
         if "finish" in record:
@@ -191,3 +201,50 @@ def register_pairs(
         results.append({**kept, "verdict": verdict, "converged": converged, "seconds": seconds})
     print("\n".join(summary_lines(results)), flush=True)
     return results
+
+
+def _report_path(saver: SaveRegistrationd, item: Mapping[str, Any]) -> Path:
+    record = saver.paths(item)["record"]
+    return record.with_name(record.name.replace("_record.json", "_report.html"))
+
+
+#: what each file is, and how it is used
+_FILES = {
+    "warped": ("the moving scan on the grid of the fixed one", "opens in any viewer, over the fixed scan"),
+    "label": ("its label map there", "each voxel from the nearest"),
+    "transform": ("the displacement field, LPS mm", "monai-deq apply, antsApplyTransforms -t, Slicer, SimpleITK"),
+    "affine": ("the alignment that came before it, in the field too", "antsApplyTransforms -t, Slicer, SimpleITK"),
+    "ddf": ("the displacement field in voxels of the fixed scan", "monai_deq.transforms.load_ddf"),
+    "record": ("what the solver said, and the scores", "JSON"),
+}
+
+
+def _write_report(item: Mapping[str, Any], settings: RegistrationSettings) -> None:
+    """One HTML file of a registered pair."""
+    scan = item["fixed_scan"]
+    labels = {key: _plain(item[key]) for key in ("fixed_label", "warped_label") if key in item}
+    if "moving_label" in item:
+        labels["moving_label"] = _plain(pull_image(item["moving_label"], scan, mode="nearest"))
+    pair = RegisteredPair(
+        fixed=_plain(scan),
+        moving=_plain(pull_image(item["moving_scan"], scan)),
+        warped=_plain(item["warped_scan"]),
+        ddf=item["ddf"].cpu().numpy(),
+        affine=affine_of(scan),
+        names=(str(item["moving_subject"]), str(item["fixed_subject"])),
+        **labels,
+    )
+    summary = dict(item["summary"])
+    scores = {k.removesuffix("_after"): v for k, v in summary.items() if k.endswith("_after")}
+    pairs: dict[str, Any] = {k: (summary[f"{k}_before"], v) for k, v in scores.items()}
+    pairs |= {k: v for k, v in summary.items() if not k.endswith(("_before", "_after", "_labels"))}
+    pairs["dice_per_label"] = {k: tuple(v) for k, v in summary.get("dice_labels", {}).items()}
+    files = {path: _FILES[what] for what, path in item["files"].items() if what in _FILES}
+    used = {**asdict(settings), "fixed": item["fixed_subject"], "moving": item["moving_subject"]}
+    used["intensities"] = item.get("intensities", {})
+    record = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in item["record"].items()}
+    write_pair_report(item["files"]["report"], pair, record, pairs, used, files, overwrite=settings.overwrite)
+
+
+def _plain(image: torch.Tensor) -> np.ndarray:
+    return np.asarray(image[0].cpu())
