@@ -16,7 +16,7 @@ from ignite.handlers import Checkpoint, DiskSaver
 
 from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record
 from monai_deq.networks.nets import IteratedNet
-from monai_deq.utils import gather_items, process_count, process_rank, refuse_existing
+from monai_deq.utils import check_writable, gather_items, process_count, process_rank, refuse_existing
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
@@ -96,11 +96,13 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        """Resume, or make sure that nothing is overwritten unasked."""
+        """Resume, or make sure that nothing is overwritten unasked; and that there will be checkpoints."""
         if len(set(gather_items([self.last_path.is_file()]))) > 1:
             raise FileNotFoundError(
                 f"{self.last_path} is seen by some of the processes alone: name a --ckpt_dir that all of them share."
             )
+        if process_rank() == 0:  # the one that writes
+            check_writable(self.last_path.parent)
         if self.resume and self.last_path.is_file():
             self._load(engine)
             return

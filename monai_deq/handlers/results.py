@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of an engine: refused before any work where they are there already, and written pair by pair."""
+"""Results of an engine: refused before any work where they cannot be written, and written pair by pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
 from monai_deq.solvers import MEASURES
-from monai_deq.utils import gather_items, process_rank, refuse_existing, replace_file, wait_for_all, write_json
+from monai_deq.utils import (
+    check_writable,
+    gather_items,
+    process_rank,
+    refuse_existing,
+    replace_file,
+    wait_for_all,
+    write_json,
+)
 
 __all__ = ["OutputGuard", "PairResultsSaver"]
 
@@ -25,13 +33,16 @@ _CERTIFICATE = ("verdict", "spectral_radius", "start_distance", *MEASURES)
 
 
 class _Saver(Protocol):
+    output_dir: Path
+
     def refuse_existing(self, item: Any) -> None: ...
 
 
 class OutputGuard:
     """
-    When an engine starts, let the writer of its results (``saver.refuse_existing(item)``) refuse every item of ``data``
-    whose files are there already. Of several processes the first one sees to the items of all, before any writes.
+    When an engine starts, see that the folder of its results (``saver.output_dir``) can be written to, and let their
+    writer (``saver.refuse_existing(item)``) refuse every item of ``data`` whose files are there already. Of several
+    processes the first one sees to the items of all, before any writes.
     """
 
     def __init__(self, saver: _Saver, data: Sequence[Mapping[Any, Any]]) -> None:
@@ -43,6 +54,7 @@ class OutputGuard:
 
     def __call__(self, engine: Engine) -> None:
         if process_rank() == 0:
+            check_writable(self.saver.output_dir)
             for item in self.data:
                 self.saver.refuse_existing(item)
         wait_for_all()
@@ -121,9 +133,12 @@ class PairResultsSaver:
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
     def started(self, engine: Engine) -> None:
-        """Refuse to overwrite before any work is done."""
+        """Refuse to overwrite, and a folder that cannot be written to, before any work is done."""
         self.rows = []
-        if not self.overwrite and process_rank() == 0:
+        if process_rank() > 0:
+            return
+        check_writable(self.csv_path.parent)
+        if not self.overwrite:
             advice = "Replace it with --overwrite true, or name another --output_dir."
             refuse_existing([self.csv_path, self.json_path], advice)
 

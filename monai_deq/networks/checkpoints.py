@@ -63,9 +63,9 @@ def load_weights(network: nn.Module, path: str | Path, without: str | None = Non
         name, _, differences = min(tried, key=lambda attempt: sum(map(len, attempt[2].values())))
         parts = [f"{len(v)} {what} ({v[0]}{', ...' if len(v) > 1 else ''})" for what, v in differences.items() if v]
         raise ValueError(
-            f"the checkpoint {path}{name and f', under {name!r},'} is of another architecture than "
-            f"{type(network).__name__}: weights {'; '.join(parts)}. Use the configuration (2-D or 3-D, channels, "
-            "method) it was trained with."
+            f"the checkpoint {path} is of another architecture than {type(network).__name__}: weights "
+            f"{name and f'under {name!r} '}{'; '.join(parts)}. Use the configuration (2-D or 3-D, channels, method) it "
+            "was trained with."
         )
     if len(fitting) > 1 and "network" not in fitting:
         raise ValueError(

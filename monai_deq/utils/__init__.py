@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .files import json_ready, refuse_existing, replace_file, write_json
+from .files import check_writable, json_ready, refuse_existing, replace_file, write_json
 from .processes import (
     end_processes,
     gather_items,
@@ -19,6 +19,7 @@ from .settings import as_flag, refuse_unknown_settings
 
 __all__ = [
     "as_flag",
+    "check_writable",
     "end_processes",
     "gather_items",
     "gather_to_first",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["json_ready", "refuse_existing", "replace_file", "write_json"]
+__all__ = ["check_writable", "json_ready", "refuse_existing", "replace_file", "write_json"]
 
 
 @contextmanager
@@ -31,6 +31,24 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, where it is not there, and a file in it that is removed again: before hours of work whose results
+    could not be written. What stands in the way is an ``OSError`` of its kind.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
+            file.write(b"x")  # a full disk may still take an empty file
+            file.flush()
+    except OSError as e:
+        reason = e.strerror or str(e)
+        if isinstance(e, (FileExistsError, NotADirectoryError)):
+            in_the_way = (p for p in (folder, *folder.parents) if os.path.lexists(p) and not p.is_dir())
+            reason = next((f"{p} is there and is no folder" for p in in_the_way), reason)
+        raise type(e)(f"cannot write to the folder {folder}: {reason}. Make it writable, or name another one.") from e
 
 
 def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:

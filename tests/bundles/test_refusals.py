@@ -19,6 +19,10 @@ from shell import BUNDLES, configs, error_of, run_bundle_in_shell
         ({"overwrite": "perhaps"}, "overwrite must be true or false, got 'perhaps'."),
         ({"ckpt_path": "weights/model.pt"}, "weights/model.pt is not a readable checkpoint"),
         ({"moving": "text.nii.gz", "num_workers": 1}, "'moving': cannot read 'text.nii.gz'"),
+        (
+            {"output_dir": "a.nii.gz/new"},
+            "cannot write to the folder a.nii.gz/new: a.nii.gz is there and is no",
+        ),
         ({"output_dir": "there"}, "b_to_a_warped.nii.gz exists already and is not overwritten. Replace it with --over"),
     ],
 )

@@ -342,6 +342,15 @@ def test_without_a_validator_the_last_epoch_is_the_best(tmp_path: Path) -> None:
     assert len(resumed.losses) == ITERATIONS and read_record(tmp_path / "model.pt").training["epoch"] == 3
 
 
+@pytest.mark.parametrize("settings", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, settings: dict[str, bool]) -> None:
+    (tmp_path / "models").write_text("precious")
+    training = Training(tmp_path / "models", 1, **settings)
+    with pytest.raises(FileExistsError, match="cannot write to the folder .*models is there and is no folder"):
+        training.run()
+    assert training.losses == [] and (tmp_path / "models").read_text() == "precious"
+
+
 @pytest.mark.parametrize("name", ["last.pt", "model.pt"])
 def test_existing_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")

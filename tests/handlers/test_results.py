@@ -313,7 +313,7 @@ def register(saver: SaveRegistrationd) -> list[Any]:
     OutputGuard(saver, NAMES).attach(engine)
     try:
         engine.run(NAMES)
-    except FileExistsError:
+    except OSError:
         assert done == []  # not one pair registered in vain
         raise
     return done
@@ -331,3 +331,17 @@ def test_refuses_before_any_work(tmp_path: Path) -> None:
     assert register(SaveRegistrationd(tmp_path / "other")) == ["a", "b", "c"]
     assert register(SaveRegistrationd(tmp_path, overwrite=True)) == ["a", "b", "c"]
     assert len(list(tmp_path.glob("*.*"))) == 9
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_refuses_a_folder_that_cannot_be_written_to(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").write_text("precious")
+    folder, began = tmp_path / "out" / "first", list[Any]()
+    message = f"cannot write to the folder {folder}: {tmp_path / 'out'} is there and is no folder"
+    with pytest.raises(NotADirectoryError, match=message):
+        register(SaveRegistrationd(folder, overwrite))
+    engine = Engine(lambda engine, item: began.append(item))
+    PairResultsSaver(folder, LABELS, "two", overwrite=overwrite).attach(engine)
+    with pytest.raises(NotADirectoryError, match=message):
+        engine.run(NAMES)
+    assert began == [] and (tmp_path / "out").read_text() == "precious"

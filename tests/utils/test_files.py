@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import stat
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from monai_deq.utils import json_ready, refuse_existing, replace_file, write_json
+from monai_deq.utils import check_writable, json_ready, refuse_existing, replace_file, write_json
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -92,6 +96,65 @@ def test_refuse_existing(tmp_path: Path) -> None:
     paths[2].write_text("x")
     with pytest.raises(FileExistsError, match=r"/b and 1 more exists? already"):
         refuse_existing(map(str, paths), "")
+
+
+@pytest.mark.parametrize("name", ["", "new", "new/er/still"])
+def test_folders_that_can_be_written_to(tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").write_text("x")
+    for folder in (tmp_path / name, str(tmp_path / name)):
+        check_writable(folder)
+        assert Path(folder).is_dir()
+        assert [p.name for p in Path(folder).iterdir() if p.is_file()] == ([] if name else ["precious"])
+
+
+@pytest.mark.parametrize("below", ["", "/a", "/a/b"])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "device"])
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path, kind: str, below: str) -> None:
+    file = Path("/dev/null") if kind == "device" else tmp_path / "out"
+    if kind == "file":
+        file.write_text("precious")
+    elif kind == "dangling link":
+        file.symlink_to(tmp_path / "gone" / "for" / "good")
+    words = f"cannot write to the folder {file}{below}: {file} is there and is no folder. Make it writable, or"
+    with pytest.raises((FileExistsError, NotADirectoryError), match=re.escape(words)) as error:
+        check_writable(f"{file}{below}")
+    assert "\n" not in str(error.value)
+    assert kind == "device" or os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("/proc/out", "No such file or directory"), ("{tmp}/" + 300 * "n", "File name too long")]
+)
+def test_folders_that_no_system_makes(tmp_path: Path, folder: str, reason: str) -> None:
+    folder = folder.format(tmp=tmp_path)
+    with pytest.raises(OSError, match=f"cannot write to the folder {folder}: {reason}. Make it writable"):
+        check_writable(folder)
+
+
+@pytest.mark.parametrize("where", ["mkdir", "open", "write"])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EACCES, PermissionError), (errno.EROFS, OSError), (errno.ENOSPC, OSError)]
+)
+def test_what_a_system_refuses(
+    tmp_path: Path, where: str, number: int, kind: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(tmp_path))
+
+    if where == "write":
+        make = tempfile.NamedTemporaryFile
+
+        def full(*args: Any, **kwargs: Any) -> Any:
+            file = make(*args, **kwargs)
+            file.write = refuse
+            return file
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    else:
+        monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "open": (tempfile, "NamedTemporaryFile")}[where], refuse)
+    with pytest.raises(kind, match=f"folder {tmp_path}: {os.strerror(number)}. Make it writable, or name") as error:
+        check_writable(tmp_path)
+    assert type(error.value) is kind and os.listdir(tmp_path) == []
 
 
 def test_json_of_numbers_that_json_does_not_know(tmp_path: Path) -> None:
