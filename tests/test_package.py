@@ -24,9 +24,10 @@ FLOORS = [
     ["networks"],
     ["certificates", "data", "losses", "metrics"],
     ["visualize"],
-    ["baselines", "handlers", "inferers", "transforms"],
+    ["baselines", "inferers", "transforms"],
+    ["handlers"],
     ["engines"],
-    ["bundle", "evaluation"],
+    ["apps", "bundle", "evaluation"],
     ["cli"],
 ]
 #: the same inside ``networks``

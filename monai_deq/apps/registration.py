@@ -20,11 +20,9 @@ from monai_deq.networks.nets import EnergyRegistrationNet, RegistrationNet, ener
 from monai_deq.transforms import (
     AffineKind,
     CheckedCompose,
-    ComposeDDFd,
     FixedPointSolverd,
-    ResampleByDDFd,
     SaveRegistrationd,
-    SummarizeRegistrationd,
+    finish_pair_transforms,
     load_pair_transforms,
     pull_image,
     summary_lines,
@@ -134,18 +132,8 @@ def _transforms(
         device=device,
         **solver,
     )
-    finish = [
-        ComposeDDFd(),
-        ResampleByDDFd(
-            ("moving_scan", "moving_label"),
-            output_keys=("warped_scan", "warped_label"),
-            mode=("bilinear", "nearest"),
-            allow_missing_keys=True,
-        ),
-        SummarizeRegistrationd(),
-    ]
     save = SaveRegistrationd(output_dir, settings.overwrite, settings.transform_format, settings.save_ddf)
-    return load_pair_transforms(dims, affine=settings.affine, **scans), solve, CheckedCompose(finish), save
+    return load_pair_transforms(dims, affine=settings.affine, **scans), solve, finish_pair_transforms(), save
 
 
 def register_pairs(

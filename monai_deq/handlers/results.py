@@ -40,13 +40,13 @@ class _Saver(Protocol):
 
 class OutputGuard:
     """
-    When an engine starts, see that the folder of its results (``saver.output_dir``) can be written to, and let their
-    writer (``saver.refuse_existing(item)``) refuse every item of ``data`` whose files are there already. Of several
+    When an engine starts, see that the folders of its results (``saver.output_dir``) can be written to, and let their
+    writers (``saver.refuse_existing(item)``) refuse every item of ``data`` whose files are there already. Of several
     processes the first one sees to the items of all, before any writes.
     """
 
-    def __init__(self, saver: _Saver, data: Sequence[Mapping[Any, Any]]) -> None:
-        self.saver, self.data = saver, data
+    def __init__(self, savers: Sequence[_Saver], data: Sequence[Mapping[Any, Any]]) -> None:
+        self.savers, self.data = list(savers), data
 
     def attach(self, engine: Engine) -> None:
         """Attach to the engine that produces the results."""
@@ -54,9 +54,10 @@ class OutputGuard:
 
     def __call__(self, engine: Engine) -> None:
         if process_rank() == 0:
-            check_writable(self.saver.output_dir)
-            for item in self.data:
-                self.saver.refuse_existing(item)
+            for saver in self.savers:
+                check_writable(saver.output_dir)
+                for item in self.data:
+                    saver.refuse_existing(item)
         wait_for_all()
 
 

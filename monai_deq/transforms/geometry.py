@@ -191,21 +191,29 @@ class ComposeDDFd(MapTransform):
     Of slices in two planes ``"transform"`` has what leads from one to the other too, ``(3, H, W, 1)``.
 
     Args:
-        ddf_key: the field ``(ndim, *spatial)`` on the grid that a method works on.
+        ddf_key: the field ``(ndim, *spatial)`` that a method found.
+        fixed_key: the fixed image on the grid that the method works on, which the field has.
         reference_key: the fixed scan ``(C, *spatial)``.
         chain_key: the chain behind the field, optional in the item.
     """
 
     def __init__(
-        self, ddf_key: str = "ddf", reference_key: str = "fixed_scan", chain_key: str = "initial_transform"
+        self,
+        ddf_key: str = "ddf",
+        fixed_key: str = "fixed",
+        reference_key: str = "fixed_scan",
+        chain_key: str = "initial_transform",
     ) -> None:
-        super().__init__((ddf_key,))
-        self.ddf_key, self.reference_key, self.chain_key = ddf_key, reference_key, chain_key
+        super().__init__((ddf_key, fixed_key, reference_key))
+        self.ddf_key, self.fixed_key = ddf_key, fixed_key
+        self.reference_key, self.chain_key = reference_key, chain_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        require_keys(d, (self.ddf_key, self.reference_key), "ComposeDDFd")
-        ddf, reference, chain = d[self.ddf_key], d[self.reference_key], d.get(self.chain_key) or []
+        require_keys(d, self.keys, "ComposeDDFd")
+        reference, chain = d[self.reference_key], d.get(self.chain_key) or []
+        # what comes out of an engine has lost its affine
+        d[self.ddf_key] = ddf = on_grid_of(_plain(d[self.ddf_key]), d[self.fixed_key])
         if chain or not same_grid(ddf, reference):
             d[self.ddf_key] = compose_ddf([ddf, *chain], reference)
             if chain and reference.ndim == 3 and len(getattr(reference, "meta", {}).get("spatial_shape", ())) != 2:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from monai_deq.networks.blocks import OutsidePoints, points_outside
 
 from .alignment import AffineKind, AlignAffined, InitialTransformd, foreground_overlap
 from .fields import LoadDDFd, ResampleDDFd
-from .geometry import pull_image, smooth_for
+from .geometry import ComposeDDFd, ResampleByDDFd, pull_image, smooth_for
 from .intensities import ScaleToUnitRanged, WindowToUnitRanged
 from .items import CheckedCompose, PerKeyd, PerKeyOfImaged
 from .points import CheckSameKeypointsd, LoadKeypointsd, ResizeKeypointsd
+from .summaries import SummarizeRegistrationd
 
 __all__ = ["CheckLabeld", "CheckRegistrationImaged", "CheckSameGridd", "CheckedCompose", "DropSliceAxisd"]
-__all__ += ["LoadRegistrationImaged", "MatchGridd", "ResizeFixedd"]
+__all__ += ["LoadRegistrationImaged", "MatchGridd", "ResizeFixedd", "finish_pair_transforms"]
 __all__ += ["load_annotated_pair_transforms", "load_pair_transforms", "load_subject_transforms"]
 
 logger = logging.getLogger("monai_deq")
@@ -428,6 +429,23 @@ def load_pair_transforms(
         ResampleDDFd("fixed", "initial_ddf", allow_missing_keys=True),
     ]
     return CheckedCompose(transforms, log_stats=False)
+
+
+def finish_pair_transforms(savers: Sequence[Callable[[Any], Any]] = ()) -> CheckedCompose:
+    """
+    Transforms from what :py:func:`load_pair_transforms` gives and the solver's ``"ddf"`` and ``"warped"`` on its grid to
+    ``"ddf"``, ``"warped_scan"`` and ``"warped_label"`` on the grid of the fixed scan, and ``"summary"``.
+
+    Args:
+        savers: what comes behind, such as :py:class:`SaveRegistrationd`. Defaults to nothing.
+    """
+    warp = ResampleByDDFd(
+        ("moving_scan", "moving_label"),
+        output_keys=("warped_scan", "warped_label"),
+        mode=("bilinear", "nearest"),
+        allow_missing_keys=True,
+    )
+    return CheckedCompose([ComposeDDFd(), warp, SummarizeRegistrationd(), *savers], log_stats=False)
 
 
 def load_annotated_pair_transforms(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,19 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, convert_to_tensor
 
-from monai_deq.data import save_nifti
+from monai_deq.data import affine_of, save_nifti
 from monai_deq.solvers import MEASURES
 from monai_deq.utils import refuse_existing, write_json
 
 from .geometry import chain_matrix, is_matrix
 from .items import require_keys
-from .transform_files import check_transform_format, load_ddf, save_transform
+from .transform_files import check_transform_format, is_sheared, load_ddf, save_transform
 
 __all__ = ["SaveLearn2RegDDFD", "SaveLearn2RegDDFDict", "SaveLearn2RegDDFd", "learn2reg_ddf_name"]
 __all__ += ["SaveRegistrationD", "SaveRegistrationDict", "SaveRegistrationd"]
 __all__ += ["load_learn2reg_ddf", "save_learn2reg_ddf"]
+
+logger = logging.getLogger("monai_deq")
 
 _ADVICE = "Replace it with --overwrite true, or name another --output_dir."
 #: what the record has, and what it may have
@@ -195,6 +198,10 @@ class SaveRegistrationd(_PairSaver):
             save_nifti(paths["label"], d["warped_label"], affine, dims)
         else:
             del paths["label"]
+        if "transform" in paths and is_sheared(affine_of(ddf)):
+            message = "%s: not written, as the voxel axes of the fixed scan are not at right angles; the field is in voxels"
+            logger.warning(message, paths.pop("transform"))
+            paths["ddf"] = paths["warped"].with_name(paths["warped"].name.replace("_warped.", "_ddf."))
         if "ddf" in paths:
             save_nifti(paths["ddf"], ddf, affine, dims)
         if "transform" in paths:

@@ -18,8 +18,8 @@ from monai_deq.utils import replace_file
 
 from .geometry import ChainPart, compose_ddf, is_matrix
 
-__all__ = ["FIELD_FORMATS", "TRANSFORM_FORMATS", "check_transform_format", "load_ddf", "load_transform"]
-__all__ += ["save_transform"]
+__all__ = ["FIELD_FORMATS", "TRANSFORM_FORMATS", "check_transform_format", "is_sheared", "load_ddf"]
+__all__ += ["load_transform", "save_transform"]
 
 _NIFTI = (".nii", ".nii.gz")
 #: endings of displacement fields as images of vectors
@@ -42,11 +42,16 @@ def check_transform_format(path: str | Path, affine: bool = False) -> str:
     return ending
 
 
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes of a grid are not at right angles, which ITK's images and transforms cannot describe."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(cosines.T @ cosines - np.eye(3)).max() > 2e-3)
+
+
 def _lps_field(ddf: torch.Tensor, planar: bool) -> tuple[np.ndarray, np.ndarray]:
     """Components ``(*spatial, ndim)`` in LPS mm and the grid's affine in RAS, of a planar slice in two dimensions."""
     affine, field = affine_of(ddf), np.asarray(ddf.cpu() if isinstance(ddf, torch.Tensor) else ddf, dtype=np.float64)
-    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    if np.abs(cosines.T @ cosines - np.eye(3)).max() > 2e-3:
+    if is_sheared(affine):
         raise ValueError(
             "the voxel axes of the fixed scan are not at right angles (its affine has shear), which ITK's transforms "
             "cannot describe; resample the scan first."

@@ -310,7 +310,7 @@ def register(saver: SaveRegistrationd) -> list[Any]:
 
     done: list[Any] = []
     engine = Engine(iteration)
-    OutputGuard(saver, NAMES).attach(engine)
+    OutputGuard([saver], NAMES).attach(engine)
     try:
         engine.run(NAMES)
     except OSError:

@@ -369,7 +369,7 @@ def test_learn2reg_existing_file_is_refused_unasked(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="disp_0101_0101.*--overwrite true"):
         saver(item)
     with pytest.raises(FileExistsError, match="disp_0101_0101"):
-        OutputGuard(saver, [item])(None)  # type: ignore[arg-type]
+        OutputGuard([saver], [item])(None)  # type: ignore[arg-type]
     with pytest.raises(FileExistsError, match="disp_0101_0101"):
         save_learn2reg_ddf(make_ddf(), tmp_path, *NLST)
     assert path.read_text() == "precious"
