@@ -201,7 +201,7 @@ def _strongest(difference: np.ndarray) -> float:
 
 
 def _words(pair: RegisteredPair, shown: OrientedPair, folds: int) -> str:
-    moving, fixed = (textwrap.shorten(name, 60, placeholder="…") for name in pair.names)
+    moving, fixed = (name if len(name) <= 60 else f"{name[:29]}…{name[-30:]}" for name in pair.names)
     words = [f"Moving: {moving}. Fixed: {fixed}."]
     if len(shown.planes) > 1:
         words.append(f"Planes through voxel ({', '.join(map(str, shown.voxel))}) of the fixed scan.")

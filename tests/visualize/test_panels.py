@@ -157,6 +157,12 @@ def test_nothing_is_cut_or_overlaps(size: tuple[int, ...], spacing: tuple[float,
                 assert shape.width / shape.height == pytest.approx((right - left) / (bottom - top), rel=0.02)
 
 
+def test_long_names_keep_both_ends() -> None:
+    figure = plot_registration(make_pair((20, 22), names=("scan_a_" + "x" * 90 + "_0001", "b")))
+    text = figure.texts[-1].get_text().replace("\n", " ")
+    assert "Moving: scan_a_xx" in text and "x_0001. Fixed: b." in text
+
+
 def test_a_checkerboard_is_of_both() -> None:
     size = (48, 48)
     pair = make_pair(size, np.eye(4), fixed=np.ones(size) + ball(size), moving=np.ones(size), warped=np.ones(size))
