@@ -98,7 +98,7 @@ class RegisteredPair:
     @cached_property
     def jacobian(self) -> np.ndarray:
         """Jacobian determinant ``(*spatial)``, see :py:func:`monai_deq.metrics.jacobian_determinant`."""
-        ddf = torch.from_numpy(np.ascontiguousarray(self.ddf))
+        ddf = torch.from_numpy(np.ascontiguousarray(self.ddf, dtype=np.float32))
         return np.asarray(jacobian_determinant(ddf[None])[0, 0])
 
 

@@ -27,6 +27,8 @@ _DIVERGING = "RdBu_r"
 _LINES, _SQUARES = 20, 6
 #: of a row or a column, inches: its letters find room
 _SMALLEST = 0.55
+#: of a row, inches
+_LARGEST = 3.5
 
 
 def plot_registration(
@@ -48,7 +50,8 @@ def plot_registration(
     shown = oriented(pair, position)
     sizes = [shown.extent(plane) for plane in shown.planes]
     column = 1.75 if len(sizes) > 1 else 2.2
-    scale = column / max(width for width, _ in sizes)
+    scale = min(column / max(width for width, _ in sizes), _LARGEST / max(height for _, height in sizes))
+    column = max(scale * max(width for width, _ in sizes), 1.1)  # its title finds room
     heights = [max(height * scale, _SMALLEST) for _, height in sizes]
     arrays = {name: np.asarray(shown.arrays[name], dtype=np.float32) for name in ("fixed", "moving", "warped")}
     differences = [arrays["moving"] - arrays["fixed"], arrays["warped"] - arrays["fixed"]]
@@ -113,13 +116,11 @@ def plot_checkerboard(pair: RegisteredPair, path: str | Path | None = None, over
     """
     shown = oriented(pair)
     sizes = [shown.extent(plane) for plane in shown.planes]
-    scale = 2.9 / max(width for width, _ in sizes)
+    scale = min(2.9 / max(width for width, _ in sizes), _LARGEST / max(height for _, height in sizes))
     height = max(max(height for _, height in sizes) * scale, _SMALLEST)
     widths = [max(width * scale, _SMALLEST) for width, _ in sizes]
     with _cells(path, overwrite, widths, [height, height], 0.1) as (figure, axes):
-        for row, name, title in zip(
-            axes, ("moving", "warped"), ("before: fixed, moving", "after: fixed, warped"), strict=True
-        ):
+        for row, name, title in zip(axes, ("moving", "warped"), ("before", "after"), strict=True):
             for axis, plane in zip(row, shown.planes, strict=True):
                 fixed, other = (shown.cut(key, plane).astype(np.float32) for key in ("fixed", name))
                 board = np.where(_squares(shown, plane), fixed, other)
@@ -200,7 +201,7 @@ def _strongest(difference: np.ndarray) -> float:
 
 
 def _words(pair: RegisteredPair, shown: OrientedPair, folds: int) -> str:
-    moving, fixed = (textwrap.shorten(name, 60, placeholder="…") for name in pair.names)
+    moving, fixed = (name if len(name) <= 60 else f"{name[:29]}…{name[-30:]}" for name in pair.names)
     words = [f"Moving: {moving}. Fixed: {fixed}."]
     if len(shown.planes) > 1:
         words.append(f"Planes through voxel ({', '.join(map(str, shown.voxel))}) of the fixed scan.")

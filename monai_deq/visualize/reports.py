@@ -102,12 +102,13 @@ def pair_summary(pair: RegisteredPair) -> dict[str, Any]:
         one. A Dice is NaN where either scan lacks the label, and before where there is no moving label map.
     """
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))[None, None]
+    def tensor(array: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
+        # files hold types and byte orders that PyTorch has not
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))[None, None]
 
-    loss, fixed = LocalCorrelationLoss(), tensor(pair.fixed).float()
+    loss, fixed = LocalCorrelationLoss(), tensor(pair.fixed, np.float32)
     with torch.no_grad():
-        likeness = [-float(loss(tensor(image).float(), fixed)) for image in (pair.moving, pair.warped)]
+        likeness = [-float(loss(tensor(image, np.float32), fixed)) for image in (pair.moving, pair.warped)]
     summary: dict[str, Any] = {"similarity": (likeness[0], likeness[1])}
     if pair.fixed_label is not None and pair.warped_label is not None:
         labels = [int(label) for label in np.unique(pair.fixed_label) if label > 0]
@@ -121,7 +122,7 @@ def pair_summary(pair: RegisteredPair) -> dict[str, Any]:
         summary["dice"] = (float(before.nanmean()), float(after.nanmean()))
         scores = zip(before.tolist(), after.tolist(), strict=True)
         summary["dice_per_label"] = dict(zip(labels, scores, strict=True))
-    ddf, mask = torch.from_numpy(np.ascontiguousarray(pair.ddf))[None], None
+    ddf, mask = tensor(pair.ddf, np.float32)[0], None
     inside = np.ones(pair.fixed.shape, dtype=bool)
     if pair.mask is not None:
         inside = pair.mask > 0
@@ -176,7 +177,12 @@ def write_pair_report(
     page.add("Slices", *_slices(shown), kind="viewer")
     words = "Checkerboards of fixed and moving, and of fixed and warped image"
     board = html_picture(plot_checkerboard(pair), words, 160 * len(shown.planes))
-    page.add("Checkerboard", "<p>Edges that go on from square to square are aligned.</p>", board, kind="whole")
+    page.add(
+        "Checkerboard",
+        "<p>Fixed and moving, then fixed and warped image in turn: edges that go on are aligned.</p>",
+        board,
+        kind="whole",
+    )
     if any(value is not None for value in record.get("residual_trace") or ()):
         steps = plot_traces(record, tolerance=tolerance)
         page.add("Steps of the solver", html_picture(steps, "Residual and energy, step by step", 560), kind="whole")
