@@ -55,7 +55,7 @@ def _sample(image: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
     """
     sample = partial(F.grid_sample, mode=mode, padding_mode="border", align_corners=True)
     depth, parts = grid.shape[1], torch.get_num_threads()
-    alone = len(image) == 1 and image.ndim == 5 and image.device.type == "cpu" and parts > 1
+    alone = image.shape[0] == 1 and image.ndim == 5 and image.device.type == "cpu" and parts > 1
     if not alone or depth < parts or (torch.is_grad_enabled() and (image.requires_grad or grid.requires_grad)):
         return sample(image, grid)
     each = depth // parts
@@ -86,7 +86,9 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
     dtype = torch.promote_types(torch.promote_types(image.dtype, ddf.dtype), torch.float32)
     spatial = tuple(image.shape[2:])
     with torch.autocast(device_type=image.device.type, enabled=False):
-        coords = identity_grid(spatial, ddf.device, dtype) + ddf.to(dtype)
+        # a grid that torch.export traces is a part of its graph, which others must not be given
+        grid_of = identity_grid.__wrapped__ if torch.compiler.is_compiling() else identity_grid
+        coords = grid_of(spatial, ddf.device, dtype) + ddf.to(dtype)
         # normalise to [-1, 1] channel by channel, last axis first as grid_sample wants (x, y, z)
         grid = torch.stack(
             [coords[:, i] * (2.0 / max(spatial[i] - 1, 1)) - 1.0 for i in reversed(range(len(spatial)))], dim=-1
