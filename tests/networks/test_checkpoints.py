@@ -107,9 +107,7 @@ def test_a_prefix_of_some_names_is_none_of_all(tmp_path: Path) -> None:
     # the coarser network of two sizes is no network of one, though its names fit when the rest is passed over
     two = coarse_to_fine(deq_net(tiny_update(2), spatial_dims=2), 2)
     torch.save({"state_dict": {f"net.{k}": v for k, v in two.state_dict().items()}}, tmp_path / "model.pt")
-    with pytest.raises(
-        ValueError, match=r"model.pt is of .* weights under 'state_dict' 10 unexpected \(coarse\.update"
-    ):
+    with pytest.raises(ValueError, match=r"model.pt is .* weights under 'state_dict' 10 unexpected \(coarse\.update"):
         load_weights(deq_net(tiny_update(2), spatial_dims=2), tmp_path / "model.pt")
     # nor is one of two that lie side by side taken for the other
     both = {f"{name}.{k}": v for name in ("student", "teacher") for k, v in unet().state_dict().items()}

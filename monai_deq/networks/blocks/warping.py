@@ -59,7 +59,7 @@ def _sample(image: torch.Tensor, grid: torch.Tensor, mode: str) -> torch.Tensor:
     """
     sample = partial(F.grid_sample, mode=mode, padding_mode="border", align_corners=True)
     depth, parts = grid.shape[1], torch.get_num_threads()
-    alone = len(image) == 1 and image.ndim == 5 and image.device.type == "cpu" and parts > 1
+    alone = image.shape[0] == 1 and image.ndim == 5 and image.device.type == "cpu" and parts > 1
     if not alone or depth < parts or (torch.is_grad_enabled() and (image.requires_grad or grid.requires_grad)):
         return sample(image, grid)
     each = depth // parts
@@ -123,7 +123,9 @@ def warp_by_ddf(image: torch.Tensor, ddf: torch.Tensor, mode: str = "bilinear") 
     check_ddf(image, ddf)
     dtype = torch.promote_types(torch.promote_types(image.dtype, ddf.dtype), torch.float32)
     with torch.autocast(device_type=image.device.type, enabled=False):
-        coordinates = identity_grid(tuple(image.shape[2:]), ddf.device, dtype) + ddf.to(dtype)
+        # a grid that torch.export traces is a part of its graph, which others must not be given
+        grid_of = identity_grid.__wrapped__ if torch.compiler.is_compiling() else identity_grid
+        coordinates = grid_of(tuple(image.shape[2:]), ddf.device, dtype) + ddf.to(dtype)
     return sample_at(image, coordinates, mode)
 
 

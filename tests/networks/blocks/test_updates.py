@@ -789,3 +789,50 @@ def test_voxelmorph_update_in_half_precision(integration_steps: int, around: boo
 def test_wrong_integration_steps() -> None:
     with pytest.raises(ValueError, match="integration_steps must not be negative, got -1"):
         VoxelMorphUpdate(2, -1)
+
+
+def exported(ndim: int) -> dict[str, RegistrationUpdate]:
+    """Updates with weights that are seen, in two classes of how they are computed: with a gradient inside, and not."""
+    lncc = LocalNormalizedCrossCorrelationLoss(spatial_dims=ndim, kernel_size=3)
+    backbone = RegistrationCNN(ndim, 2 + ndim, channels=(3,), flow_std=0.05)
+    updates = {
+        "UNet": tiny_update(ndim),
+        "UNet of GraDIRN": UNetUpdate(ndim, backbone),
+        "VoxelMorph": VoxelMorphUpdate(ndim, integration_steps=2, flow_std=0.02),
+        "GraDIRN": GradientUpdate(ndim, lncc, 0.3, backbone),
+        "RIIR": tiny_recurrent_update(ndim),
+    }
+    return {name: update.eval() for name, update in updates.items()}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("ndim", [2, 3])
+@pytest.mark.parametrize("name", ["UNet", "UNet of GraDIRN", "VoxelMorph", "GraDIRN", "RIIR"])
+def test_export(name: str, ndim: int, grad: bool) -> None:
+    update, size = exported(ndim)[name], (17, 16, 18)[-ndim:]
+
+    def arguments(seed: int) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(seed)
+        ddf, hidden = torch.randn(1, ndim, *size), torch.randn(1, update.hidden_channels, *size)
+        return (*pair(size, batch=1, seed=seed), ddf, *([hidden] if update.hidden_channels else []))
+
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(update, arguments(1)).module()
+        # other images than those it was traced with
+        for seed in (1, 2):
+            given = arguments(seed)
+            expected, got = update(*given), program(*given)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            delta = expected[0] if isinstance(expected, tuple) else expected
+            assert float(delta.detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_export_for_batches_of_any_size(ndim: int) -> None:
+    update, size = tiny_update(ndim).eval(), (16, 12, 10)[:ndim]
+    given = [(*pair(size, batch, seed=batch), torch.randn(batch, ndim, *size)) for batch in (2, 3, 7)]
+    batch = torch.export.Dim("batch", min=2, max=16)
+    with torch.no_grad():
+        program = torch.export.export(update, given[0], dynamic_shapes=({0: batch},) * 3).module()
+        for arguments in given:
+            torch.testing.assert_close(program(*arguments), update(*arguments), rtol=1e-5, atol=1e-5)

@@ -270,3 +270,16 @@ def test_words_for_points_outside() -> None:
     check_outside("clamp")
     with pytest.raises(ValueError, match="outside: expected 'refuse' or 'clamp', got 'zeros'"):
         check_outside("zeros")
+
+
+@pytest.mark.parametrize("size", [(11, 13), (5, 6, 7)])
+def test_what_is_exported_is_not_kept_for_others(size: tuple[int, ...]) -> None:
+    image, ddf = torch.rand(2, 1, *size), torch.randn(2, len(size), *size)
+    identity_grid.cache_clear()
+    program = torch.export.export(DDFWarp(), (image, ddf)).module()
+    expected = Warp("bilinear", "border")(image, ddf)
+    for warp in (program, DDFWarp()):
+        torch.testing.assert_close(warp(image, ddf), expected, atol=1e-5, rtol=0)
+    # nor the other way round: a grid that was there already
+    program = torch.export.export(DDFWarp(), (image, ddf)).module()
+    torch.testing.assert_close(program(image, ddf), expected, atol=1e-5, rtol=0)

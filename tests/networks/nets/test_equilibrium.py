@@ -480,3 +480,30 @@ def test_wrong_types() -> None:
             net(image, image.float())
         with pytest.raises(ValueError, match=r"floating point .*torch.float32 and torch.uint8"):
             net(image.float(), image)
+
+
+class Step(torch.nn.Module):
+    """The map of a network as a module."""
+
+    def __init__(self, network: DEQRegistrationNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor) -> torch.Tensor:
+        return self.network.fixed_point_map(moving, fixed)(ddf)
+
+
+@pytest.mark.parametrize("size", [(17, 18), (9, 10, 8)])
+def test_the_map_is_exported(size: tuple[int, ...]) -> None:
+    network = deq_net(tiny_update(len(size)), relaxation=0.5, proximal_weight=0.1, num_states=0).eval()
+    start = torch.zeros(1, len(size), *size)
+    with torch.no_grad():
+        program = torch.export.export(Step(network), (*pair(size, batch=1), start)).module()
+        # other images, to where the network's own solver comes
+        moving, fixed = pair(size, batch=1, seed=9)
+        ddf = start
+        for _ in range(5):
+            ddf = program(moving, fixed, ddf)
+    expected, _ = network.solve(moving, fixed, max_steps=5, tolerance=0.0)
+    assert float(expected.abs().max()) > 1e-2
+    torch.testing.assert_close(ddf, expected, rtol=1e-5, atol=1e-5)
