@@ -9,13 +9,14 @@ import re
 import sys
 import traceback
 from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fire import parser
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
@@ -24,6 +25,9 @@ __all__ = ["as_flag", "refuse_unknown_settings"]
 #: the last frame of a traceback: the file, and what was said there
 _RAISED = re.compile(r'^  File "([^"]*)", line .*\n(?:  (?!File ).*\n)*(\S.*)', re.MULTILINE)
 _PACKAGE = Path(__file__).resolve().parents[1]
+#: settings that are paths, by the end of their name or the whole of it
+_PATHS_END = ("_dir", "_path", "_root", "_folder", "_label", "_keypoints", "_mask")
+_PATHS = ("fixed", "moving", "pairs", "initial_ddf", "initial_transform")
 
 
 def as_flag(value: Any, name: str) -> bool:
@@ -54,6 +58,7 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     if argv is None and getattr(sys.excepthook, "func", None) is not _report:
         sys.excepthook = partial(_report, sys.excepthook)
     given = _settings(words[2:])
+    _refuse_misread(given)
     if "args_file" in given:
         given = {**ConfigParser.load_config_file(given["args_file"]), **given}
     if "config_file" not in given:
@@ -83,6 +88,23 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     if unused:
         user = config.get("method", files)
         raise ValueError(f"{user} has no use for {', '.join(sorted(unused))}: leave it out, or take another method.")
+
+
+def _refuse_misread(given: Mapping[str, str]) -> None:
+    """Refuse paths that do not arrive as they are written: Fire reads a value as Python does, where it can, so that
+    ``results#2`` becomes ``results``, ``2024`` a number and ``a,b`` a list; and ``%`` begins a reference of MONAI's.
+    """
+    for name, text in given.items():
+        if not name.endswith(_PATHS_END) and name not in _PATHS:
+            continue
+        read = parser.DefaultParseValue(text)
+        if text.startswith("%") and "::" not in text:
+            raise ValueError(f"--{name} {text}: MONAI takes what begins with % for a reference; write ./{text}")
+        quoted = text[:1] in ("'", '"') and isinstance(read, str)
+        if read == text or quoted or read is None or text[:1] in "[({":
+            continue
+        advice = f"give it in two pairs of quotes, --{name} '\"{text}\"', or write ./{text}"
+        raise ValueError(f"--{name} {text}: the command line reads it as {read!r}; {advice}")
 
 
 def _report(

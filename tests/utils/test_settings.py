@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fire import parser
 from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader
 
@@ -187,3 +188,31 @@ def test_what_other_programs_and_the_user_end_with(files: str, monkeypatch: pyte
     assert seen == [(KeyboardInterrupt, interruption, None)] and capsys.readouterr().err == ""
     sys.excepthook(ValueError, ValueError("first\nsecond"), None)
     assert len(seen) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("results#2", "'results'"), ("2024", "2024"), ("1e5", "100000.0"), ("a,b", r"\('a', 'b'\)"), ("0x10", "16")]
+    + [("True", "True"), ("1_000", "1000")],
+)
+@pytest.mark.parametrize("name", ["output_dir", "bundle_root", "fixed", "moving_label", "pairs"])
+def test_paths_that_would_arrive_as_something_else(text: str, read: str, name: str, files: str) -> None:
+    with pytest.raises(ValueError, match=rf"--{name} .*reads it as {read}; .*two pairs of quotes.*or write \./"):
+        refuse_unknown_settings([PROGRAM, "run", "training", "--config_file", files, f"--{name}", text])
+
+
+def test_percent_begins_a_reference(files: str) -> None:
+    with pytest.raises(ValueError, match=r"--output_dir %x: MONAI takes .* write \./%x"):
+        refuse_unknown_settings([PROGRAM, "run", "training", "--config_file", files, "--output_dir", "%x"])
+
+
+@pytest.mark.parametrize(
+    "text", ["./results#2", "/a/b#2", "./2024", '"2024"', "'x,y'", "a b", "50%", "x.nii.gz", "007"]
+)
+def test_paths_that_arrive_as_they_are(text: str, files: str) -> None:
+    # as Fire has it, which is what reads the command line
+    assert parser.DefaultParseValue(text) == text.strip("'\"")
+    config = str(json.loads(files.replace("'", '"'))[0])
+    content = {**json.loads(Path(config).read_text()), "output_dir": ".", "training": ["$print(@output_dir)"]}
+    Path(config).write_text(json.dumps(content))
+    refuse_unknown_settings([PROGRAM, "run", "training", "--config_file", config, "--output_dir", text])
