@@ -203,6 +203,21 @@ def invert_files(
     print(f"wrote {invert_transform(transforms, output, reference, overwrite)}")
 
 
+@app.command("sample")
+def write_sample(
+    output_dir: OutputDir,
+    subjects: Annotated[int, typer.Option(help="Number of subjects, 2 to 999.")] = 2,
+) -> None:
+    """Write synthetic heads with their label maps, volumes and slices, to try things on.
+
+    Example: monai-deq sample --output-dir heads
+    """
+    from monai_deq.data import write_sample_cohort
+
+    # volumes of 2.5 mm, which register in seconds
+    print(f"wrote {write_sample_cohort(output_dir, subjects, (64, 72, 80), (160, 192))}")
+
+
 @app.command("compare")
 def compare_methods(
     bundle_dir: BundleDir,

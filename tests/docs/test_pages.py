@@ -315,7 +315,9 @@ class Workplace:
             if measured in self.measured:
                 return  # with all sizes tiny, several pages ask for the same
             self.measured.add(measured)
-        result = CliRunner().invoke(app, short)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(monai_deq.data, "write_sample_cohort", small_cohort)
+            result = CliRunner().invoke(app, short)
         assert result.exit_code == 0, result.output[-2000:] + repr(result.exception)
 
 
