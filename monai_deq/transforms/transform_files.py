@@ -123,6 +123,9 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
     if ending in _NIFTI:
         vectors, affine = _lps_field(chain[0], planar)  # type: ignore[arg-type]
         dims = vectors.shape[-1]
+        if dims == 3 and vectors.shape[2] == 1:
+            # a slice would be read as two-dimensional: its plane twice, one voxel apart
+            vectors = vectors.repeat(2, axis=2)
         image = nib.Nifti1Image(vectors.reshape(*vectors.shape[:-1], *[1] * (4 - dims), dims), affine)
         image.header.set_intent(_VECTOR)
         image.header.set_xyzt_units("mm")
@@ -268,8 +271,8 @@ def load_ddf(path: str | Path, spatial_dims: int, reference: torch.Tensor | None
         if len(chain) != 1 or not isinstance(chain[0], MetaTensor):
             raise ValueError(f"{path}: the transform is no single displacement field; name the image it is wanted for.")
         field = chain[0]
-        if spatial_dims == 2 and field.ndim == 4 and field.shape[-1] == 1:
-            # a plane is left through its normal alone
+        if spatial_dims == 2 and field.ndim == 4 and field.shape[-1] in (1, 2):
+            # of a slice; a plane is left through its normal alone
             field = MetaTensor(field[:2, ..., 0], meta=dict(field.meta), spatial_ndim=2)
         if field.ndim != spatial_dims + 1:
             raise ValueError(f"{path}: expected a {spatial_dims}-D displacement field, got {tuple(field.shape)}.")
