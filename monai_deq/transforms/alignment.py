@@ -26,15 +26,13 @@ logger = logging.getLogger("monai_deq")
 
 AffineKind = Literal["rigid", "affine"]
 
-#: intensity in [0, 1] above which a voxel is foreground
-_FOREGROUND = 0.1
 #: cosine between the normals of two slices' planes, below which they are not one plane
 _PARALLEL = 0.999
 
 
 def foreground_overlap(fixed: torch.Tensor, moving: torch.Tensor) -> float:
-    """Dice overlap of what is brighter than a tenth in two images ``(C, *spatial)`` of one grid, in [0, 1]."""
-    a, b = (image > _FOREGROUND for image in (fixed, moving))
+    """Dice overlap of what is brighter than the mean in each of two images ``(C, *spatial)`` of one grid, in [0, 1]."""
+    a, b = (image > image.mean() for image in (fixed, moving))
     return float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1))
 
 
