@@ -15,8 +15,8 @@ import typer
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; fetch data; "
-    "pack a bundle for the Model Zoo. With --debug an error shows its trace.",
+    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; fetch "
+    "data; pack a bundle for the Model Zoo. With --debug an error shows its trace.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -108,7 +108,7 @@ def _method(settings: RegistrationSettings, dims: int) -> tuple[RegistrationNet,
     record = read_record(settings.weights, dims)
     network = record.build()
     load_weights(network, settings.weights)
-    solver = {"finish": energy_finish(dims, weight=preset.weight)}
+    solver: dict[str, Any] = {"finish": energy_finish(dims, weight=preset.weight)}
     solver |= {"max_steps": settings.steps[0]} if settings.steps else {}
     known = {key: record.preprocessing.get(key) for key in ("window", "orientation")}
     return network, solver, {"spatial_size": record.spatial_size, **known}
@@ -181,7 +181,9 @@ def register_pairs(
         if settings.report:
             saved["files"]["report"] = str(_report_path(save, item))
             _write_report(saved, settings)
-        kept = {k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved}
+        kept: dict[str, Any] = {
+            k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved
+        }
         verdict, converged = record.get("verdict", record["reason"]), bool(record["converged"])
         if "finish" in record:
             verdict, converged = record["finish"]["reason"], bool(record["finish"]["converged"])
@@ -207,7 +209,7 @@ _FILES = {
 }
 
 
-def _write_report(item: Mapping[str, Any], settings: RegistrationSettings) -> None:
+def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings) -> None:
     """One HTML file of a registered pair."""
     scan = item["fixed_scan"]
     labels = {key: _plain(item[key]) for key in ("fixed_label", "warped_label") if key in item}

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from monai.data import MetaTensor
 
-from monai_deq.data import affine_of, image_dims, read_image, save_nifti
+from monai_deq.data import affine_of, image_dims, is_planar, read_image, save_nifti
 from monai_deq.transforms import (
     ChainPart,
     CheckLabeld,
@@ -21,6 +21,7 @@ from monai_deq.transforms import (
     chain_matrix,
     check_transform_format,
     compose_ddf,
+    is_field,
     is_matrix,
     load_transform,
     map_points,
@@ -65,8 +66,8 @@ def apply_transforms(
     Args:
         moving: the image, in the space of the moving scan; or points of the FIXED scan, ``.csv`` or ``.fcsv``, see
             :py:func:`monai_deq.transforms.read_world_points`: they go to the moving one's space, as in ITK.
-        transforms: files that :py:func:`monai_deq.transforms.load_transform` reads, in the order in which a point of the
-            fixed scan passes through them, as ANTs has it.
+        transforms: files that :py:func:`monai_deq.transforms.load_transform` reads, in the order in which a point of
+            the fixed scan passes through them, as ANTs has it.
         output: ``.nii`` or ``.nii.gz``; of points ``.csv``: x, y and z in LPS mm.
         reference: image on whose grid the result lies, the fixed scan; of points without a header, whose voxels they
             are. Defaults to ``None``: the grid of the first displacement field.
@@ -84,8 +85,8 @@ def apply_transforms(
     if not overwrite:
         refuse_existing([output], "Replace it with --overwrite, or name another file.")
     chain = _chain(transforms)
-    field = next((part for part in chain if not is_matrix(part)), None)
-    grid = field if reference is None else _read(reference, "reference")
+    field = next(filter(is_field, chain), None)
+    grid: torch.Tensor | None = field if reference is None else _read(reference, "reference")
     if points:
         world = read_world_points(moving, None if grid is None else affine_of(grid), _axes(grid))
         found = map_points(world.T, chain).T * world.new_tensor([-1.0, -1.0, 1.0])
@@ -98,10 +99,10 @@ def apply_transforms(
     if image.ndim != grid.ndim:
         if not (image.ndim == 3 and grid.ndim == 4 and grid.shape[-1] in (1, 2)):
             raise ValueError(
-                f"moving {str(moving)!r} is {image.ndim - 1}-D, the grid of the result is {grid.ndim - 1}-D; name another "
-                "--reference."
+                f"moving {str(moving)!r} is {image.ndim - 1}-D, the grid of the result is {grid.ndim - 1}-D; name "
+                "another --reference."
             )
-        grid = MetaTensor(grid[..., 0], meta=dict(grid.meta), spatial_ndim=2)
+        grid = MetaTensor(grid[..., 0], affine=torch.from_numpy(affine_of(grid)), spatial_ndim=2)
     if label:
         for volume in image:
             CheckLabeld("label", "label")({"label": MetaTensor(volume[None], meta=dict(image.meta))})
@@ -118,13 +119,14 @@ def _axes(grid: torch.Tensor | None) -> int | None:
 
 def _inverse(part: ChainPart) -> list[ChainPart]:
     """The inverse of a matrix or a field as a chain."""
-    if is_matrix(part):
+    if not is_field(part):
         return [np.linalg.inv(np.asarray(part, dtype=float))]
     # what a field has of an affine map would lead far beyond its grid
-    field = MetaTensor(part[:, ..., None], meta=dict(part.meta)) if part.ndim == 3 else part  # type: ignore[union-attr]
-    if len(field) == 2:
-        field = MetaTensor(torch.cat([field, torch.zeros_like(field[:1])]), meta=dict(part.meta))  # type: ignore[union-attr]
-    affine = affine_of(field)
+    affine, plain = affine_of(part), part.as_subclass(torch.Tensor)
+    plain = plain[..., None] if plain.ndim == 3 else plain
+    if len(plain) == 2:
+        plain = torch.cat([plain, torch.zeros_like(plain[:1])])
+    field = MetaTensor(plain, affine=torch.from_numpy(affine))
     voxels = torch.stack(
         [axis.flatten() for axis in torch.meshgrid(*map(torch.arange, field.shape[1:]), indexing="ij")]
     )
@@ -172,9 +174,8 @@ def invert_transform(
     if affine:
         save_transform(output, chain_matrix(inverse))
         return output
-    own = next(part for part in chain if not is_matrix(part))
-    grid = own if reference is None else _read(reference, "reference")
-    if grid.ndim == 3 and len(grid.meta.get("spatial_shape", ())) != 2:  # type: ignore[union-attr]
-        grid = MetaTensor(grid[..., None], meta=dict(grid.meta))  # type: ignore[union-attr]
+    grid = next(filter(is_field, chain)) if reference is None else _read(reference, "reference")
+    if grid.ndim == 3 and not is_planar(grid):
+        grid = MetaTensor(grid[..., None], affine=torch.from_numpy(affine_of(grid)))
     save_transform(output, compose_ddf(inverse, grid))
     return output

@@ -255,7 +255,7 @@ def _certified(
     fixed: torch.Tensor,
     initial_ddf: torch.Tensor | None,
     certificate: Mapping[str, Any] | None,
-    given: dict[str, torch.Tensor],
+    given: dict[str, Any],
     **changes: Any,
 ) -> tuple[torch.Tensor, SolverRecord, list[Certificate] | None]:
     """See :py:func:`certified_solve`; what is ``given`` goes to the network by keyword."""

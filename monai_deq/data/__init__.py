@@ -6,7 +6,16 @@ from __future__ import annotations
 from .caching import cached_given_pairs, cached_pairs, cached_subjects
 from .downloads import PUBLIC_DATASETS, download_dataset
 from .grid import Grid, affine_of, check_same_grid, grid_distance, grid_of, same_grid, source_of
-from .images import IMAGE_FORMATS, existing_file, image_dims, image_stem, load_simpleitk, read_image, save_nifti
+from .images import (
+    IMAGE_FORMATS,
+    existing_file,
+    image_dims,
+    image_stem,
+    is_planar,
+    load_simpleitk,
+    read_image,
+    save_nifti,
+)
 from .labels import SEG24_LABELS, SEG35_LABELS, label_set
 from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
 from .oasis import OasisDataset, find_oasis
@@ -65,6 +74,7 @@ __all__ = [
     "grid_of",
     "image_dims",
     "image_stem",
+    "is_planar",
     "is_sample",
     "keep_annotations",
     "label_set",

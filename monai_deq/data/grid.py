@@ -64,8 +64,8 @@ def grid_of(image: torch.Tensor) -> Grid | None:
 
 
 def affine_of(image: torch.Tensor) -> np.ndarray:
-    """Voxel to RAS mm of an image ``(C, *spatial)``, ``(4, 4)``, float64; the identity where it carries none. Of a slice
-    the third column is at right angles to the plane where it is not given.
+    """Voxel to RAS mm of an image ``(C, *spatial)``, ``(4, 4)``, float64; the identity where it carries none. Of a
+    slice the third column is at right angles to the plane where it is not given.
     """
     if not isinstance(image, MetaTensor):
         return np.eye(4)
@@ -77,8 +77,8 @@ def affine_of(image: torch.Tensor) -> np.ndarray:
 
 
 def grid_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """How far apart the voxels of two images ``(C, *spatial)`` lie at most, in voxels of the first; infinite where their
-    sizes differ.
+    """How far apart the voxels of two images ``(C, *spatial)`` lie at most, in voxels of the first; infinite where
+    their sizes differ.
     """
     if a.shape[1:] != b.shape[1:]:
         return float("inf")

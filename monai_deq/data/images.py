@@ -17,7 +17,8 @@ from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 
 from monai_deq.utils import replace_file
 
-__all__ = ["IMAGE_FORMATS", "existing_file", "image_dims", "image_stem", "load_simpleitk", "read_image", "save_nifti"]
+__all__ = ["IMAGE_FORMATS", "existing_file", "image_dims", "image_stem", "is_planar", "load_simpleitk"]
+__all__ += ["read_image", "save_nifti"]
 
 _NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
@@ -156,7 +157,8 @@ def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
     shape = array.shape[1:]
     tensor = torch.from_numpy(np.ascontiguousarray(_whole(array, path, name) if label else array.astype(np.float32)))
-    meta = {"filename_or_obj": str(path), "spatial_shape": list(shape), "original_affine": affine, "space": "RAS"}
+    meta: dict[str, Any] = {"filename_or_obj": str(path), "spatial_shape": list(shape)}
+    meta |= {"original_affine": affine, "space": "RAS"}
     if len(array) > 1:
         meta["frame_spacing"] = between
     # MetaTensor takes the number of axes from the affine's rows
@@ -203,6 +205,11 @@ def _whole(array: np.ndarray, path: Path, name: str) -> np.ndarray:
     return array.astype(np.int32 if low >= -(2**31) and high < 2**31 else np.int64)
 
 
+def is_planar(image: Any) -> bool:
+    """Whether an image comes from a file of two axes, not of slices with a third one of one voxel."""
+    return isinstance(image, MetaTensor) and len(image.meta.get("spatial_shape", ())) == 2
+
+
 def save_nifti(path: str | Path, image: NdarrayOrTensor, affine: np.ndarray | None, spatial_dims: int) -> None:
     """
     Write a channel-first image as NIfTI, whole or not at all. Several channels become the last axis; a 2-D image gets
@@ -216,7 +223,7 @@ def save_nifti(path: str | Path, image: NdarrayOrTensor, affine: np.ndarray | No
     """
     if image.ndim != spatial_dims + 1:
         raise ValueError(f"expected a channel-first {spatial_dims}-D image for {path}, got shape {tuple(image.shape)}.")
-    planar = isinstance(image, MetaTensor) and len(image.meta.get("spatial_shape", ())) == 2 and len(image) == 1
+    planar = is_planar(image) and len(image) == 1
     if isinstance(image, torch.Tensor) and image.dtype == torch.bfloat16:  # which NumPy does not have
         image = image.float()
     array = convert_to_numpy(image)

@@ -15,21 +15,21 @@ from monai_deq.data.images import image_stem
 __all__ = ["PAIR_FILES", "pair_items", "pairs_to_register", "read_pair_list", "scan_names"]
 
 #: what a pair may have files of
-PAIR_FILES = ("fixed", "moving", "fixed_label", "moving_label", "fixed_mask", "fixed_keypoints", "moving_keypoints")
-PAIR_FILES += ("initial_transform", "initial_ddf")
+PAIR_FILES: tuple[str, ...] = ("fixed", "moving", "fixed_label", "moving_label", "fixed_mask")
+PAIR_FILES += ("fixed_keypoints", "moving_keypoints", "initial_transform", "initial_ddf")
 _SCANS = PAIR_FILES[:2]
 
 
 def scan_names(files: Sequence[str | Path]) -> list[str]:
     """
-    A name for each scan, the same for the same file and another for another: that of the file without its ending, behind
-    as many folders that tell it from others of that name as are needed: ``bert_norm`` of ``bert/mri/norm.mgz``.
+    A name for each scan, the same for the same file and another for another: that of the file without its ending,
+    behind as many folders that tell it from others of that name as are needed: ``bert_norm`` of ``bert/mri/norm.mgz``.
     """
     paths = [Path(file).expanduser().resolve() for file in files]
     names: dict[Path, str] = {}
     for stem in {image_stem(path) for path in paths}:
         group = sorted({path for path in paths if image_stem(path) == stem})
-        found = {path: (stem,) for path in group}
+        found: dict[Path, tuple[str, ...]] = {path: (stem,) for path in group}
         depth = 0
         while len(set(found.values())) < len(group):
             folders = {path: path.parent.parts[-1 - depth] if depth < len(path.parent.parts) else "" for path in group}
@@ -75,8 +75,8 @@ def pair_items(pairs: Sequence[Mapping[str, Any]], where: Sequence[str] = ()) ->
             raise ValueError(f"{place}: expected a name for files, without folders, got {name!r}.")
         if name in made:
             raise ValueError(
-                f"{place}: two pairs are called {name} ({made[name]} is the other) and would write the same files; give "
-                "different file names, or each pair a 'name'."
+                f"{place}: two pairs are called {name} ({made[name]} is the other) and would write the same files; "
+                "give different file names, or each pair a 'name'."
             )
         made[name] = place
     return items
@@ -159,8 +159,8 @@ def pairs_to_register(
         ValueError: When one of two scans is missing, or a list is given besides, is malformed or has one name twice.
         FileNotFoundError: When a file does not exist.
     """
-    given = dict(fixed=fixed, moving=moving, fixed_label=fixed_label, moving_label=moving_label)
-    given |= dict(initial_transform=initial_transform, initial_ddf=initial_ddf)  # type: ignore[arg-type]
+    given: dict[str, Any] = dict(fixed=fixed, moving=moving, fixed_label=fixed_label, moving_label=moving_label)
+    given |= dict(initial_transform=initial_transform, initial_ddf=initial_ddf)
     if not any(given.values()):
         return read_pair_list(pairs) if pairs else find_dataset().test_pairs(split_sizes, split_lists)
     if pairs:

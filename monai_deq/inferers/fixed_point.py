@@ -45,7 +45,9 @@ class FixedPointInferer(Inferer):
         finish: RegistrationNet | None = None,
     ) -> None:
         super().__init__()
-        self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
+        self.changes: dict[str, Any] = dict(
+            name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options
+        )
         self.changes["relative_tolerance"] = relative_tolerance
         self.certificate, self.finish = check_certificate(certificate), finish
 

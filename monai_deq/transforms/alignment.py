@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from monai_deq.data import affine_of, load_simpleitk, source_of
@@ -43,8 +42,8 @@ class InitialTransformd(MapTransform):
 
     Args:
         fixed_key, moving_key: the scans ``(C, *spatial)``.
-        chain_key: files that :py:func:`load_transform` reads, one or several, in the order in which a point of the fixed
-            scan passes through them; the chain takes their place, and is left out where it is empty.
+        chain_key: files that :py:func:`load_transform` reads, one or several, in the order in which a point of the
+            fixed scan passes through them; the chain takes their place, and is left out where it is empty.
     """
 
     def __init__(
@@ -95,8 +94,8 @@ def _frame(fixed: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def _to_sitk(image: torch.Tensor, axes: np.ndarray, origin: np.ndarray, sitk: Any) -> Any:
     affine, ndim = affine_of(image), image.ndim - 1
-    plain = image.as_tensor() if isinstance(image, MetaTensor) else image
-    result = sitk.GetImageFromArray(np.ascontiguousarray(plain[0].cpu().float().numpy().T))
+    array = image.as_subclass(torch.Tensor)[0].cpu().float().numpy()
+    result = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     columns = axes.T @ affine[:3, :ndim]
     spacing = np.linalg.norm(columns, axis=0)
     u, _, v = np.linalg.svd(columns / spacing)
@@ -221,8 +220,8 @@ class AlignAffined(MapTransform):
         chain = d.get(self.chain_key) or []
         if not all(map(is_matrix, chain)):
             raise ValueError(
-                "affine: an alignment goes before matrices, but the initial transform has a displacement field; leave one "
-                "of the two out."
+                "affine: an alignment goes before matrices, but the initial transform has a displacement field; leave "
+                "one of the two out."
             )
         logger.info("%s alignment by SimpleITK", self.kind)
         found = align_affine(d[self.fixed_key], d[self.moving_key], self.kind, chain_matrix(chain))

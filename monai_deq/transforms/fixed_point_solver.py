@@ -67,7 +67,9 @@ class FixedPointSolver(Transform):
         if not isinstance(network, RegistrationNet):
             raise TypeError(f"network must be a RegistrationNet, which can be solved, got {type(network).__name__}.")
         self.network = network
-        self.changes = dict(name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options)
+        self.changes: dict[str, Any] = dict(
+            name=solver, max_steps=max_steps, tolerance=tolerance, options=solver_options
+        )
         self.changes["relative_tolerance"] = relative_tolerance
         self.certificate, self.finish = check_certificate(certificate), finish
         self.device = None if device is None else torch.device(device)
@@ -100,14 +102,12 @@ class FixedPointSolver(Transform):
         moving_batch, fixed_batch = _plain(moving, "moving", device, dtype), _plain(fixed, "fixed", device, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         start = None if initial_ddf is None else _plain(initial_ddf, "initial_ddf", device, exact)
-        inside = {} if mask is None else {"mask": _plain(mask, "mask", device, dtype)}
+        inside = None if mask is None else _plain(mask, "mask", device, dtype)
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()
         try:
-            settings = (self.certificate, self.finish)
-            ddf, record, certificates = certified_solve(
-                self.network, moving_batch, fixed_batch, start, *settings, **inside, **self.changes
-            )
+            given = (start, self.certificate, self.finish, inside)
+            ddf, record, certificates = certified_solve(self.network, moving_batch, fixed_batch, *given, **self.changes)
             with torch.no_grad():
                 warped = warp_by_ddf(moving_batch, ddf)
         finally:
@@ -116,8 +116,7 @@ class FixedPointSolver(Transform):
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
         warped, ddf = (
-            on_grid_of(result[0].to(out_device), fixed, source)
-            for result, source in ((warped, moving), (ddf, fixed))
+            on_grid_of(result[0].to(out_device), fixed, source) for result, source in ((warped, moving), (ddf, fixed))
         )
         limit = self.network.solver.changed(**self.changes).max_steps
         if self.finish is not None:

@@ -2,28 +2,36 @@
 """Points and images taken from one scan's space to another's by world coordinates (RAS mm), any grid to any grid.
 
 A map from the fixed scan's space to the moving one's is a chain: affine matrices ``(4, 4)`` and displacement fields
-``(ndim, *spatial)``, in voxels of the grid that their own affine places, in the order in which a point of the fixed scan
-passes through them.
+``(ndim, *spatial)``, in voxels of the grid that their own affine places, in the order in which a point of the fixed
+scan passes through them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from monai_deq.data import affine_of, same_grid
+from monai_deq.data import affine_of, is_planar, same_grid
 from monai_deq.networks.blocks import gaussian_smooth, identity_grid, sample_at
 
 from .items import on_grid_of, require_keys
 from .warping import WarpByDDFd
 
-__all__ = ["ChainPart", "ComposeDDFD", "ComposeDDFDict", "ComposeDDFd", "chain_matrix", "compose_ddf", "is_matrix"]
-__all__ += ["ResampleByDDFD", "ResampleByDDFDict", "ResampleByDDFd", "map_points", "pull_image", "smooth_for"]
+__all__ = ["ChainPart", "ComposeDDFD", "ComposeDDFDict", "ComposeDDFd", "chain_matrix", "compose_ddf", "is_field"]
+__all__ += [
+    "is_matrix",
+    "ResampleByDDFD",
+    "ResampleByDDFDict",
+    "ResampleByDDFd",
+    "map_points",
+    "pull_image",
+    "smooth_for",
+]
 
 ChainPart = np.ndarray | torch.Tensor
 
@@ -32,12 +40,17 @@ _AT_ONCE = 2**22
 
 
 def _plain(image: torch.Tensor) -> torch.Tensor:
-    return (image.as_tensor() if isinstance(image, MetaTensor) else image).detach().cpu()
+    return image.as_subclass(torch.Tensor).detach().cpu()
+
+
+def is_field(part: ChainPart) -> TypeGuard[torch.Tensor]:
+    """Whether a part of a chain is a displacement field; a matrix is a tensor too where a DataLoader made it one."""
+    return part.ndim > 2
 
 
 def is_matrix(part: ChainPart) -> bool:
-    """Whether a part of a chain is a matrix: a tensor too, which a DataLoader makes of it."""
-    return part.ndim == 2
+    """Whether a part of a chain is a matrix."""
+    return not is_field(part)
 
 
 def chain_matrix(chain: Sequence[ChainPart]) -> np.ndarray:
@@ -81,13 +94,13 @@ def map_points(points: torch.Tensor, chain: Sequence[ChainPart]) -> torch.Tensor
         ``(3, ...)``, RAS mm.
     """
     for part in chain:
-        if is_matrix(part):
+        if is_field(part):
+            affine, field = affine_of(part), _plain(part).to(points.dtype)
+            displacement = _at(field, _through(np.linalg.inv(affine), points), "bilinear", 0.0)
+            turned = torch.from_numpy(affine[:3, : len(field)]).to(points)
+            points = points + (turned @ displacement.flatten(1)).unflatten(1, points.shape[1:])
+        else:
             points = _through(np.asarray(part, dtype=float), points)
-            continue
-        affine, field = affine_of(part), _plain(part).to(points.dtype)
-        displacement = _at(field, _through(np.linalg.inv(affine), points), "bilinear", 0.0)
-        turned = torch.from_numpy(affine[:3, : len(field)]).to(points)
-        points = points + (turned @ displacement.flatten(1)).unflatten(1, points.shape[1:])
     return points
 
 
@@ -158,8 +171,8 @@ def compose_ddf(chain: Sequence[ChainPart], reference: torch.Tensor) -> MetaTens
 
 
 def smooth_for(image: torch.Tensor, reference: torch.Tensor, chain: Sequence[ChainPart] = ()) -> torch.Tensor:
-    """The image smoothed along each axis where the voxels of ``reference`` are larger than its own, so that none of it is
-    skipped; standard deviations as of MONAI's ``Resize``.
+    """The image smoothed along each axis where the voxels of ``reference`` are larger than its own, so that none of it
+    is skipped; standard deviations as of MONAI's ``Resize``.
     """
     ndim, matrix = image.ndim - 1, chain_matrix(chain) @ affine_of(reference)
     ratio = np.abs(np.linalg.solve(affine_of(image), matrix)[:ndim, :ndim]).max(axis=1)
@@ -185,8 +198,8 @@ class ResampleByDDFd(WarpByDDFd):
 
 class ComposeDDFd(MapTransform):
     """
-    Make one displacement field of what was found on the grid a method works on and what was known before it, on the grid
-    of the fixed scan: ``warped(x) = moving(x + ddf(x))`` for a moving scan that lies where its own affine places it.
+    Make one displacement field of what was found on the grid a method works on and what was known before it, on the
+    grid of the fixed scan: ``warped(x) = moving(x + ddf(x))`` for a moving scan that lies where its affine places it.
 
     Of slices in two planes ``"transform"`` has what leads from one to the other too, ``(3, H, W, 1)``.
 
@@ -216,7 +229,7 @@ class ComposeDDFd(MapTransform):
         d[self.ddf_key] = ddf = on_grid_of(_plain(d[self.ddf_key]), d[self.fixed_key])
         if chain or not same_grid(ddf, reference):
             d[self.ddf_key] = compose_ddf([ddf, *chain], reference)
-            if chain and reference.ndim == 3 and len(getattr(reference, "meta", {}).get("spatial_shape", ())) != 2:
+            if chain and reference.ndim == 3 and not is_planar(reference):
                 # the other slice may lie in another plane
                 volume = MetaTensor(_plain(reference)[..., None], affine=torch.from_numpy(affine_of(reference)))
                 d["transform"] = compose_ddf([ddf, *chain], volume)

@@ -75,8 +75,8 @@ def _robust_range(image: torch.Tensor) -> tuple[float, float]:
 class WindowToUnitRanged(PerKeyd):
     """
     Clip intensities of the images under ``keys`` to a window, e.g. ``(-1200, 400)`` Hounsfield units, and scale it
-    linearly to [0, 1]; for the other arguments see :py:class:`ScaleToUnitRanged`. ``ValueError`` for an image outside of
-    the window, or scaled to [0, 1] already.
+    linearly to [0, 1]; for the other arguments see :py:class:`ScaleToUnitRanged`. ``ValueError`` for an image outside
+    of the window, or scaled to [0, 1] already.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def on_grid_of(image: torch.Tensor, reference: Any, source: Any = None) -> torch
     return MetaTensor(image, meta=meta, spatial_ndim=image.ndim - 1)
 
 
-def require_keys(data: Mapping[Hashable, Any], keys: Sequence[Hashable], transform: str) -> None:
+def require_keys(data: Mapping[Any, Any], keys: Sequence[Hashable], transform: str) -> None:
     """Raise ``KeyError`` when the item that ``transform`` is given lacks one of ``keys``."""
     absent = [key for key in keys if key not in data]
     if absent:

@@ -43,9 +43,9 @@ _LITTLE_OVERLAP = 0.8
 
 class LoadRegistrationImaged(PerKeyd):
     """
-    Load the image files under ``keys`` to channel-first ``MetaTensor``, float32, or with ``label`` whole numbers exactly;
-    see :py:func:`monai_deq.data.read_image`, errors too. With ``allow_missing_keys`` those that are absent or None are
-    left out.
+    Load the image files under ``keys`` to channel-first ``MetaTensor``, float32, or with ``label`` whole numbers
+    exactly; see :py:func:`monai_deq.data.read_image`, errors too. With ``allow_missing_keys`` those that are absent or
+    None are left out.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, label: bool = False) -> None:
@@ -150,8 +150,8 @@ class CheckLabeld(PerKeyOfImaged):
             check_same_grid(image, label, image_name, name, "An image and its segmentation")
             raise ValueError(
                 f"An image and its segmentation must share one voxel grid, but {name} lies up to "
-                f"{grid_distance(image, label):.3g} voxels away from {image_name}. Resample it by the nearest neighbour, "
-                "or correct its header."
+                f"{grid_distance(image, label):.3g} voxels away from {image_name}. Resample it by the nearest "
+                "neighbour, or correct its header."
             )
         points = (label > 0)[0].nonzero().T.to(torch.float64)
         if label.ndim == 3:
@@ -161,8 +161,8 @@ class CheckLabeld(PerKeyOfImaged):
         outside = int(points_outside(inside, tuple(image.shape[1:])).sum())
         if outside > _LABEL_OUTSIDE * max(points.shape[1], 1):
             raise ValueError(
-                f"{name}: {outside} of {points.shape[1]} labelled voxels lie outside of the image {image_name} by their "
-                "own header. Give the segmentation of this image, or correct its header."
+                f"{name}: {outside} of {points.shape[1]} labelled voxels lie outside of the image {image_name} by "
+                "their own header. Give the segmentation of this image, or correct its header."
             )
         logger.info("%s: resampled onto the grid of %s, each voxel from the nearest", name, image_name)
         item[key] = pull_image(label, image, mode="nearest")
@@ -194,18 +194,11 @@ class ResizeLabeld(PerKeyd):
 
     def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
         label, old = item[key], tuple(item[key].shape[1:])
-        meta = dict(label.meta) if isinstance(label, MetaTensor) else None
-        plain = label.as_tensor() if isinstance(label, MetaTensor) else label
+        plain = label.as_subclass(torch.Tensor)
         for axis, (n, size) in enumerate(zip(old, self.spatial_size, strict=True), start=1):
-            # of the voxel that the centre lies in
-            plain = plain.index_select(
-                axis, ((torch.arange(size).double() + 0.5) * (n / size)).floor().long().clamp(max=n - 1)
-            )
-        if meta is None:
-            item[key] = plain
-            return
-        affine = affine_of(label) @ resize_affine(old, self.spatial_size)
-        item[key] = MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=plain.ndim - 1)
+            inside = ((torch.arange(size).double() + 0.5) * (n / size)).long()  # the voxel that the centre lies in
+            plain = plain.index_select(axis, inside.clamp(max=n - 1))
+        item[key] = _placed(plain, affine_of(label) @ resize_affine(old, self.spatial_size), label)
 
 
 def resize_affine(old: Sequence[int], new: Sequence[int]) -> np.ndarray:
@@ -309,9 +302,16 @@ class ResizeFixedd(PerKeyd):
         image = item[key] if self.orientation is None else _turned(item[key], self.orientation)
         if self.spatial_size is not None:
             isotropic = isinstance(self.spatial_size, str)
-            size = isotropic_size(image) if isotropic else list(self.spatial_size)  # type: ignore[arg-type]
+            size = isotropic_size(image) if isotropic else [int(n) for n in self.spatial_size]
             image = image if size == list(image.shape[1:]) else _resized(image, size)
         item[key] = image
+
+
+def _placed(image: torch.Tensor, affine: np.ndarray, source: torch.Tensor) -> MetaTensor:
+    """The image ``(C, *spatial)`` with an affine, and all else that is known of the one it was made from."""
+    plain = image.as_subclass(torch.Tensor)
+    meta = dict(source.meta) if isinstance(source, MetaTensor) else {}
+    return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=plain.ndim - 1)
 
 
 def _turned(image: torch.Tensor, orientation: str) -> torch.Tensor:
@@ -327,25 +327,21 @@ def _turned(image: torch.Tensor, orientation: str) -> torch.Tensor:
         return image
     order = [own.index(way) for way in wanted]
     flips = [i for i, axis in enumerate(order) if grid.orientation[axis] != orientation[i]]
-    plain = image.as_tensor().permute(0, *(axis + 1 for axis in order)).flip([i + 1 for i in flips])  # type: ignore[attr-defined]
+    plain = image.as_subclass(torch.Tensor).permute(0, *(axis + 1 for axis in order)).flip([i + 1 for i in flips])
     turn = np.eye(4)
     for i, axis in enumerate(order):
         turn[:3, i] = 0.0
         turn[axis, i] = -1.0 if i in flips else 1.0
     for i in flips:
         turn[order[i], 3] = image.shape[order[i] + 1] - 1
-    affine = torch.from_numpy(affine_of(image) @ turn)
-    return MetaTensor(plain.contiguous(), affine=affine, meta=dict(image.meta), spatial_ndim=image.ndim - 1)  # type: ignore[attr-defined]
+    return _placed(plain.contiguous(), affine_of(image) @ turn, image)
 
 
 def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The image by linear interpolation between voxel centres, smoothed first where it shrinks."""
     linear = "bilinear" if len(size) == 2 else "trilinear"
     resized = Resize(size, mode=linear, align_corners=False, anti_aliasing=True)(image)
-    affine = affine_of(image) @ resize_affine(image.shape[1:], size)
-    meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
-    plain = resized.as_tensor() if isinstance(resized, MetaTensor) else resized
-    return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(size))
+    return _placed(resized, affine_of(image) @ resize_affine(image.shape[1:], size), image)
 
 
 def _along(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -356,10 +352,10 @@ def _along(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 class MatchGridd(MapTransform):
     """
-    Bring the moving scan, and a mask of the fixed one, to the grid of the fixed image that a method works on: from where
-    affines and the item's ``"initial_transform"`` place it in the world, smoothed first where it shrinks; with such a
-    transform ``"moving_before"`` is the scan without it. How far the scans overlap then is kept under ``"overlap"``, and
-    warned of where it is little.
+    Bring the moving scan, and a mask of the fixed one, to the grid of the fixed image that a method works on: from
+    where affines and the item's ``"initial_transform"`` place it in the world, smoothed first where it shrinks; with
+    such a transform ``"moving_before"`` is the scan without it. How far the scans overlap then is kept under
+    ``"overlap"``, and warned of where it is little.
     """
 
     def __init__(self) -> None:
@@ -397,11 +393,12 @@ def load_pair_transforms(
     orientation: str | None = None,
 ) -> CheckedCompose:
     """
-    Transforms from ``{"fixed": file, "moving": file}`` in any space to what registers them: ``"fixed"`` and ``"moving"``
-    in [0, 1] on the grid that a method works on, and ``"fixed_scan"`` and ``"moving_scan"`` as they are in the files,
-    which what is found is applied to. The item may also have ``"fixed_label"``, ``"moving_label"``, ``"fixed_mask"``,
-    ``"fixed_keypoints"``, ``"moving_keypoints"``, ``"initial_transform"`` (see :py:class:`InitialTransformd`), and
-    ``"initial_ddf"``, a displacement field on the grid of the fixed scan for the solver to start from.
+    Transforms from ``{"fixed": file, "moving": file}`` in any space to what registers them: ``"fixed"`` and
+    ``"moving"`` in [0, 1] on the grid that a method works on, and ``"fixed_scan"`` and ``"moving_scan"`` as they are in
+    the files, which what is found is applied to. The item may also have ``"fixed_label"``, ``"moving_label"``,
+    ``"fixed_mask"``, ``"fixed_keypoints"``, ``"moving_keypoints"``, ``"initial_transform"`` (see
+    :py:class:`InitialTransformd`), and ``"initial_ddf"``, a displacement field on the grid of the fixed scan for the
+    solver to start from.
 
     Args:
         spatial_dims: 2 or 3.
@@ -433,8 +430,8 @@ def load_pair_transforms(
 
 def finish_pair_transforms(savers: Sequence[Callable[[Any], Any]] = ()) -> CheckedCompose:
     """
-    Transforms from what :py:func:`load_pair_transforms` gives and the solver's ``"ddf"`` and ``"warped"`` on its grid to
-    ``"ddf"``, ``"warped_scan"`` and ``"warped_label"`` on the grid of the fixed scan, and ``"summary"``.
+    Transforms from what :py:func:`load_pair_transforms` gives and the solver's ``"ddf"`` and ``"warped"`` on its grid
+    to ``"ddf"``, ``"warped_scan"`` and ``"warped_label"`` on the grid of the fixed scan, and ``"summary"``.
 
     Args:
         savers: what comes behind, such as :py:class:`SaveRegistrationd`. Defaults to nothing.

@@ -65,7 +65,8 @@ def read_world_points(
 
     Args:
         path: the file.
-        affine: ``(4, 4)`` of the image whose voxels points without a header are. Defaults to ``None``: they are refused.
+        affine: ``(4, 4)`` of the image whose voxels points without a header are. Defaults to ``None``: they are
+            refused.
         spatial_dims: 2 or 3, of that image.
 
     Returns:

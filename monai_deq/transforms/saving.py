@@ -129,11 +129,11 @@ class _PairSaver(MapTransform):
             raise ValueError(f"overwrite must be true or false, got {overwrite!r}.")
         self.output_dir, self.overwrite, self.name_keys = Path(output_dir), overwrite, tuple(name_keys)
 
-    def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
+    def paths(self, data: Mapping[Any, Any]) -> dict[str, Path]:
         """Files of an item with the names, by what is in them."""
         raise NotImplementedError
 
-    def refuse_existing(self, data: Mapping[Hashable, Any]) -> None:
+    def refuse_existing(self, data: Mapping[Any, Any]) -> None:
         """Raise ``FileExistsError`` when a file of the item is there already and must not be replaced."""
         if not self.overwrite:
             refuse_existing(self.paths(data).values(), _ADVICE)
@@ -143,15 +143,16 @@ class SaveRegistrationd(_PairSaver):
     """
     Write what a registration gives, named as the item's ``"name"`` says, else ``<moving>_to_<fixed>``:
 
-    - ``_warped.nii.gz``: the moving scan on the fixed grid, ``"warped_scan"`` or else ``"warped"``; ``_warped_label.nii.gz`` where the item has one;
+    - ``_warped.nii.gz``: the moving scan on the fixed grid, ``"warped_scan"`` or else ``"warped"``;
+    - ``_warped_label.nii.gz``: its label map there, where the item has ``"warped_label"``;
     - ``_transform.nii.gz``: the displacement field as ITK, ANTs and Slicer read it, see :py:func:`save_transform`;
     - ``_affine.tfm``: what came before it, where that is affine alone (it is in ``_transform`` too);
     - ``_ddf.nii.gz``: the field in voxels of the fixed grid, ``(H, W, D, 3)``, of a slice ``(H, W, 1, 2)``,
       ``warped(x) = moving(x + ddf(x))``, as MONAI has it;
     - ``_record.json``: what the solver said, and the item's ``"summary"``.
 
-    Their paths come back under ``"files"``, by what is in them. They carry the affine of the field, the identity when it
-    is no ``MetaTensor``.
+    Their paths come back under ``"files"``, by what is in them. They carry the affine of the field, the identity when
+    it is no ``MetaTensor``.
 
     Args:
         output_dir: folder of the files.
@@ -174,7 +175,7 @@ class SaveRegistrationd(_PairSaver):
             check_transform_format(f"transform{transform_format}")
         self.transform_format, self.save_ddf = transform_format, save_ddf
 
-    def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
+    def paths(self, data: Mapping[Any, Any]) -> dict[str, Path]:
         require_keys(data, self.name_keys, "SaveRegistrationd")
         name = str(data.get("name") or "_to_".join(str(data[key]) for key in self.name_keys))
         ends = {"warped": "warped.nii.gz", "label": "warped_label.nii.gz", "record": "record.json"}
@@ -199,7 +200,7 @@ class SaveRegistrationd(_PairSaver):
         else:
             del paths["label"]
         if "transform" in paths and is_sheared(affine_of(ddf)):
-            message = "%s: not written, as the voxel axes of the fixed scan are not at right angles; the field is in voxels"
+            message = "%s: not written: the voxel axes of the fixed scan are not at right angles; see _ddf.nii.gz"
             logger.warning(message, paths.pop("transform"))
             paths["ddf"] = paths["warped"].with_name(paths["warped"].name.replace("_warped.", "_ddf."))
         if "ddf" in paths:
@@ -213,7 +214,7 @@ class SaveRegistrationd(_PairSaver):
         return d
 
 
-def _affine_alone(data: Mapping[Hashable, Any]) -> np.ndarray | None:
+def _affine_alone(data: Mapping[Any, Any]) -> np.ndarray | None:
     """What came before the displacement field as one matrix, where it is that and not the identity."""
     chain = data.get("initial_transform") or ()
     if isinstance(chain, (str, Path)) or not all(
@@ -249,7 +250,7 @@ class SaveLearn2RegDDFd(_PairSaver):
             raise ValueError(f"name_keys must name the fixed and the moving scan, got {name_keys!r}.")
         self.ddf_key, self.reference_key = ddf_key, reference_key
 
-    def paths(self, data: Mapping[Hashable, Any]) -> dict[str, Path]:
+    def paths(self, data: Mapping[Any, Any]) -> dict[str, Path]:
         require_keys(data, self.name_keys, "SaveLearn2RegDDFd")
         return {"ddf": self.output_dir / learn2reg_ddf_name(*(data[key] for key in self.name_keys))}
 

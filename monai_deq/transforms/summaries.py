@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from monai_deq.data import affine_of
@@ -35,7 +34,7 @@ _WORDS: dict[str, tuple[str, str, float]] = {
 
 
 def _batch(image: torch.Tensor) -> torch.Tensor:
-    return (image.as_tensor() if isinstance(image, MetaTensor) else image)[None].cpu()
+    return image.as_subclass(torch.Tensor)[None].cpu()
 
 
 def _determinants(ddf: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -55,11 +54,11 @@ class SummarizeRegistrationd(MapTransform):
     """
     Put what a registration did to an item under ``"summary"``: ``similarity_before`` and ``_after`` (mean squared local
     correlation on the grid that the method works on), ``folded_percent`` and ``std_log_jacobian`` of the whole field;
-    where the item has labels of both scans ``dice_before`` and ``_after``, and of each label ``dice_labels``; where it has
-    keypoints of both ``tre_before`` and ``_after`` in mm. Before: where the files place the scans.
+    where the item has labels of both scans ``dice_before`` and ``_after``, and of each label ``dice_labels``; where it
+    has keypoints of both ``tre_before`` and ``_after`` in mm. Before: where the files place the scans.
 
     It comes behind :py:class:`ComposeDDFd` and :py:class:`ResampleByDDFd`, which leave the displacement ``"ddf"`` and
-    ``"warped_label"`` on the grid of ``"fixed_scan"``; ``"fixed"``, ``"moving"`` and ``"warped"`` are those of the method.
+    ``"warped_label"`` on the grid of ``"fixed_scan"``; ``"fixed"``, ``"moving"`` and ``"warped"`` are the method's.
     """
 
     def __init__(self) -> None:
@@ -115,9 +114,10 @@ def in_voxels_of(points: torch.Tensor, image: torch.Tensor, reference: torch.Ten
     return points @ matrix[:ndim, :ndim].T + matrix[:ndim, 3]
 
 
-def summary_lines(items: Sequence[Mapping[Hashable, Any]]) -> list[str]:
+def summary_lines(items: Sequence[Mapping[Any, Any]]) -> list[str]:
     """
-    What became of pairs as lines of text: a table of their summaries, of one pair down the page, and where the files are.
+    What became of pairs as lines of text: a table of their summaries, of one pair down the page, and where their files
+    are.
 
     Args:
         items: each with ``"summary"``, and where they are there ``"name"`` or the names of the scans, ``"verdict"`` or

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from monai_deq.data import affine_of, existing_file, load_simpleitk, same_grid
+from monai_deq.data import affine_of, existing_file, is_planar, load_simpleitk, same_grid
 from monai_deq.utils import replace_file
 
-from .geometry import ChainPart, compose_ddf, is_matrix
+from .geometry import ChainPart, compose_ddf, is_field, is_matrix
 
 __all__ = ["FIELD_FORMATS", "TRANSFORM_FORMATS", "check_transform_format", "is_sheared", "load_ddf"]
 __all__ += ["load_transform", "save_transform"]
@@ -78,23 +78,19 @@ def _sitk_geometry(image: Any, affine: np.ndarray, dims: int) -> None:
 def to_sitk(part: ChainPart, planar: bool = False) -> Any:
     """A matrix or a displacement field as a transform of SimpleITK, in LPS mm."""
     sitk = load_simpleitk("a transform of ITK")
-    if is_matrix(part):
-        dims = 2 if planar else 3
-        lps = _FLIP @ np.asarray(part) @ _FLIP
-        affine = sitk.AffineTransform(dims)
-        affine.SetMatrix(lps[:dims, :dims].ravel().tolist())
-        affine.SetTranslation(lps[:dims, 3].tolist())
-        return affine
-    vectors, affine = _lps_field(part, planar)
-    dims = vectors.shape[-1]
-    image = sitk.GetImageFromArray(vectors.astype(np.float64).transpose(*reversed(range(dims)), dims), isVector=True)
-    _sitk_geometry(image, affine, dims)
-    return sitk.DisplacementFieldTransform(image)
-
-
-def _planar(reference: Any) -> bool:
-    """Whether an image comes from a file of two axes, not a slice with a third one of one voxel."""
-    return isinstance(reference, MetaTensor) and len(reference.meta.get("spatial_shape", ())) == 2
+    if is_field(part):
+        vectors, affine = _lps_field(part, planar)
+        dims = vectors.shape[-1]
+        array = vectors.astype(np.float64).transpose(*reversed(range(dims)), dims)
+        image = sitk.GetImageFromArray(array, isVector=True)
+        _sitk_geometry(image, affine, dims)
+        return sitk.DisplacementFieldTransform(image)
+    dims = 2 if planar else 3
+    lps = _FLIP @ np.asarray(part) @ _FLIP
+    matrix = sitk.AffineTransform(dims)
+    matrix.SetMatrix(lps[:dims, :dims].ravel().tolist())
+    matrix.SetTranslation(lps[:dims, 3].tolist())
+    return matrix
 
 
 def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart]) -> None:
@@ -119,7 +115,7 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
         raise ValueError(f"{str(path)!r}: a chain of {len(chain)} transforms is written as .h5; compose it, or end so.")
     if not all(np.isfinite(np.asarray(part)).all() for part in chain):
         raise ValueError(f"{str(path)!r}: a transform must be finite to be written, it has NaN or infinity.")
-    planar = any(map(_planar, chain))
+    planar = any(map(is_planar, chain))
     if ending in _NIFTI:
         vectors, affine = _lps_field(chain[0], planar)  # type: ignore[arg-type]
         dims = vectors.shape[-1]
@@ -147,9 +143,7 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
 
 
 def _field_from_lps(vectors: np.ndarray, affine: np.ndarray, path: Path, flip: bool = True) -> MetaTensor:
-    """Components ``(*spatial, ndim)`` in LPS mm, or RAS, as a field in voxels; of a slice with a third axis, ``(3, H, W,
-    1)``.
-    """
+    """Components ``(*spatial, ndim)`` in LPS mm, or RAS, as a field in voxels, ``(ndim, *spatial)``."""
     dims = vectors.shape[-1]
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path}: the displacement field must be finite, it has NaN or infinity.")
@@ -186,8 +180,8 @@ def _read_nifti_field(path: Path) -> MetaTensor:
         meta = {"filename_or_obj": str(path), "spatial_shape": list(array.shape[:3])}
         return MetaTensor(tensor, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=field.ndim - 1)
     raise ValueError(
-        f"{path}: expected a displacement field, in LPS mm as ITK writes it, (H, W, D, 1, 3), or in voxels, (H, W, D, 3) "
-        f"or of a slice (H, W, 1, 2), got shape {array.shape}."
+        f"{path}: expected a displacement field, in LPS mm as ITK writes it, (H, W, D, 1, 3), or in voxels, "
+        f"(H, W, D, 3) or of a slice (H, W, 1, 2), got shape {array.shape}."
     )
 
 

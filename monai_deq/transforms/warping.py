@@ -21,8 +21,8 @@ __all__ += ["WarpPointsByDDF", "WarpPointsByDDFD", "WarpPointsByDDFDict", "WarpP
 
 class WarpByDDFd(PerKeyd):
     """
-    Pull images or label maps back through a displacement field of the item, voxel by voxel of one grid, whatever affines
-    say; for others see :py:class:`ResampleByDDFd`. The results lie on the field's grid.
+    Pull images or label maps back through a displacement field of the item, voxel by voxel of one grid, whatever
+    affines say; for others see :py:class:`ResampleByDDFd`. The results lie on the field's grid.
 
     Args:
         keys, allow_missing_keys: of the images ``(C, *spatial)``; see MONAI's ``MapTransform``.
