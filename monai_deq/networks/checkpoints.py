@@ -27,7 +27,8 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(e).__name__}: {str(e)[:200]}).") from e
+        said = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} is not a readable checkpoint ({type(e).__name__}: {said}).") from e
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of weights.")
     return checkpoint
