@@ -480,6 +480,23 @@ def test_warm_start_on_the_networks_grid(ndim: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(item["initial_ddf"], blocks.mean(axis=tuple(range(2, 2 * ndim + 1, 2))) / 2, atol=1e-6)
 
 
+def test_warm_start_on_a_turned_grid(tmp_path: Path) -> None:
+    """It displaces the same places of the body by the same vectors."""
+    pair = make_pair(tmp_path, 3)
+    ddf = np.random.default_rng(3).normal(size=(*SIZE[3], 3)).astype(np.float32)
+    pair["initial_ddf"] = save(tmp_path / "ddf.nii.gz", ddf)
+    item = load_pair_transforms(3, orientation="RAS")(pair)
+    affine, size = item["fixed"].affine.numpy(), item["fixed"].shape[1:]
+    assert tuple(size) == (12, 8, 10) and (affine[:3, :3].diagonal() > 0).all()
+    voxels = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1)
+    world = voxels @ affine[:3, :3].T + affine[:3, 3]
+    old = np.round((world - AFFINE[:3, 3]) @ np.linalg.inv(AFFINE[:3, :3]).T).astype(int)
+    expected = ddf[tuple(np.moveaxis(old, -1, 0))] @ AFFINE[:3, :3].T
+    found = np.moveaxis(item["initial_ddf"].numpy(), 0, -1) @ affine[:3, :3].T
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(item["initial_ddf"].affine, affine)
+
+
 # ---- a pair with annotations
 
 
