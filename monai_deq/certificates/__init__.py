@@ -3,10 +3,20 @@
 
 from __future__ import annotations
 
-from .certification import Certificate, Verdict, certified_solve, certify, check_certificate, starting_point, verdict
+from .certification import (
+    OPTIONAL_RECORDS,
+    Certificate,
+    Verdict,
+    certified_solve,
+    certify,
+    check_certificate,
+    starting_point,
+    verdict,
+)
 from .spectrum import spectral_radius
 
 __all__ = [
+    "OPTIONAL_RECORDS",
     "Certificate",
     "Verdict",
     "certified_solve",

@@ -12,9 +12,13 @@ import torch
 
 from monai_deq.certificates.spectrum import spectral_radius
 from monai_deq.networks.nets import EnergyRegistrationNet, IteratedNet, RegistrationNet
-from monai_deq.solvers import SolverRecord, random_smooth_ddf, residual_norms
+from monai_deq.solvers import MEASURES, SolverRecord, random_smooth_ddf, residual_norms
 
-__all__ = ["Certificate", "Verdict", "certified_solve", "certify", "check_certificate", "starting_point", "verdict"]
+__all__ = ["OPTIONAL_RECORDS", "Certificate", "Verdict", "certified_solve", "certify", "check_certificate"]
+__all__ += ["starting_point", "verdict"]
+
+#: what a certificate, the energy and a finish say of a pair beside what every solver says
+OPTIONAL_RECORDS = ("verdict", "spectral_radius", "start_distance", *MEASURES)
 
 #: a residual that falls by less than this over a quarter of the steps does not fall
 _FALLING = 0.95

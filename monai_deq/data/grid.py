@@ -94,7 +94,12 @@ def same_grid(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check_same_grid(
-    fixed: torch.Tensor, moving: torch.Tensor, fixed_name: str, moving_name: str, what: str = "Fixed and moving image"
+    fixed: torch.Tensor,
+    moving: torch.Tensor,
+    fixed_name: str,
+    moving_name: str,
+    what: str = "Fixed and moving image",
+    warn: bool = True,
 ) -> None:
     """Refuse a pair that does not lie on one voxel grid; warn of another origin, which affine alignment may leave.
 
@@ -104,6 +109,7 @@ def check_same_grid(
         fixed_name: how to call the fixed image in messages, e.g. its subject or file.
         moving_name: the same for the moving image.
         what: what the two are, for messages.
+        warn: log a warning where merely the origin differs.
 
     Raises:
         ValueError: When size, spacing or orientation differ.
@@ -128,7 +134,6 @@ def check_same_grid(
         if a.orientation != b.orientation:
             refuse("orientation", a.orientation, b.orientation)
         refuse("orientation (direction cosines)", a.direction.round(3).tolist(), b.direction.round(3).tolist())
-    if not np.allclose(a.origin, b.origin, rtol=0.0, atol=1e-3 * a.spacing.max()):
+    if warn and not np.allclose(a.origin, b.origin, rtol=0.0, atol=1e-3 * a.spacing.max()):
         places = fixed_name, a.origin.round(3).tolist(), moving_name, b.origin.round(3).tolist()
-        words = "fixed and moving image have another origin (%s at %s mm, %s at %s mm)"
-        logger.warning(f"{words}; they are registered voxel by voxel", *places)
+        logger.warning(f"{what} have another origin (%s at %s mm, %s at %s mm); they are taken voxel by voxel", *places)

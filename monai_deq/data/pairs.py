@@ -96,7 +96,7 @@ class PairDataset(Dataset):
         pair = self._check(index) if isinstance(index, Sequence) else self.pairs[index]
         fixed, moving = self.dataset[pair[0]], self.dataset[pair[1]]
         names = [str(s.get("subject", i)) for s, i in zip((fixed, moving), pair, strict=True)]
-        check_same_grid(fixed["image"], moving["image"], *(f"subject {n}" for n in names))
+        check_same_grid(fixed["image"], moving["image"], f"subject {names[0]}", f"subject {names[1]}")
         item = {"fixed": fixed["image"].clone(), "moving": moving["image"].clone()}
         if self.label_key is not None and all(s.get(self.label_key) is not None for s in (fixed, moving)):
             item.update(fixed_label=fixed[self.label_key].clone(), moving_label=moving[self.label_key].clone())

@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
-from monai_deq.solvers import MEASURES
+from monai_deq.certificates import OPTIONAL_RECORDS
 from monai_deq.utils import (
     check_writable,
     gather_items,
@@ -27,9 +27,6 @@ from monai_deq.utils import (
 )
 
 __all__ = ["OutputGuard", "PairResultsSaver"]
-
-# what a certificate, the energy and a finish say of a pair, written where they are
-_CERTIFICATE = ("verdict", "spectral_radius", "start_distance", *MEASURES)
 
 
 class _Saver(Protocol):
@@ -147,7 +144,7 @@ class PairResultsSaver:
         """Keep the names and the solver's words of this iteration's pairs."""
         output: Any = engine.state.output
         for item in output if isinstance(output, list) else decollate_batch(output):
-            keys = (*self.columns, *(key for key in _CERTIFICATE if key in item))
+            keys = (*self.columns, *(key for key in OPTIONAL_RECORDS if key in item))
             said = {key: item[key].item() if hasattr(item[key], "item") else item[key] for key in keys}
             self.rows.append({"fixed": str(item["fixed_subject"]), "moving": str(item["moving_subject"]), **said})
 
@@ -156,7 +153,7 @@ class PairResultsSaver:
         rows = gather_items(self.rows)
         if process_rank() > 0:
             return
-        columns = [*self.columns, *(key for key in _CERTIFICATE if rows and all(key in row for row in rows))]
+        columns = [*self.columns, *(key for key in OPTIONAL_RECORDS if rows and all(key in row for row in rows))]
         details: Mapping[str, torch.Tensor] = engine.state.metric_details  # type: ignore[attr-defined]
         metrics = tuple(details) if self.metrics is None else self.metrics
         summary: dict[str, dict[str, Any]] = {}

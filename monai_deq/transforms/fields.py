@@ -36,7 +36,8 @@ class LoadDDFd(PerKeyd):
         reference, file = item[self.reference_key], item[key]
         item[key] = load_ddf(file, self.spatial_dims)
         try:
-            check_same_grid(reference, item[key], source_of(reference, self.reference_key), str(file))
+            names = source_of(reference, self.reference_key), str(file)
+            check_same_grid(reference, item[key], *names, what="Fixed scan and field")
         except ValueError as e:
             raise ValueError(
                 f"{file}: the displacement field to start from must lie on the grid of the fixed scan. {e}"

@@ -19,10 +19,10 @@ from monai_deq.data import affine_of, check_same_grid, grid_distance, grid_of, r
 from monai_deq.networks.blocks import OutsidePoints, points_outside
 
 from .alignment import AffineKind, AlignAffined, InitialTransformd, foreground_overlap
-from .fields import LoadDDFd, ResampleDDFd
-from .geometry import ComposeDDFd, ResampleByDDFd, pull_image, smooth_for
+from .fields import LoadDDFd
+from .geometry import ComposeDDFd, ResampleByDDFd, compose_ddf, pull_image, smooth_for
 from .intensities import ScaleToUnitRanged, WindowToUnitRanged
-from .items import CheckedCompose, PerKeyd, PerKeyOfImaged
+from .items import CheckedCompose, PerKeyd, PerKeyOfImaged, on_grid_of
 from .points import CheckSameKeypointsd, LoadKeypointsd, ResizeKeypointsd
 from .summaries import SummarizeRegistrationd
 
@@ -147,7 +147,7 @@ class CheckLabeld(PerKeyOfImaged):
         if grid_distance(image, label) <= _LABEL_OFF:
             return
         if not self.resample:
-            check_same_grid(image, label, image_name, name, "An image and its segmentation")
+            check_same_grid(image, label, image_name, name, "An image and its segmentation", warn=False)
             raise ValueError(
                 f"An image and its segmentation must share one voxel grid, but {name} lies up to "
                 f"{grid_distance(image, label):.3g} voxels away from {image_name}. Resample it by the nearest "
@@ -296,6 +296,8 @@ class ResizeFixedd(PerKeyd):
         self, keys: KeysCollection, spatial_size: Sequence[int] | str | None, orientation: str | None = None
     ) -> None:
         super().__init__(keys)
+        if isinstance(spatial_size, str) and spatial_size != "isotropic":
+            raise ValueError(f"spatial_size must be numbers of voxels or 'isotropic', got {spatial_size!r}.")
         self.spatial_size, self.orientation = spatial_size, orientation
 
     def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
@@ -311,6 +313,7 @@ def _placed(image: torch.Tensor, affine: np.ndarray, source: torch.Tensor) -> Me
     """The image ``(C, *spatial)`` with an affine, and all else that is known of the one it was made from."""
     plain = image.as_subclass(torch.Tensor)
     meta = dict(source.meta) if isinstance(source, MetaTensor) else {}
+    meta.pop("affine", None)
     return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=plain.ndim - 1)
 
 
@@ -352,10 +355,10 @@ def _along(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 class MatchGridd(MapTransform):
     """
-    Bring the moving scan, and a mask of the fixed one, to the grid of the fixed image that a method works on: from
-    where affines and the item's ``"initial_transform"`` place it in the world, smoothed first where it shrinks; with
-    such a transform ``"moving_before"`` is the scan without it. How far the scans overlap then is kept under
-    ``"overlap"``, and warned of where it is little.
+    Bring the moving scan, and mask and ``"initial_ddf"`` of the fixed one, to the grid of the fixed image that a method
+    works on: from where affines and the item's ``"initial_transform"`` place it in the world, smoothed first where it
+    shrinks; with such a transform ``"moving_before"`` is the scan without it. How far the scans overlap then is kept
+    under ``"overlap"``, and warned of where it is little.
     """
 
     def __init__(self) -> None:
@@ -374,6 +377,8 @@ class MatchGridd(MapTransform):
                 d["moving_before"] = pull_image(smooth_for(moving, fixed), fixed)
         if "fixed_mask" in d and not same_grid(d["fixed_mask"], fixed):
             d["fixed_mask"] = pull_image(d["fixed_mask"], fixed, mode="nearest")
+        if "initial_ddf" in d and not same_grid(fixed_scan, fixed):
+            d["initial_ddf"] = compose_ddf([on_grid_of(d["initial_ddf"], fixed_scan)], fixed)
         d["overlap"] = overlap = foreground_overlap(fixed, d["moving"])
         if overlap < _LITTLE_OVERLAP:
             names = source_of(moving_scan, "moving"), source_of(fixed_scan, "fixed")
@@ -409,8 +414,8 @@ def load_pair_transforms(
         orientation: of that grid, see :py:class:`ResizeFixedd`. Defaults to None: the fixed scan's own.
     """
     labels, keypoints = ("fixed_label", "moving_label", "fixed_mask"), ("fixed_keypoints", "moving_keypoints")
-    if spatial_size is not None and not isinstance(spatial_size, str):
-        _resize(spatial_dims, spatial_size, _PAIR)  # refuses what is no size
+    if spatial_size != "isotropic":
+        _resize(spatial_dims, spatial_size, _PAIR)  # type: ignore[arg-type]  # refuses what is no size
     transforms = [
         *_read(spatial_dims, _PAIR, labels),
         CheckLabeld(labels, ("fixed", "moving", "fixed"), allow_missing_keys=True, resample=True),
@@ -423,7 +428,6 @@ def load_pair_transforms(
         *([AlignAffined(affine)] if affine else []),
         ResizeFixedd(("fixed",), spatial_size, orientation),
         MatchGridd(),
-        ResampleDDFd("fixed", "initial_ddf", allow_missing_keys=True),
     ]
     return CheckedCompose(transforms, log_stats=False)
 

@@ -16,8 +16,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, convert_to_tensor
 
+from monai_deq.certificates import OPTIONAL_RECORDS
 from monai_deq.data import affine_of, save_nifti
-from monai_deq.solvers import MEASURES
 from monai_deq.utils import refuse_existing, write_json
 
 from .geometry import chain_matrix, is_matrix
@@ -33,7 +33,7 @@ logger = logging.getLogger("monai_deq")
 _ADVICE = "Replace it with --overwrite true, or name another --output_dir."
 #: what the record has, and what it may have
 _SOLVER = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason")
-_MAYBE = ("verdict", "spectral_radius", "start_distance", *MEASURES, "summary", "intensities")
+_MAYBE = (*OPTIONAL_RECORDS, "summary", "intensities")
 
 
 def _case_and_modality(scan: str | Path) -> tuple[str, str]:

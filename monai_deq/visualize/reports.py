@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from monai_deq.metrics import compute_label_dice, compute_non_diffeomorphic_volume, compute_std_log_jacobian
-from monai_deq.networks.blocks import LocalCorrelationLoss
 from monai_deq.visualize.pages import HTMLPage, data_uri, flattened, gray_jpeg, html_picture, html_table
 from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
 from monai_deq.visualize.panels import plot_checkerboard, plot_registration, plot_traces
 
-__all__ = ["pair_summary", "write_pair_report"]
+__all__ = ["write_pair_report"]
 
 #: entries of a summary: heading, factor, what the number means
 _MEASURES: dict[str, tuple[str, float, str]] = {
@@ -92,53 +89,11 @@ show();
 """
 
 
-def pair_summary(pair: RegisteredPair) -> dict[str, Any]:
-    """
-    What can be measured of a pair from its arrays, by names of the evaluation.
-
-    Returns:
-        ``similarity`` and, with label maps, ``dice`` and ``dice_per_label`` (by number of the label) as tuples of
-        before and after; ``folded_percent``, ``std_log_jacobian`` and ``ndv_percent``, inside the mask where there is
-        one. A Dice is NaN where either scan lacks the label, and before where there is no moving label map.
-    """
-
-    def tensor(array: np.ndarray, dtype: type = np.int64) -> torch.Tensor:
-        # files hold types and byte orders that PyTorch has not
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))[None, None]
-
-    loss, fixed = LocalCorrelationLoss(), tensor(pair.fixed, np.float32)
-    with torch.no_grad():
-        likeness = [-float(loss(tensor(image, np.float32), fixed)) for image in (pair.moving, pair.warped)]
-    summary: dict[str, Any] = {"similarity": (likeness[0], likeness[1])}
-    if pair.fixed_label is not None and pair.warped_label is not None:
-        labels = [int(label) for label in np.unique(pair.fixed_label) if label > 0]
-        fixed_label = tensor(pair.fixed_label)
-        moving = None if pair.moving_label is None else tensor(pair.moving_label)
-        none = torch.full((len(labels),), float("nan"))
-        before = after = none
-        if labels:
-            after = compute_label_dice(tensor(pair.warped_label), fixed_label, labels, moving)[0]
-            before = none if moving is None else compute_label_dice(moving, fixed_label, labels)[0]
-        summary["dice"] = (float(before.nanmean()), float(after.nanmean()))
-        scores = zip(before.tolist(), after.tolist(), strict=True)
-        summary["dice_per_label"] = dict(zip(labels, scores, strict=True))
-    ddf, mask = tensor(pair.ddf, np.float32)[0], None
-    inside = np.ones(pair.fixed.shape, dtype=bool)
-    if pair.mask is not None:
-        inside = pair.mask > 0
-        mask = tensor(inside)
-    folds = pair.jacobian[inside] <= 0
-    summary["folded_percent"] = 100.0 * float(folds.mean()) if folds.size else float("nan")
-    summary["std_log_jacobian"] = float(compute_std_log_jacobian(ddf, mask))
-    summary["ndv_percent"] = float(compute_non_diffeomorphic_volume(ddf, mask))
-    return summary
-
-
 def write_pair_report(
     path: str | Path,
     pair: RegisteredPair,
     record: Mapping[str, Any],
-    summary: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
     files: Mapping[str | Path, tuple[str, str]] | None = None,
     tolerance: float | None = None,
@@ -154,7 +109,7 @@ def write_pair_report(
         record: what :py:meth:`monai_deq.solvers.SolverRecord.item` gives, perhaps with a certificate's entries
             (``verdict``, ``spectral_radius``, ...) beside them.
         summary: scores by name, each a number or a tuple of before and after, ``dice_per_label`` a mapping of those by
-            label; names that are not known here are shown as they are. Defaults to :py:func:`pair_summary` of the pair.
+            label; names that are not known here are shown as they are.
         settings: what the registration was run with; mappings inside are shown too. Defaults to none.
         files: by path of each file written what it is, and how it is used. Defaults to none.
         tolerance: residual at which a pair is at rest, for the figure. Defaults to ``None``: not drawn.
@@ -167,7 +122,6 @@ def write_pair_report(
     """
     HTMLPage.check(path, overwrite)
     panels = plot_registration(pair)  # without matplotlib it ends here, before any work
-    summary = pair_summary(pair) if summary is None else summary
     page = HTMLPage(f"{pair.names[0]} registered to {pair.names[1]}")
     page.parts.append(_verdict(record, pair))
     page.add("Summary", _summary_table(summary))

@@ -53,7 +53,8 @@ class Reads:
 
 def assert_is_the_file(image: torch.Tensor, path: str, ndim: int) -> None:
     file = nib.load(path)
-    assert isinstance(image, MetaTensor) and image.dtype == torch.float32 and image.spatial_ndim == ndim
+    dtype = torch.int32 if Path(path).name.startswith("label") else torch.float32
+    assert isinstance(image, MetaTensor) and image.dtype == dtype and image.spatial_ndim == ndim
     np.testing.assert_array_equal(image.as_tensor()[0], file.get_fdata(dtype=np.float32).reshape(SIZES[ndim][:ndim]))
     np.testing.assert_allclose(image.affine, file.affine)
     assert image.meta["filename_or_obj"] == path

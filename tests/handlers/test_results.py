@@ -321,16 +321,16 @@ def register(saver: SaveRegistrationd) -> list[Any]:
 
 def test_refuses_before_any_work(tmp_path: Path) -> None:
     assert register(SaveRegistrationd(tmp_path)) == ["a", "b", "c"]
-    assert len(list(tmp_path.iterdir())) == 9
+    assert len(list(tmp_path.iterdir())) == 3 * 4
     for path in tmp_path.glob("[ab]_*"):
         path.unlink()
     # only results of the last pair are left
-    with pytest.raises(FileExistsError, match=r"c_to_a_.* and 2 more exists already.*--overwrite true"):
+    with pytest.raises(FileExistsError, match=r"c_to_a_.* and 3 more exists already.*--overwrite true"):
         register(SaveRegistrationd(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     assert register(SaveRegistrationd(tmp_path / "other")) == ["a", "b", "c"]
     assert register(SaveRegistrationd(tmp_path, overwrite=True)) == ["a", "b", "c"]
-    assert len(list(tmp_path.glob("*.*"))) == 9
+    assert len(list(tmp_path.glob("*.*"))) == 3 * 4
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -1,130 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields read as they were written, under the names of Learn2Reg too, and carried from grid to grid."""
+"""Fields to start from lie on the grid of the fixed scan; fields are carried from grid to grid."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Resize
-from scipy import ndimage
 
 import monai_deq.transforms as transforms
 from monai_deq.data import save_nifti
-from monai_deq.transforms import (
-    LoadDDFd,
-    ResampleDDF,
-    ResampleDDFd,
-    WarpByDDFd,
-    learn2reg_ddf_name,
-    load_ddf,
-    load_learn2reg_ddf,
-    save_learn2reg_ddf,
-)
-
-NLST = ("NLST_0101_0000", "NLST_0101_0001")
-OASIS = ("OASIS_0438_0000", "OASIS_0439_0000")
+from monai_deq.transforms import LoadDDFd, ResampleDDF, ResampleDDFd, WarpByDDFd
 
 
-def make_ddf(size: tuple[int, ...] = (5, 7, 6), seed: int = 0) -> torch.Tensor:
-    return 3 * torch.randn((len(size), *size), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("size", [(6, 8), (6, 8, 10)])
-def test_reads_what_was_written(size: tuple[int, ...], tmp_path: Path) -> None:
-    affine, ddf = np.diag([2.0, 1.5, 3.0, 1.0]), make_ddf(size)
-    save_nifti(tmp_path / "ddf.nii.gz", ddf, affine, len(size))
-    field = load_ddf(tmp_path / "ddf.nii.gz", len(size))
-    torch.testing.assert_close(field.as_tensor(), ddf, rtol=0, atol=0)
-    np.testing.assert_allclose(field.affine, affine)
-
-
-def test_refuses(tmp_path: Path) -> None:
-    affine, path = np.eye(4), tmp_path / "ddf.nii.gz"
-    save_nifti(path, make_ddf((6, 8, 10)), affine, 3)
-    with pytest.raises(FileNotFoundError, match="absent.nii.gz' does not exist"):
-        load_ddf(tmp_path / "absent.nii.gz", 3)
-    with pytest.raises(ValueError, match=r"expected a 2-D .* \(H, W, 1, 2\), got shape \(6, 8, 10, 3\)"):
-        load_ddf(path, 2)
-    save_nifti(tmp_path / "scan.nii.gz", torch.rand(1, 6, 8, 10), affine, 3)
-    with pytest.raises(ValueError, match=r"expected a 3-D displacement field"):
-        load_ddf(tmp_path / "scan.nii.gz", 3)
-    (tmp_path / "half.nii.gz").write_bytes(path.read_bytes()[:200])
-    with pytest.raises(RuntimeError, match="cannot read the displacement field .*half.nii.gz"):
-        load_ddf(tmp_path / "half.nii.gz", 3)
-    array = np.zeros((6, 8, 10, 3), np.float32)
-    array[1, 2, 3, 0] = np.nan
-    nib.save(nib.Nifti1Image(array, affine), tmp_path / "nan.nii.gz")
-    with pytest.raises(ValueError, match="nan.nii.gz: the displacement field must be finite"):
-        load_ddf(tmp_path / "nan.nii.gz", 3)
+def test_field_on_another_grid_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ddf.nii.gz"
+    save_nifti(path, torch.rand(3, 6, 8, 10), np.eye(4), 3)
     for other in (torch.zeros(1, 6, 8, 12), MetaTensor(torch.zeros(1, 6, 8, 10), affine=np.diag([2.0, 1, 1, 1]))):
         with pytest.raises(ValueError, match="must lie on the grid of the fixed scan"):
             LoadDDFd("initial_ddf", "fixed", 3)({"initial_ddf": path, "fixed": other})
-
-
-@pytest.mark.parametrize(
-    ("fixed", "moving", "name"),
-    [
-        (*NLST, "disp_0101_0101.nii.gz"),
-        ("./imagesTs/NLST_0001_0000.nii.gz", Path("imagesTs/NLST_0001_0001.nii.gz"), "disp_0001_0001.nii.gz"),
-        (*OASIS, "disp_0438_0000_0439_0000.nii.gz"),
-        # as find_oasis names its subjects
-        ("OASIS_0438", "OASIS_0439", "disp_0438_0000_0439_0000.nii.gz"),
-        ("ThoraxCBCT_0011_0001", "ThoraxCBCT_0011_0000", "disp_0011_0001_0011_0000.nii.gz"),
-        ("L2R_Task_1_0011_0002.nii", "L2R_Task_1_0012_0000.nii", "disp_0011_0002_0012_0000.nii.gz"),
-    ],
-)
-def test_learn2reg_names(fixed: str | Path, moving: str | Path, name: str) -> None:
-    assert learn2reg_ddf_name(fixed, moving) == name
-
-
-def test_either_name_is_read_and_the_expected_one_first(tmp_path: Path) -> None:
-    short, long = "disp_0438_0439.nii.gz", "disp_0438_0000_0439_0000.nii.gz"
-    save_learn2reg_ddf(make_ddf(seed=1), tmp_path, *OASIS).rename(tmp_path / short)
-    torch.testing.assert_close(load_learn2reg_ddf(tmp_path, *OASIS).as_tensor(), make_ddf(seed=1))
-    save_learn2reg_ddf(make_ddf(seed=2), tmp_path, *OASIS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([short, long])
-    torch.testing.assert_close(load_learn2reg_ddf(tmp_path, *OASIS).as_tensor(), make_ddf(seed=2))
-    nlst = tmp_path / "nlst"
-    save_learn2reg_ddf(make_ddf(seed=3), nlst, *NLST).rename(nlst / "disp_0101_0000_0101_0001.nii.gz")
-    torch.testing.assert_close(load_learn2reg_ddf(nlst, *NLST).as_tensor(), make_ddf(seed=3))
-    save_learn2reg_ddf(make_ddf(seed=4), nlst, *NLST)
-    torch.testing.assert_close(load_learn2reg_ddf(nlst, *NLST).as_tensor(), make_ddf(seed=4))
-
-
-def test_absent_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"NLST_0101_0001.*looked for disp_0101_0101.nii.gz and disp_0101_0000_"
-    ):
-        load_learn2reg_ddf(tmp_path, *NLST)
-    path = save_learn2reg_ddf(make_ddf(), tmp_path, *NLST)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RuntimeError, match="cannot read .*disp_0101_0101"):
-        load_learn2reg_ddf(tmp_path, *NLST)
-    # channels first, as networks have them
-    nib.save(nib.Nifti1Image(np.zeros((3, 5, 7, 6), np.float32), np.eye(4)), path)
-    with pytest.raises(ValueError, match=r"disp_0101_0101.* \(H, W, D, 3\), got shape \(3, 5, 7, 6\)"):
-        load_learn2reg_ddf(tmp_path, *NLST)
-
-
-def test_reads_the_truth_of_the_sample(tmp_path: Path, lung_cohort: Path) -> None:
-    root = lung_cohort
-    names = [f"NLST_0001_000{i}" for i in range(2)]
-    field = load_learn2reg_ddf(root / "true_ddf", *names)
-    fixed, moving = (np.loadtxt(root / "keypointsTr" / f"{n}.csv", delimiter=",") for n in names)
-    found = fixed + np.stack(
-        [ndimage.map_coordinates(u.astype(float), fixed.T, order=1) for u in field.numpy()], axis=1
-    )
-    np.testing.assert_allclose(found, moving, atol=1e-5)
-    np.testing.assert_allclose(field.affine, nib.load(root / "imagesTr" / f"{names[0]}.nii.gz").affine)
-    # written again it is the same field
-    save_learn2reg_ddf(field, tmp_path / "again", *names)
-    np.testing.assert_array_equal(load_learn2reg_ddf(tmp_path / "again", *names), field)
 
 
 # old size, new size: twice, half, other factors on each axis, the longer way round on one axis

@@ -144,10 +144,10 @@ def test_meta_of_the_fixed_image(size: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warped, ddf, _ = FixedPointSolver(network)(moving, fixed)
-    for result in (warped, ddf):
+    for result, file in ((warped, "moving.nii.gz"), (ddf, "fixed.nii.gz")):
         assert isinstance(result, MetaTensor) and result.spatial_ndim == len(size)
         torch.testing.assert_close(result.affine, fixed_affine)
-        assert result.meta["filename_or_obj"] == "fixed.nii.gz"
+        assert result.meta["filename_or_obj"] == file
         result.affine[0, 3] = 100.0
         result.meta["note"] = "changed"
     torch.testing.assert_close(fixed.affine, fixed_affine)

@@ -20,9 +20,12 @@ from monai_deq.metrics import TargetRegistrationErrorMetric
 from monai_deq.networks.nets import DEQRegistrationNet
 from monai_deq.transforms import (
     CheckedCompose,
+    CheckLabeld,
     CheckRegistrationImaged,
     CheckSameGridd,
+    DropSliceAxisd,
     FixedPointSolverd,
+    LoadRegistrationImaged,
     ResampleDDF,
     ResampleDDFd,
     SaveRegistrationd,
@@ -63,10 +66,47 @@ def ct(size: tuple[int, ...], seed: int) -> np.ndarray:
     return array
 
 
+def robust(array: np.ndarray) -> tuple[float, float]:
+    """What becomes 0, the 0.1th percentile, and 1: the 99th of what is above it becomes 0.5."""
+    values = np.sort(array, axis=None).astype(np.float64)
+    low = values[int(0.001 * (len(values) - 1))]
+    above = values[values > low]
+    return low, 2 * above[int(0.99 * (len(above) - 1))] - low
+
+
+def scaled(array: np.ndarray) -> np.ndarray:
+    low, high = robust(array)
+    return ((array.astype(np.float64) - low) / (high - low)).clip(0, 1)
+
+
 def with_value(ndim: int, value: float) -> np.ndarray:
     image = unit(ndim)
     image[3, 4] = value
     return image
+
+
+# ---- one transform
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent.nii.gz"):
+        LoadRegistrationImaged("image")({"image": str(tmp_path / "absent.nii.gz")})
+    with pytest.raises(ValueError, match="'image' must be the name"):
+        LoadRegistrationImaged("image")({"image": None})
+    with pytest.raises(KeyError):
+        LoadRegistrationImaged("image")({})
+
+
+def test_single_transforms() -> None:
+    image = torch.rand(1, 4, 5, 6)
+    assert DropSliceAxisd("image")({"image": image})["image"] is image
+    assert DropSliceAxisd("image")({"image": image[..., :1]})["image"].shape == (1, 4, 5)
+    CheckRegistrationImaged("image", 3)({"image": image})
+    with pytest.raises(ValueError, match="^image: "):  # the key where no file is known
+        CheckRegistrationImaged("image", 2)({"image": image})
+    with pytest.raises(ValueError, match="one image for each"):
+        CheckLabeld(("a", "b"), "image")
+    assert CheckSameGridd(allow_missing_keys=True)({}) == {}
 
 
 # ---- a subject
@@ -90,7 +130,8 @@ def test_loads_as_it_is(tmp_path: Path, ndim: int, caplog: pytest.LogCaptureFixt
     assert not caplog.records
     size = SIZE[ndim][:ndim]
     for key, expected in (("image", unit(ndim)), ("label", labels(ndim))):
-        assert isinstance(item[key], MetaTensor) and item[key].dtype == torch.float32
+        dtype = torch.float32 if key == "image" else torch.int32
+        assert isinstance(item[key], MetaTensor) and item[key].dtype == dtype
         assert tuple(item[key].shape) == (1, *size)
         np.testing.assert_array_equal(item[key][0].numpy(), expected.reshape(size))
         np.testing.assert_allclose(item[key].affine, AFFINE)  # whole, also in 2-D
@@ -137,25 +178,21 @@ def test_resize_keeps_the_label_numbers(tmp_path: Path, ndim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "low", "high"),
+    "array",
     [
-        (np.random.default_rng(0).integers(5, 3000, SIZE[3]).astype(np.int16), 5, 2999),
-        (np.random.default_rng(0).uniform(-1, 0.5, SIZE[3]).astype(np.float32), -1, 0.5),
+        np.random.default_rng(0).integers(5, 3000, SIZE[3]).astype(np.int16),
+        np.random.default_rng(0).uniform(-1, 0.5, SIZE[3]).astype(np.float32),
     ],
 )
-def test_other_ranges_are_scaled_and_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, array: np.ndarray, low: float, high: float
-) -> None:
+def test_other_ranges_are_scaled_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, array: np.ndarray) -> None:
     given = subject(tmp_path, image=array)
     with caplog.at_level(logging.INFO, logger="monai_deq"):
         image = load_subject_transforms(3)(given)["image"]
-    a = array.astype(np.float64)
-    np.testing.assert_allclose(image[0].numpy(), (a - a.min()) / (a.max() - a.min()), atol=1e-6)
+    np.testing.assert_allclose(image[0].numpy(), scaled(array), atol=1e-6)
     (message,) = caplog.messages
     assert given["image"] in message
     stated = [float(v) for v in message.split("[")[1].split("]")[0].split(",")]
-    np.testing.assert_allclose(stated, [a.min(), a.max()], rtol=1e-5)
-    np.testing.assert_allclose(stated, [low, high], rtol=0.02)
+    np.testing.assert_allclose(stated, robust(array), rtol=1e-4)
     np.testing.assert_allclose(image.affine, AFFINE)
 
 
@@ -183,7 +220,7 @@ def test_bad_images(tmp_path: Path, ndim: int, image: np.ndarray, message: str) 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (labels(3)[:, :, :7], r"\(1, 12, 10, 8\).*got \(1, 12, 10, 7\)"),
+        (labels(3)[:, :, :7], r"size differs.*\(12, 10, 8\).*\(12, 10, 7\)"),
         (labels(3).astype(np.float32) + 0.5, "960 voxels"),
         (with_value(3, np.nan).round(), "nan"),
         (labels(3).astype(np.int16) - 50, "label numbers"),
@@ -196,18 +233,27 @@ def test_bad_labels(tmp_path: Path, label: np.ndarray, message: str) -> None:
     assert given["label"] in str(caught.value)
 
 
-def test_label_of_other_orientation_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    given = subject(tmp_path)
-    save(tmp_path / "label.nii.gz", labels(3), np.eye(4))
-    with caplog.at_level(logging.WARNING, logger="monai_deq"):
-        load_subject_transforms(3)(given)
-    assert "RAS" in caplog.text and "RSP" in caplog.text
-
-
 def other_affine(column: int, factor: float) -> np.ndarray:
     affine = AFFINE.copy()
     affine[:, column] *= factor
     return affine
+
+
+def test_label_beside_its_image_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given, near, beside = subject(tmp_path), AFFINE.copy(), AFFINE.copy()
+    near[2, 3] += 0.045  # of the second axis, 0.5 mm a voxel
+    beside[2, 3] += 0.055
+    save(tmp_path / "label.nii.gz", labels(3), near)
+    load_subject_transforms(3)(given)
+    for affine, message in (
+        (beside, r"label.nii.gz lies up to 0\.11 voxels away from .*image.nii.gz"),
+        (other_affine(0, -1), "orientation differs: .*image.nii.gz has RSP, .*label.nii.gz has LSP"),
+        (np.eye(4), "spacing"),
+    ):
+        save(tmp_path / "label.nii.gz", labels(3), affine)
+        with pytest.raises(ValueError, match="An image and its segmentation must share one voxel grid.*" + message):
+            load_subject_transforms(3)(given)
+    assert not caplog.records
 
 
 def test_pair_of_subjects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,7 +265,8 @@ def test_pair_of_subjects(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert set(item) == {"fixed", "moving", "moving_label"} and not caplog.records
     moved = AFFINE.copy()
     moved[0, 3] += 5
-    save(tmp_path / "m.nii.gz", unit(3, 2), moved)
+    for name, array in (("m", unit(3, 2)), ("ml", labels(3))):
+        save(tmp_path / f"{name}.nii.gz", array, moved)
     with caplog.at_level(logging.WARNING, logger="monai_deq"):
         CheckSameGridd()(load(files))
     assert "origin" in caplog.text
@@ -295,7 +342,7 @@ def test_without_resizing_the_input_is_the_scaled_scan(tmp_path: Path, ndim: int
     item = make_pair(tmp_path, ndim)
     out = load_pair_transforms(ndim)(item)
     for key in ("fixed", "moving"):
-        np.testing.assert_allclose(out[key], (out[f"{key}_scan"] + 1000) / 3000, atol=1e-6)
+        np.testing.assert_allclose(out[key], scaled(read(item[key], ndim)), atol=1e-6)
         out[key].zero_()
         out[key].affine[:] = 0
         np.testing.assert_array_equal(out[f"{key}_scan"], read(item[key], ndim))
@@ -313,22 +360,19 @@ def test_images_in_unit_range_pass_unscaled(tmp_path: Path) -> None:
 
 
 BAD_PAIR = {
-    "size": (ct((12, 11, 8), 2), AFFINE, "size.*fixed.nii.gz.*moving.nii.gz"),
-    "spacing": (ct(SIZE[3], 2), other_affine(1, 1.1), "spacing.*fixed.nii.gz.*0.5.*moving.nii.gz.*0.55"),
-    "orientation": (ct(SIZE[3], 2), other_affine(0, -1), "orientation.*fixed.nii.gz.*moving.nii.gz"),
-    "4-D": (ct((12, 10, 8, 3), 2), AFFINE, "moving.nii.gz.*4-D"),
-    "2-D": (ct((12, 10, 1), 2), AFFINE, "moving.nii.gz.*3-D"),
-    "constant": (np.full(SIZE[3], 5.0), AFFINE, "moving.nii.gz.*5 everywhere"),
-    "NaN": (with_value(3, np.nan), AFFINE, "moving.nii.gz.*NaN"),
+    "4-D": (ct((12, 10, 8, 3), 2), "moving.nii.gz.*4-D"),
+    "2-D": (ct((12, 10, 1), 2), "moving.nii.gz.*3-D"),
+    "constant": (np.full(SIZE[3], 5.0), "moving.nii.gz.*5 everywhere"),
+    "NaN": (with_value(3, np.nan), "moving.nii.gz.*NaN"),
 }
 
 
 @pytest.mark.parametrize("what", BAD_PAIR)
 def test_bad_pairs_are_refused_by_name(tmp_path: Path, what: str) -> None:
-    array, affine, message = BAD_PAIR[what]
+    array, message = BAD_PAIR[what]
     pair = make_pair(tmp_path, 3)
     del pair["moving_label"]
-    save(tmp_path / "moving.nii.gz", array, affine)
+    save(tmp_path / "moving.nii.gz", array)
     with pytest.raises(ValueError, match=message):
         load_pair_transforms(3, (4, 4, 4))(pair)
 
@@ -345,8 +389,9 @@ def test_damaged_and_absent_files_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_bad_labels_of_a_pair_are_refused_by_name(tmp_path: Path) -> None:
+    # of a label map a fifth of which lies beyond the image
     for label, message in [
-        (np.zeros((12, 10, 7), np.uint8), r"moving_label.nii.gz.*shape.*moving.nii.gz"),
+        (np.ones((12, 10, 10), np.uint8), r"moving_label.nii.gz: 240 of 1200 labelled voxels lie outside.*moving.nii"),
         (np.full(SIZE[3], 0.5, np.float32), r"moving_label.nii.gz.*label numbers"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -435,6 +480,23 @@ def test_warm_start_on_the_networks_grid(ndim: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(item["initial_ddf"], blocks.mean(axis=tuple(range(2, 2 * ndim + 1, 2))) / 2, atol=1e-6)
 
 
+def test_warm_start_on_a_turned_grid(tmp_path: Path) -> None:
+    """It displaces the same places of the body by the same vectors."""
+    pair = make_pair(tmp_path, 3)
+    ddf = np.random.default_rng(3).normal(size=(*SIZE[3], 3)).astype(np.float32)
+    pair["initial_ddf"] = save(tmp_path / "ddf.nii.gz", ddf)
+    item = load_pair_transforms(3, orientation="RAS")(pair)
+    affine, size = item["fixed"].affine.numpy(), item["fixed"].shape[1:]
+    assert tuple(size) == (12, 8, 10) and (affine[:3, :3].diagonal() > 0).all()
+    voxels = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1)
+    world = voxels @ affine[:3, :3].T + affine[:3, 3]
+    old = np.round((world - AFFINE[:3, 3]) @ np.linalg.inv(AFFINE[:3, :3]).T).astype(int)
+    expected = ddf[tuple(np.moveaxis(old, -1, 0))] @ AFFINE[:3, :3].T
+    found = np.moveaxis(item["initial_ddf"].numpy(), 0, -1) @ affine[:3, :3].T
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(item["initial_ddf"].affine, affine)
+
+
 # ---- a pair with annotations
 
 
@@ -480,7 +542,7 @@ def test_annotated_pair_as_in_the_files(tmp_path: Path, ndim: int) -> None:
     np.testing.assert_allclose(default, (np.clip(read(pair["fixed"], ndim), -1200, 400) + 1200) / 1600, atol=1e-6)
     whole = load_annotated_pair_transforms(ndim, window=None)(pair)["fixed"]
     file = read(pair["fixed"], ndim)
-    np.testing.assert_allclose(whole, (file - file.min()) / (file.max() - file.min()), atol=1e-6)
+    np.testing.assert_allclose(whole, scaled(file), atol=1e-6)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -531,7 +593,7 @@ def test_annotations_are_optional(tmp_path: Path) -> None:
 BAD_ANNOTATED = {
     "mask of another shape": (
         {"fixed_mask": np.zeros((12, 10, 7), np.uint8)},
-        r"fixed_mask.nii.gz: .*\(1, 12, 10, 7\)",
+        r"size differs: .*fixed.nii.gz has \(12, 10, 8\), .*fixed_mask.nii.gz has \(12, 10, 7\)",
     ),
     "mask of probabilities": ({"moving_mask": np.full(SIZE[3], 0.5)}, "moving_mask.nii.gz: .* label numbers"),
     "image of another size": (

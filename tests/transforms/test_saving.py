@@ -16,7 +16,6 @@ from monai.transforms import Compose
 from scipy import ndimage
 
 import monai_deq.transforms as transforms
-from monai_deq.data import save_nifti
 from monai_deq.handlers import OutputGuard
 from monai_deq.networks.nets import DEQRegistrationNet
 from monai_deq.transforms import (
@@ -33,10 +32,12 @@ from monai_deq.transforms import (
 
 SIZES = [(7, 9), (5, 7, 6)]
 # a coronal slice or an oblique volume: neither diagonal nor of one spacing
-AFFINE = np.array([[0.8, 0, 0.1, 3], [0, 0.2, -1.5, 7], [0.1, 2.5, 0, -4], [0, 0, 0, 1.0]])
+AFFINE = np.array([[0.768, -0.7, 0, 3], [0, 0, -1.5, 7], [0.224, 2.4, 0, -4], [0, 0, 0, 1.0]])
 SAID = {"steps": 7, "evaluations": 9.5, "residual": 5e-4, "relative_residual": 1e-3, "converged": True}
 SAID |= {"reason": "tolerance"}
-NAMES = ("m_to_f_warped.nii.gz", "m_to_f_ddf.nii.gz", "m_to_f_warped_label.nii.gz", "m_to_f_record.json")
+# in the order in which they are written
+NAMES = [f"m_to_f_{end}.nii.gz" for end in ("warped", "warped_label", "ddf", "transform")] + ["m_to_f_record.json"]
+WARPED, LABEL, DDF, TRANSFORM, RECORD = NAMES
 
 
 def make_item(size: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def make_item(size: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
         "moving_subject": "m",
         "fixed_subject": "f",
         "moving_scan": torch.from_numpy(rng.normal(size=(1, *size)).astype(np.float32) * 1000),
-        "moving_label": torch.from_numpy(rng.integers(0, 36, (1, *size)).astype(np.float32)),
+        "moving_label": torch.from_numpy(rng.integers(0, 36, (1, *size)).astype(np.int32)),
         "ddf": MetaTensor(torch.from_numpy(rng.normal(size=(len(size), *size)).astype(np.float32)), meta=meta),
         **SAID,
     }
@@ -67,17 +68,26 @@ def test_files_read_back(tmp_path: Path, size: tuple[int, ...]) -> None:
     item = make_item(size)
     folder = tmp_path / "not" / "yet" / "there"
     out = SaveRegistrationd(folder)(item)
-    assert out.keys() == item.keys() and files(folder) == set(NAMES)
-    warped, ddf, label = (nib.load(folder / name) for name in NAMES[:3])
+    assert out.keys() == {*item, "files"} and files(folder) == set(NAMES)
+    assert {Path(path).name for path in out["files"].values()} == set(NAMES)
+    assert all(Path(path).is_file() for path in out["files"].values())
+    warped, label, ddf = (nib.load(folder / name) for name in NAMES[:3])
     grid = size if len(size) == 3 else (*size, 1)
     assert warped.shape == label.shape == grid and ddf.shape == (*grid, len(size))
     assert (warped.get_data_dtype(), ddf.get_data_dtype(), label.get_data_dtype()) == ("<f4", "<f4", "<i4")
     for image in (warped, ddf, label):
         np.testing.assert_allclose(image.affine, AFFINE, atol=1e-6)
-    torch.testing.assert_close(load_ddf(folder / NAMES[1], len(size)).as_tensor(), item["ddf"].as_tensor())
+    torch.testing.assert_close(load_ddf(folder / DDF, len(size)).as_tensor(), item["ddf"].as_tensor())
     field = np.asarray(ddf.dataobj)
     for axis in range(len(size)):
         np.testing.assert_array_equal(field[..., axis].reshape(size), item["ddf"][axis].numpy())
+    # of a slice in its plane in the world: to the left, to the back, up, in mm
+    transform = nib.load(folder / TRANSFORM)
+    assert transform.shape == (*grid, 1, 3) and transform.get_data_dtype() == "<f4"
+    assert int(transform.header["intent_code"]) == 1007  # NIFTI_INTENT_VECTOR
+    np.testing.assert_allclose(transform.affine, AFFINE, atol=1e-6)
+    world = field.reshape(*grid, -1) @ AFFINE[:3, : len(size)].T
+    np.testing.assert_allclose(np.asarray(transform.dataobj)[:, :, :, 0], world * [-1, -1, 1], atol=1e-5)
     # whoever has the moving scan and the field file gets the warped file
     coordinates = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1) + field.reshape(*size, -1)
     moved = [
@@ -88,7 +98,7 @@ def test_files_read_back(tmp_path: Path, size: tuple[int, ...]) -> None:
     ]
     np.testing.assert_allclose(np.asarray(warped.dataobj).reshape(size), moved[0], atol=2e-2)
     np.testing.assert_array_equal(np.asarray(label.dataobj).reshape(size), moved[1])
-    record = json.loads((folder / NAMES[3]).read_text())
+    record = json.loads((folder / RECORD).read_text())
     assert record == {"moving_subject": "m", "fixed_subject": "f", **SAID}
 
 
@@ -97,8 +107,8 @@ def test_label_is_optional_and_field_without_affine_gets_the_identity(tmp_path: 
     del item["warped_label"]
     item["ddf"] = item["ddf"].as_tensor()
     SaveRegistrationd(tmp_path)(item)
-    assert files(tmp_path) == {NAMES[0], NAMES[1], NAMES[3]}
-    np.testing.assert_array_equal(nib.load(tmp_path / NAMES[1]).affine, np.eye(4))
+    assert files(tmp_path) == {WARPED, DDF, TRANSFORM, RECORD}
+    np.testing.assert_array_equal(nib.load(tmp_path / DDF).affine, np.eye(4))
 
 
 def test_record_is_valid_json_of_plain_values(tmp_path: Path) -> None:
@@ -109,13 +119,13 @@ def test_record_is_valid_json_of_plain_values(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    record = json.loads((tmp_path / NAMES[3]).read_text(), parse_constant=refuse)
+    record = json.loads((tmp_path / RECORD).read_text(), parse_constant=refuse)
     assert record["steps"] == 3 and record["residual"] is None and record["relative_residual"] is None
     assert record["converged"] is False and record["reason"] == "non-finite"
     assert "verdict" not in record
     examined = {**item, "verdict": "diverging", "spectral_radius": torch.tensor(1.5)}
     SaveRegistrationd(tmp_path, overwrite=True)(examined)
-    record = json.loads((tmp_path / NAMES[3]).read_text(), parse_constant=refuse)
+    record = json.loads((tmp_path / RECORD).read_text(), parse_constant=refuse)
     assert record["verdict"] == "diverging" and record["spectral_radius"] == 1.5 and "start_distance" not in record
 
 
@@ -123,10 +133,10 @@ def test_energies_in_the_file_where_there_are_some(tmp_path: Path) -> None:
     measured = {"energy": -0.75, "slope": 0.5, "unfolded": 3, "finish_steps": 7, "energy_before_finish": -0.5}
     item = make_item((4, 5))
     SaveRegistrationd(tmp_path)({**item, **{k: torch.tensor(v) for k, v in measured.items()}})
-    record = json.loads((tmp_path / NAMES[3]).read_text())
+    record = json.loads((tmp_path / RECORD).read_text())
     assert {k: record.pop(k) for k in measured} == measured
     SaveRegistrationd(tmp_path, overwrite=True)({**item, "energy": torch.tensor(float("nan"))})
-    again = json.loads((tmp_path / NAMES[3]).read_text())
+    again = json.loads((tmp_path / RECORD).read_text())
     assert again.pop("energy") is None and again == record
 
 
@@ -143,11 +153,11 @@ def test_takes_what_the_solver_transform_gives(tmp_path: Path, size: tuple[int, 
     Compose([FixedPointSolverd(network, tolerance=0.1), SaveRegistrationd(tmp_path)])(item)
     # residual of step k: 0.5^k * sqrt(ndim)
     steps = next(k for k in range(1, 20) if 0.5**k * len(size) ** 0.5 <= 0.1)
-    record = json.loads((tmp_path / NAMES[3]).read_text())
+    record = json.loads((tmp_path / RECORD).read_text())
     assert record["steps"] == steps and record["converged"] is True and record["reason"] == "tolerance"
     assert record["residual"] == pytest.approx(0.5**steps * len(size) ** 0.5)
-    np.testing.assert_allclose(read(tmp_path / NAMES[1]), 1 - 0.5**steps)
-    np.testing.assert_allclose(nib.load(tmp_path / NAMES[0]).affine, AFFINE, atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path / DDF), 1 - 0.5**steps)
+    np.testing.assert_allclose(nib.load(tmp_path / WARPED).affine, AFFINE, atol=1e-6)
 
 
 @pytest.mark.parametrize("existing", NAMES)
@@ -165,8 +175,8 @@ def test_overwrite(tmp_path: Path) -> None:
     item = {**make_item((4, 5), seed=1), "steps": 99}
     SaveRegistrationd(tmp_path, overwrite=True)(item)
     assert files(tmp_path) == set(NAMES)
-    np.testing.assert_array_equal(read(tmp_path / NAMES[0])[..., 0], item["warped"][0].numpy())
-    assert json.loads((tmp_path / NAMES[3]).read_text())["steps"] == 99
+    np.testing.assert_array_equal(read(tmp_path / WARPED)[..., 0], item["warped"][0].numpy())
+    assert json.loads((tmp_path / RECORD).read_text())["steps"] == 99
 
 
 @pytest.mark.parametrize("saver", [SaveRegistrationd, SaveLearn2RegDDFd])
@@ -176,7 +186,7 @@ def test_overwrite_must_be_a_flag(tmp_path: Path, saver: Any) -> None:
             saver(tmp_path, overwrite=value)
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
 @pytest.mark.parametrize("existing", [False, True])
 def test_nothing_is_left_half_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, existing: bool
@@ -215,38 +225,7 @@ def test_incomplete_items_are_refused_before_anything_is_written(tmp_path: Path,
     assert not files(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (torch.rand(1, 4, 5, 3, dtype=torch.float64), "<f8"),
-        (torch.rand(3, 4, 5, 3).half(), "<f4"),
-        (torch.rand(1, 4, 5, 3).bfloat16(), "<f4"),
-        (np.random.default_rng(0).random((1, 4, 5, 3)).astype(np.float16), "<f4"),
-        (torch.arange(60).reshape(1, 4, 5, 3), "<i4"),
-        (torch.arange(60).reshape(1, 4, 5, 3) > 30, "|u1"),
-        (torch.arange(60, dtype=torch.int16).reshape(1, 4, 5, 3), "<i2"),
-    ],
-)
-def test_number_types(tmp_path: Path, image: Any, expected: str) -> None:
-    save_nifti(tmp_path / "x.nii.gz", image, None, 3)
-    back = nib.load(tmp_path / "x.nii.gz")
-    assert back.get_data_dtype() == expected
-    values = np.asarray(image.double() if isinstance(image, torch.Tensor) else image)
-    expected_values = values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)
-    np.testing.assert_array_equal(np.asarray(back.dataobj), expected_values)
-
-
-def test_affine_of_a_plane(tmp_path: Path) -> None:
-    save_nifti(tmp_path / "x.nii", np.zeros((1, 4, 5), np.float32), np.diag([2.0, 3.0, 1.0]), 2)
-    back = nib.load(tmp_path / "x.nii")
-    assert back.shape == (4, 5, 1)
-    np.testing.assert_array_equal(back.affine, np.diag([2.0, 3.0, 1.0, 1.0]))
-
-
-def test_errors_and_aliases(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"channel-first 3-D image.*\(1, 4, 5\)"):
-        save_nifti(tmp_path / "x.nii", np.zeros((1, 4, 5)), None, 3)
-    assert not files(tmp_path)
+def test_aliases() -> None:
     assert transforms.SaveRegistrationD is transforms.SaveRegistrationd is transforms.SaveRegistrationDict
 
 
@@ -259,6 +238,66 @@ OASIS = ("OASIS_0438_0000", "OASIS_0439_0000")
 
 def make_ddf(size: tuple[int, ...] = GRID, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return scale * torch.randn((3, *size), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "moving", "name"),
+    [
+        (*NLST, "disp_0101_0101.nii.gz"),
+        ("./imagesTs/NLST_0001_0000.nii.gz", Path("imagesTs/NLST_0001_0001.nii.gz"), "disp_0001_0001.nii.gz"),
+        (*OASIS, "disp_0438_0000_0439_0000.nii.gz"),
+        # as find_oasis names its subjects
+        ("OASIS_0438", "OASIS_0439", "disp_0438_0000_0439_0000.nii.gz"),
+        ("ThoraxCBCT_0011_0001", "ThoraxCBCT_0011_0000", "disp_0011_0001_0011_0000.nii.gz"),
+        ("L2R_Task_1_0011_0002.nii", "L2R_Task_1_0012_0000.nii", "disp_0011_0002_0012_0000.nii.gz"),
+    ],
+)
+def test_learn2reg_names(fixed: str | Path, moving: str | Path, name: str) -> None:
+    assert learn2reg_ddf_name(fixed, moving) == name
+
+
+def test_either_name_is_read_and_the_expected_one_first(tmp_path: Path) -> None:
+    short, long = "disp_0438_0439.nii.gz", "disp_0438_0000_0439_0000.nii.gz"
+    save_learn2reg_ddf(make_ddf(seed=1), tmp_path, *OASIS).rename(tmp_path / short)
+    torch.testing.assert_close(load_learn2reg_ddf(tmp_path, *OASIS).as_tensor(), make_ddf(seed=1).float())
+    save_learn2reg_ddf(make_ddf(seed=2), tmp_path, *OASIS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([short, long])
+    torch.testing.assert_close(load_learn2reg_ddf(tmp_path, *OASIS).as_tensor(), make_ddf(seed=2).float())
+    nlst = tmp_path / "nlst"
+    save_learn2reg_ddf(make_ddf(seed=3), nlst, *NLST).rename(nlst / "disp_0101_0000_0101_0001.nii.gz")
+    torch.testing.assert_close(load_learn2reg_ddf(nlst, *NLST).as_tensor(), make_ddf(seed=3).float())
+    save_learn2reg_ddf(make_ddf(seed=4), nlst, *NLST)
+    torch.testing.assert_close(load_learn2reg_ddf(nlst, *NLST).as_tensor(), make_ddf(seed=4).float())
+
+
+def test_absent_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"NLST_0101_0001.*looked for disp_0101_0101.nii.gz and disp_0101_0000_"
+    ):
+        load_learn2reg_ddf(tmp_path, *NLST)
+    path = save_learn2reg_ddf(make_ddf(), tmp_path, *NLST)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RuntimeError, match="cannot read .*disp_0101_0101"):
+        load_learn2reg_ddf(tmp_path, *NLST)
+    # channels first, as networks have them
+    nib.save(nib.Nifti1Image(np.zeros((3, 5, 7, 6), np.float32), np.eye(4)), path)
+    with pytest.raises(ValueError, match=r"disp_0101_0101.* \(H, W, D, 3\).* got shape \(3, 5, 7, 6\)"):
+        load_learn2reg_ddf(tmp_path, *NLST)
+
+
+def test_reads_the_truth_of_the_sample(tmp_path: Path, lung_cohort: Path) -> None:
+    root = lung_cohort
+    names = [f"NLST_0001_000{i}" for i in range(2)]
+    field = load_learn2reg_ddf(root / "true_ddf", *names)
+    fixed, moving = (np.loadtxt(root / "keypointsTr" / f"{n}.csv", delimiter=",") for n in names)
+    found = fixed + np.stack(
+        [ndimage.map_coordinates(u.astype(float), fixed.T, order=1) for u in field.numpy()], axis=1
+    )
+    np.testing.assert_allclose(found, moving, atol=1e-5)
+    np.testing.assert_allclose(field.affine, nib.load(root / "imagesTr" / f"{names[0]}.nii.gz").affine)
+    # written again it is the same field
+    save_learn2reg_ddf(field, tmp_path / "again", *names)
+    np.testing.assert_array_equal(load_learn2reg_ddf(tmp_path / "again", *names), field)
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "OASIS_OAS1_0001_MR1", "NLST_1_0000", "NLST_00001_0000", "0001", ""])

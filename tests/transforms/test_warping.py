@@ -83,12 +83,13 @@ def test_results_lie_on_the_grid_of_the_field(size: tuple[int, ...]) -> None:
     affine = torch.tensor([[0, 0, 2, 5], [1.5, 0, 0, -3], [0, -0.7, 0, 8], [0, 0, 0, 1]], dtype=torch.float64)
     meta = {"filename_or_obj": "fixed.nii.gz", "original_channel_dim": float("nan")}
     ddf = MetaTensor(torch.from_numpy(random_ddf(size)), affine=affine, meta=meta)
-    label = MetaTensor(torch.ones(1, *size), affine=torch.eye(4))
+    label = MetaTensor(torch.ones(1, *size), affine=torch.eye(4), meta={"filename_or_obj": "label.nii.gz"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = WarpByDDFd("label", output_keys="moved", mode="nearest")({"label": label, "ddf": ddf})
     torch.testing.assert_close(out["moved"].affine, affine)
-    assert out["moved"].meta["filename_or_obj"] == "fixed.nii.gz" and out["moved"].spatial_ndim == len(size)
+    # but it is made from the label's file
+    assert out["moved"].meta["filename_or_obj"] == "label.nii.gz" and out["moved"].spatial_ndim == len(size)
     torch.testing.assert_close(out["label"].affine, torch.eye(4, dtype=torch.float64))
     out["moved"].affine[0, 3] = 0
     torch.testing.assert_close(ddf.affine, affine)
