@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder, where it is not there, and a file in it that is removed again: before hours of work whose results
-    could not be written. What stands in the way is an ``OSError`` of its kind.
+    """Make a folder, where it is not there, and a file in it, and remove what was made: before hours of work whose
+    results could not be written. What stands in the way is an ``OSError`` of its kind.
     """
     folder = Path(folder)
+    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
@@ -49,6 +50,10 @@ def check_writable(folder: str | Path) -> None:
             in_the_way = (p for p in (folder, *folder.parents) if os.path.lexists(p) and not p.is_dir())
             reason = next((f"{p} is there and is no folder" for p in in_the_way), reason)
         raise type(e)(f"cannot write to the folder {folder}: {reason}. Make it writable, or name another one.") from e
+    finally:
+        for path in made:
+            with suppress(OSError):  # not made, or no longer empty
+                path.rmdir()
 
 
 def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:

@@ -103,8 +103,7 @@ def test_folders_that_can_be_written_to(tmp_path: Path, name: str) -> None:
     (tmp_path / "precious").write_text("x")
     for folder in (tmp_path / name, str(tmp_path / name)):
         check_writable(folder)
-        assert Path(folder).is_dir()
-        assert [p.name for p in Path(folder).iterdir() if p.is_file()] == ([] if name else ["precious"])
+        assert os.listdir(tmp_path) == ["precious"]
 
 
 @pytest.mark.parametrize("below", ["", "/a", "/a/b"])
