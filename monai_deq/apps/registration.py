@@ -232,8 +232,7 @@ def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings) -> No
     files = {path: _FILES[what] for what, path in item["files"].items() if what in _FILES}
     used = {**asdict(settings), "fixed": item["fixed_subject"], "moving": item["moving_subject"]}
     used["intensities"] = item.get("intensities", {})
-    record = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in item["record"].items()}
-    write_pair_report(item["files"]["report"], pair, record, pairs, used, files, overwrite=settings.overwrite)
+    write_pair_report(item["files"]["report"], pair, item["record"], pairs, used, files, overwrite=settings.overwrite)
 
 
 def _plain(image: torch.Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from monai_deq.utils import json_ready
 from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
 from monai_deq.visualize.style import COLOURS, figure_file, style_axis
 
@@ -143,6 +144,7 @@ def plot_traces(
         path, overwrite: see :py:func:`plot_registration`.
         tolerance: residual at which a pair is at rest, a line. Defaults to ``None``: none.
     """
+    record = json_ready(record)
     runs = [record, *([record["finish"]] if record.get("finish") else [])]
     traces = {key: [_trace(run, key) for run in runs] for key in ("residual_trace", "energy_trace")}
     if not any(np.isfinite(trace).any() for trace in traces["residual_trace"]):
@@ -190,7 +192,9 @@ def _cells(
 
 
 def _trace(run: Mapping[str, Any], key: str) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in run.get(key) or ()], dtype=float)
+    # to put records together, data loaders have traces as long as the step limit
+    values = (run.get(key) or ())[: run.get("steps")]
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def _strongest(difference: np.ndarray) -> float:

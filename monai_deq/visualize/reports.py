@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_deq.utils import json_ready
 from monai_deq.visualize.pages import HTMLPage, data_uri, flattened, gray_jpeg, html_picture, html_table
 from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
 from monai_deq.visualize.panels import plot_checkerboard, plot_registration, plot_traces
@@ -122,6 +123,7 @@ def write_pair_report(
     """
     HTMLPage.check(path, overwrite)
     panels = plot_registration(pair)  # without matplotlib it ends here, before any work
+    record = json_ready(record)
     page = HTMLPage(f"{pair.names[0]} registered to {pair.names[1]}")
     page.parts.append(_verdict(record, pair))
     page.add("Summary", _summary_table(summary))

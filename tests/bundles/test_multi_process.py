@@ -184,6 +184,6 @@ def test_inference_writes_each_pair_once(brain_cohort: Path, trained: Path, tmp_
     two("inference", INFERENCE, tmp_path, **settings, output_dir="two")
     output_of(run_bundle("inference", INFERENCE, tmp_path, **settings, output_dir="one"))
     files = {p.name for p in (tmp_path / "one").iterdir()}
-    assert files == {p.name for p in (tmp_path / "two").iterdir()} and len(files) == 3 * 4
+    assert files == {p.name for p in (tmp_path / "two").iterdir()} and len(files) == 3 * 5
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

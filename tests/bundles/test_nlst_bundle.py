@@ -168,7 +168,7 @@ def test_two_scans_without_anything_else(lung_cohort: Path, trained: Path, tmp_p
     bundle("run", "inference", tmp_path, output_dir="out", **pair)
     name = "NLST_0001_0001_to_NLST_0001_0000"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        f"{name}_{end}" for end in ("warped.nii.gz", "ddf.nii.gz", "record.json")
+        f"{name}_{end}" for end in ("warped.nii.gz", "transform.nii.gz", "ddf.nii.gz", "record.json")
     }
     warped, field = (np.asarray(nib.load(tmp_path / "out" / f"{name}_{n}.nii.gz").dataobj) for n in ("warped", "ddf"))
     grid = np.stack(np.meshgrid(*map(np.arange, warped.shape), indexing="ij"))
@@ -245,7 +245,7 @@ def unknown_list(root: Path) -> None:
         ("NLST_0003_0001.csv", remove("keypointsTr/NLST_0003_0001.csv"), {}),
         ("correspond line by line", points("keypointsTr/NLST_0003_0000.csv", lambda p: p[1:]), {}),
         ("lie outside the image", points("keypointsTr/NLST_0003_0000.csv", lambda p: p + 9.0), {}),
-        ("must have the shape of its image", other_mask, {}),
+        ("image and its segmentation must share one voxel grid, but their size differs", other_mask, {}),
         (r"unknown list\(s\) \['registration_validation'\]", unknown_list, {}),
         ("need more cases than the 5", None, {"split_sizes": [170, 10, 30]}),
         ("validation part has no pairs", None, {"split_lists": {"training": [1], "test": [2]}}),

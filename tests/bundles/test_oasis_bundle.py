@@ -133,7 +133,7 @@ def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, t
     stem = image.removesuffix(".nii.gz")
     name = f"{moving.name}_{stem}_to_{fixed.name}_{stem}_"
     written = {p.name.removeprefix(name) for p in (tmp_path / "out").iterdir()}
-    assert written == {"warped.nii.gz", "ddf.nii.gz", "warped_label.nii.gz", "record.json"}
+    assert written == {"warped.nii.gz", "transform.nii.gz", "ddf.nii.gz", "warped_label.nii.gz", "record.json"}
     fixed_nii, moving_nii = (nib.load(d / image) for d in (fixed, moving))
     warped, ddf = (nib.load(tmp_path / "out" / f"{name}{n}.nii.gz") for n in ("warped", "ddf"))
     assert warped.shape == fixed_nii.shape and ddf.shape == (*fixed_nii.shape, spatial_dims)

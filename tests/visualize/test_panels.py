@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from monai_deq.visualize import RegisteredPair, figure_png, plot_checkerboard, plot_registration, plot_traces
 from monai_deq.visualize.pairs import oriented
 
 matplotlib = pytest.importorskip("matplotlib")
 
+NAN = float("nan")
 LIA = np.array([[-1.0, 0, 0, 80], [0, 0, 1, -112], [0, -1, 0, 96], [0, 0, 0, 1]])
 
 
@@ -193,6 +195,14 @@ def test_traces(energy: bool, tmp_path: Path) -> None:
     assert set(tolerance.get_ydata()) == {1e-3}
     if energy:
         assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[-1, -2, -2.5], [-3, -4]]
+    # as data loaders have them: tensors that are padded to the step limit
+    for run in (record, record["finish"]):
+        run.update(
+            {k: torch.tensor([*(x or NAN for x in v), NAN, NAN]) for k, v in run.items() if k.endswith("_trace")}
+        )
+        run["steps"] = len(run["residual_trace"]) - 2
+    padded = plot_traces(record)
+    assert [list(line.get_xdata()) for line in padded.axes[0].lines] == [[1, 2, 3], [4, 5]]
     alone = plot_traces({"residual_trace": [1.0, 0.5], "finish": None})
     assert alone.axes[0].get_legend() is None
     with pytest.raises(ValueError, match="record: expected a residual_trace"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from html_pages import Page
 from scipy.ndimage import gaussian_filter
 
@@ -111,6 +112,16 @@ def test_a_slice_without_labels_energy_or_steps(tmp_path: Path) -> None:
     page = Page(tmp_path / "a.html")
     assert page.check_alone() == 2 + 1 + 3
     assert not {"Steps of the solver", "Dice of each label (%)", "Files", "Settings"} & set(page.headings())
+
+
+def test_a_record_of_tensors(tmp_path: Path) -> None:
+    """As the solver gives it, of one run and of a finish."""
+    run = {**RECORD, "coarse_steps": torch.tensor([40, 60]), "residual_trace": torch.tensor([1.0, 0.1, 0.01, NAN])}
+    record = {**run, "spectral_radius": NAN, "finish": {**run, "steps": 2}}
+    write_pair_report(tmp_path / "a.html", make_pair((20, 23)), record, {})
+    page = Page(tmp_path / "a.html")
+    assert page.check_alone() == 3 + 1 + 3 and page.row("coarse steps") == ["40, 60"]
+    assert page.row("spectral radius") == ["–"] and page.row("finish: steps") == ["2"]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the font of the figures has not all of them
