@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from monai_deq.baselines import ElastixRegistration
 from monai_deq.inferers import FixedPointInferer
+from monai_deq.utils import json_ready
 
 try:  # without the import, which takes ten seconds
     HAS_ELASTIX = bool(version("itk-elastix"))
@@ -146,7 +147,7 @@ def test_batch_is_registered_item_by_item_and_again_the_same() -> None:
     for i in (1, 0):
         assert torch.equal(network.solve(moving[i : i + 1], fixed[i : i + 1])[0][0], ddf[i])
     assert record.reason == ("elastix", "elastix") and record.residual.shape == (2, 1)
-    item = json.loads(json.dumps(record.item(1)))
+    item = json.loads(json.dumps(json_ready(record.item(1))))
     assert item["steps"] == 0 and item["residual"] is None and item["reason"] == "elastix"
     double, _ = network.solve(moving.double(), fixed.double())
     assert double.dtype == torch.float64
