@@ -102,7 +102,8 @@ def apply_transforms(
                 f"moving {str(moving)!r} is {image.ndim - 1}-D, the grid of the result is {grid.ndim - 1}-D; name "
                 "another --reference."
             )
-        grid = MetaTensor(grid[..., 0], affine=torch.from_numpy(affine_of(grid)), spatial_ndim=2)
+        plain = grid.as_subclass(torch.Tensor)[..., 0]
+        grid = MetaTensor(plain, affine=torch.from_numpy(affine_of(grid)), spatial_ndim=2)
     if label:
         for volume in image:
             CheckLabeld("label", "label")({"label": MetaTensor(volume[None], meta=dict(image.meta))})
@@ -176,6 +177,6 @@ def invert_transform(
         return output
     grid = next(filter(is_field, chain)) if reference is None else _read(reference, "reference")
     if grid.ndim == 3 and not is_planar(grid):
-        grid = MetaTensor(grid[..., None], affine=torch.from_numpy(affine_of(grid)))
+        grid = MetaTensor(grid.as_subclass(torch.Tensor)[..., None], affine=torch.from_numpy(affine_of(grid)))
     save_transform(output, compose_ddf(inverse, grid))
     return output
