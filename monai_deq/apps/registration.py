@@ -27,7 +27,7 @@ from monai_deq.transforms import (
     pull_image,
     summary_lines,
 )
-from monai_deq.utils import local_device
+from monai_deq.utils import check_writable, local_device
 from monai_deq.visualize import HTMLPage, RegisteredPair, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
@@ -154,6 +154,7 @@ def register_pairs(
     Raises:
         ValueError, FileNotFoundError, RuntimeError: When a file or a setting is wrong.
         FileExistsError: When a result is there already and is not to be replaced; before anything is done.
+        OSError: When the folder cannot be written to; before anything is done too.
     """
     settings, output_dir = settings or RegistrationSettings(), Path(output_dir).expanduser()
     items = pair_items(pairs)
@@ -164,8 +165,11 @@ def register_pairs(
     saver = next(iter(transforms.values()))[-1]
     for item in items:
         saver.refuse_existing(item)
+        if settings.affine or "initial_transform" in item:
+            saver.refuse_existing({**item, "initial_transform": [2 * np.eye(4)]})  # its affine file too
         if settings.report:
             HTMLPage.check(_report_path(saver, item), settings.overwrite)
+    check_writable(output_dir)
     results = []
     for number, item in enumerate(items, start=1):
         begin = time.perf_counter()

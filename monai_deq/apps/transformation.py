@@ -97,7 +97,7 @@ def apply_transforms(
         raise ValueError("reference: an affine transform has no grid of its own; name the fixed scan with --reference.")
     image = _read(moving, "moving", label)
     if image.ndim != grid.ndim:
-        if not (image.ndim == 3 and grid.ndim == 4 and grid.shape[-1] in (1, 2)):
+        if not (image.ndim == 3 and grid.ndim == 4 and grid.shape[-1] == 1):
             raise ValueError(
                 f"moving {str(moving)!r} is {image.ndim - 1}-D, the grid of the result is {grid.ndim - 1}-D; name "
                 "another --reference."

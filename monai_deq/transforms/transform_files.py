@@ -29,6 +29,8 @@ TRANSFORM_FORMATS = (".h5", ".tfm", ".txt", ".mat")
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: codes of NIfTI: a displacement, whose components ITK turns from RAS itself, and a plain vector, which it does not
 _DISPLACEMENT, _VECTOR = 1006, 1007
+#: intent name of a slice that is written twice, as ITK takes NIfTI vectors on (H, W, 1) for two-dimensional ones
+_SLICE = "slice"
 
 
 def check_transform_format(path: str | Path, affine: bool = False) -> str:
@@ -99,8 +101,9 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
     fixed scan to the moving one's, and so resamples the moving scan onto the fixed one.
 
     Args:
-        path: a field ends in ``.nii[.gz]`` (5-D, intent vector), ``.mha``, ``.nrrd`` or ``.h5``; a matrix in ``.tfm``,
-            ``.txt``, ``.mat`` or ``.h5``; a chain in ``.h5`` (ITK's composite transform). All but NIfTI need SimpleITK.
+        path: a field ends in ``.nii[.gz]`` (5-D, intent vector; a slice is there twice, or ITK would lose its place),
+            ``.mha``, ``.nrrd`` or ``.h5``; a matrix in ``.tfm``, ``.txt``, ``.mat`` or ``.h5``; a chain in ``.h5``
+            (ITK's composite transform). All but NIfTI need SimpleITK.
         transform: displacement field ``(ndim, *spatial)``, voxels of its grid; matrix ``(4, 4)``, RAS mm; or a chain of
             them, in the order in which a point of the fixed scan passes through. A slice's are three-dimensional,
             unless its file has two axes.
@@ -119,11 +122,10 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
     if ending in _NIFTI:
         vectors, affine = _lps_field(chain[0], planar)  # type: ignore[arg-type]
         dims = vectors.shape[-1]
-        if dims == 3 and vectors.shape[2] == 1:
-            # a slice would be read as two-dimensional: its plane twice, one voxel apart
-            vectors = vectors.repeat(2, axis=2)
+        flat = dims == 3 and vectors.shape[2] == 1
+        vectors = np.repeat(vectors, 2, axis=2) if flat else vectors
         image = nib.Nifti1Image(vectors.reshape(*vectors.shape[:-1], *[1] * (4 - dims), dims), affine)
-        image.header.set_intent(_VECTOR)
+        image.header.set_intent(_VECTOR, name=_SLICE if flat else "")
         image.header.set_xyzt_units("mm")
         with replace_file(path) as temporary:
             nib.save(image, temporary)
@@ -171,6 +173,8 @@ def _read_nifti_field(path: Path) -> MetaTensor:
         array, affine = np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine, dtype=float)
     if array.ndim == 5 and array.shape[3] == 1 and array.shape[-1] in (2, 3):
         vectors = array[:, :, :, 0] if array.shape[-1] == 3 else array[:, :, 0, 0]
+        if image.header.get_intent()[2] == _SLICE and array.shape[2:] == (2, 1, 3):
+            vectors = vectors[:, :, :1]
         return _field_from_lps(vectors, affine, path, int(image.header["intent_code"]) != _DISPLACEMENT)
     if array.ndim == 4 and (array.shape[-1] == 3 or array.shape[2:] == (1, 2)):
         if not np.isfinite(array).all():
@@ -265,7 +269,7 @@ def load_ddf(path: str | Path, spatial_dims: int, reference: torch.Tensor | None
         if len(chain) != 1 or not isinstance(chain[0], MetaTensor):
             raise ValueError(f"{path}: the transform is no single displacement field; name the image it is wanted for.")
         field = chain[0]
-        if spatial_dims == 2 and field.ndim == 4 and field.shape[-1] in (1, 2):
+        if spatial_dims == 2 and field.ndim == 4 and field.shape[-1] == 1:
             # of a slice; a plane is left through its normal alone
             field = MetaTensor(field[:2, ..., 0], meta=dict(field.meta), spatial_ndim=2)
         if field.ndim != spatial_dims + 1:
