@@ -339,6 +339,10 @@ def test_pictures_of_the_best_and_the_worst(tmp_path: Path) -> None:
     evaluate_drawn(PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=True, **settings), [ITEMS[0]])
     assert (tmp_path / files[0]).is_file() and not (tmp_path / files[1]).exists()
     assert all(path.read_text() == "precious" for path in others)
+    # what cannot be drawn is not spoken of
+    failed = {**ITEMS[0], "ddf": torch.full((2, 4, 10), NAN)}
+    evaluate_drawn(PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=True, **settings), [failed])
+    assert "pictures" not in read_json(saver.json_path) and not (tmp_path / files[0]).exists()
 
 
 def test_without_matplotlib_the_scores_are_the_same(

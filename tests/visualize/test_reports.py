@@ -91,7 +91,7 @@ def test_folds_are_counted_inside_the_mask() -> None:
 
 def test_whole_report(labelled: RegisteredPair, tmp_path: Path) -> None:
     path = tmp_path / "out" / "report.html"
-    summary = {**pair_summary(labelled), "tre": (6.291, 1.364), "own & only": 5}
+    summary = {**pair_summary(labelled), "tre": (6.291, 1.364), "overlap": 0.875, "own & only": 5}
     settings = {"method": "energy", "solver": {"steps": [60, 40], "options": {}}}
     files = {path.parent / "sub" / "ddf.nii.gz": ("the field", "monai-deq warp")}
     write_pair_report(path, labelled, {**RECORD, "spectral_radius": 0.9}, summary, settings, files, tolerance=1e-3)
@@ -103,6 +103,7 @@ def test_whole_report(labelled: RegisteredPair, tmp_path: Path) -> None:
     assert list(slices) == ["axial", "coronal", "sagittal"]
     assert [len(slices[p]["warped"]) for p in slices] == [22, 20, 18] and slices["sagittal"]["letters"] == "APSI"
     assert page.row("Dice (%)") == ["83.33", "58.33"] and page.row("TRE (mm)") == ["6.291", "1.364"]
+    assert page.row("Overlap (%)") == ["87.50", "–"]  # of the start
     assert page.row("Folded (%)") == ["–", "0"] and page.row("own & only") == ["–", "5"]
     assert page.row("3") == ["50.00", "75.00"] and page.row("7") == ["–", "–"]
     assert page.row(str(2**40 + 1)) == ["100.0", "100.0"]
