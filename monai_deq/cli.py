@@ -15,8 +15,8 @@ import typer
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; fetch "
-    "data; pack a bundle for the Model Zoo. With --debug an error shows its trace.",
+    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; "
+    "report an evaluation; fetch data; pack a bundle for the Model Zoo. With --debug an error shows its trace.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -267,6 +267,25 @@ def iterate_methods(
     names, files, given = _names(methods) or ITERATED_METHODS, _names(overlays), _settings(settings)
     steps = (max_steps, random_start_rms, _numbers(table_steps))
     converge(bundle_dir, results_dir, names, files, given, *steps, output_dir, overwrite)
+
+
+@app.command("report")
+def report_evaluation(
+    summary: Annotated[Path, typer.Argument(help="What an evaluation wrote, <prefix>_summary.json.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The report, .html.")],
+    reference: Annotated[
+        Path | None, typer.Option(help="The same of another evaluation of these pairs, to be tested against.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an evaluation as one HTML file: scores, boxes, pictures of the best and the worst pairs.
+
+    Example: monai-deq report eval/evaluation_summary.json -o report.html --reference other/evaluation_summary.json
+    """
+    from monai_deq.evaluation import write_evaluation_report
+
+    write_evaluation_report(output, summary, reference, overwrite=overwrite)
+    print(f"wrote {output}")
 
 
 @app.command("memory")

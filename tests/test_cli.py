@@ -34,7 +34,9 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         monkeypatch.setattr(module, name, record)
 
-    for name in ("compare", "converge", "measure_memory", "measure_scaling", "measure_speed"):
+    for name in (
+        *("compare", "converge", "measure_memory", "measure_scaling", "measure_speed", "write_evaluation_report"),
+    ):
         replace(monai_deq.evaluation, name)
     replace(monai_deq.data, "download_dataset")
     replace(monai_deq.bundle, "write_zoo_package")
@@ -55,7 +57,17 @@ def test_help_has_an_example(command: str) -> None:
 
 def test_commands_are_listed() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
-    assert all(f"  {command}  " in output for command in COMMANDS)
+    assert all(f"  {command}  " in output for command in (*COMMANDS, "report"))
+
+
+def test_report(given: dict[str, Any]) -> None:
+    output = CliRunner().invoke(app, ["report", "--help"]).output
+    assert "Example: monai-deq report eval/evaluation_summary.json -o" in output and "--overwrite" in output
+    run("report", "a_summary.json", "-o", "r.html")
+    expected = {"path": Path("r.html"), "summary_json": Path("a_summary.json"), "reference_json": None}
+    assert given == {**expected, "overwrite": False}
+    run("report", "a_summary.json", "--output", "r.html", "--reference", "b_summary.json", "--overwrite")
+    assert given == {**expected, "reference_json": Path("b_summary.json"), "overwrite": True}
 
 
 def test_compare(given: dict[str, Any]) -> None:
@@ -133,6 +145,9 @@ def test_download_and_zoo(given: dict[str, Any]) -> None:
         ),
         (["download", "--name", "nothing", "--output-dir", "o"], "ValueError: Unknown data set 'nothing'"),
         (["compare", "--bundle-dir", "b"], "Missing option '--results-dir'"),
+        (["report", "absent.json", "-o", "r.html"], "FileNotFoundError: absent.json is not there. Run the evaluation"),
+        (["report", "absent.json", "-o", "r.pdf"], "ValueError: path: expected a name that ends in .html"),
+        (["report", "absent.json"], "Missing option '-o'"),
     ],
 )
 def test_an_error_is_one_line(

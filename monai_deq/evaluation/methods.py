@@ -248,7 +248,8 @@ def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodRe
             logger.info(f"{title}: evaluation")
             # overwrite: a half of the two files, left by a run that was stopped between them
             places = {"bundle_root": str(method.root), "output_dir": str(output_dir), "overwrite": True}
-            settings = {**(method.overrides or {}), **places, "prefix": "evaluation", "run_id": "evaluating"}
+            given = {"pictures": 0, **(method.overrides or {})}
+            settings = {**given, **places, "prefix": "evaluation", "run_id": "evaluating"}
             workflow = ConfigWorkflow(method.files("evaluate"), logging_file=False, workflow_type="infer", **settings)
             workflow.initialize()
             workflow.run()

@@ -28,7 +28,7 @@ __all__ = ["write_evaluation_report"]
 
 _HEADINGS = {"mean": "mean", "std": "std", "median": "median", "pairs": "pairs"}
 #: what an evaluation says besides how it was made
-_SCORES = ("labels", "num_pairs", "summary", "verdicts", "per_label", "pairs")
+_SCORES = ("labels", "num_pairs", "summary", "verdicts", "per_label", "pairs", "pictures")
 #: of best and of worst pairs
 _SHOWN = 3
 
@@ -49,8 +49,8 @@ def write_evaluation_report(
         path: the file, ``.html``.
         summary_json: what :py:class:`monai_deq.handlers.PairResultsSaver` wrote, ``<prefix>_summary.json``.
         reference_json: the same of the evaluation to compare with. Defaults to ``None``: none.
-        pictures: by names (fixed, moving) the pair, or its picture as a PNG or JPEG; those of the best and the worst
-            pairs are shown. Defaults to none.
+        pictures: by names (fixed, moving) the pair, or its picture as a PNG or JPEG, in place of those that the
+            evaluation wrote beside its summary; those of the best and the worst pairs are shown. Defaults to none.
         overwrite: replace an existing file.
 
     Raises:
@@ -84,10 +84,13 @@ def write_evaluation_report(
     counts = content.get("verdicts") or {}
     rows = [(name, count, f"{100 * count / max(content['num_pairs'], 1):.1f} %") for name, count in counts.items()]
     page.add("Verdicts", html_table(("verdict", "pairs", "share"), rows))
-    for heading, pairs, column in _extremes(result, metrics):
+    # by the metric that the evaluation drew its pictures by
+    first = [METRIC_COLUMNS[key] for key in content["summary"] if key in ("dice", "tre")]
+    shown_pairs = {**_pictures(content, Path(summary_json).parent), **(pictures or {})}
+    for heading, pairs, column in _extremes(result, [*first, *metrics]):
         parts = [html_table(("fixed, moving", column.title), [(", ".join(p), _value(s, column)) for p, s in pairs])]
         for pair, _ in pairs:
-            if picture := (pictures or {}).get(pair):
+            if picture := shown_pairs.get(pair):
                 shown = plot_registration(picture) if isinstance(picture, RegisteredPair) else picture
                 parts.append(html_picture(shown, f"fixed {pair[0]}, moving {pair[1]}", 860))
         page.add(heading, *parts)
@@ -118,20 +121,35 @@ def _result(content: Mapping[str, Any], name: str) -> MethodResult:
     return MethodResult(name, str(content.get("method") or name), scores)
 
 
+def _pictures(content: Mapping[str, Any], folder: Path) -> dict[tuple[str, str], Path]:
+    """The pictures that an evaluation wrote, as far as they are there, by pair."""
+    files = {(of["fixed"], of["moving"]): folder / of["file"] for of in content.get("pictures") or ()}
+    return {pair: file for pair, file in files.items() if file.is_file()}
+
+
+def _column(key: str) -> MetricColumn | None:
+    """How a metric that is known is shown, before the registration too."""
+    before = METRIC_COLUMNS.get(key.removesuffix("_before"))
+    if before is None or not key.endswith("_before"):
+        return METRIC_COLUMNS.get(key)
+    return replace(before, key=key, heading=f"{before.heading} before", note="")
+
+
 def _value(score: Any, column: MetricColumn, sign: str = "") -> str | None:
     return None if score is None or score != score else f"{score * column.scale:{sign}.{column.decimals}f}"
 
 
 def _summary_tables(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The metrics in their units, and what the solver said."""
-    metrics = {key: summary[key] for key in METRIC_COLUMNS if key in summary}
+    known = [name for key in METRIC_COLUMNS for name in (f"{key}_before", key)]
+    metrics = {key: summary[key] for key in known if key in summary}
     tables = []
     for part in (metrics, {key: values for key, values in summary.items() if key not in metrics}):
         names = dict.fromkeys(name for values in part.values() for name in values)
         headings = {name: _HEADINGS.get(name, f"{name[1:]} % are below") for name in names}
         rows = []
         for key, values in part.items():
-            column, shown = METRIC_COLUMNS.get(key), dict(values)
+            column, shown = _column(key), dict(values)
             if column is not None:
                 shown = {name: v if name == "pairs" else _value(v, column) for name, v in values.items()}
             about = (key.replace("_", " "), "") if column is None else (column.title, column.note)
@@ -159,18 +177,18 @@ def _extremes(
     """Best and worst pairs by the first metric with a score."""
     for column in metrics:
         ordered = finite_scores(result.scores.get(column.key, pd.Series(dtype=float)))
-        if len(ordered) > 1:
+        if len(ordered):
             ordered = ordered.sort_values(ascending=not column.higher_is_better, kind="stable")
             pairs = list(ordered.items())
-            most = min(_SHOWN, len(pairs) // 2)
-            return [("Best pairs", pairs[:most], column), ("Worst pairs", pairs[: -most - 1 : -1], column)]
+            most = min(_SHOWN, max(len(pairs) // 2, 1))
+            return [("Best pairs", pairs[:most], column), ("Worst pairs", pairs[most:][::-1][:most], column)]
     return []
 
 
 def _label_tables(per_label: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     tables = []
     for key, labels in per_label.items():
-        column = METRIC_COLUMNS.get(key) or MetricColumn(key, key, True)
+        column = _column(key) or MetricColumn(key, key, True)
         rows = [
             (f"{number} {of.get('name', '')}", *(_value(of.get(n), column) for n in ("mean", "std")), of.get("pairs"))
             for number, of in labels.items()

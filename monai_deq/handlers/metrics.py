@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine
 from monai.handlers import IgniteMetricHandler
@@ -22,6 +23,7 @@ class MetricHandler(IgniteMetricHandler):
 
     The metric gets each value whole, a batch-first tensor or a list with one tensor an item, which may differ in size:
     :py:class:`monai.handlers.IgniteMetricHandler` takes one tensor with two items for a prediction and its target.
+    The scores of the items of the iteration are in ``engine.state.batch_scores``, by the metric's name.
 
     Args:
         metric: e.g. one of :py:mod:`monai_deq.metrics`.
@@ -40,10 +42,18 @@ class MetricHandler(IgniteMetricHandler):
             raise TypeError(f"keys: expected one key or more of the output, or None for no value, got {keys!r}.")
         super().__init__(metric_fn=metric, save_details=save_details)
 
+    def attach(self, engine: Engine, name: str) -> None:  # type: ignore[override]
+        """Attach to the engine, under the name that the metric has there."""
+        super().attach(engine, name)
+        self.name = name
+        if not hasattr(engine.state, "batch_scores"):
+            engine.state.batch_scores = {}  # type: ignore[attr-defined]
+
     @torch.no_grad()
     def iteration_completed(self, engine: Engine) -> None:
         """Score the output of an iteration, ``TypeError`` for one of another kind, ``KeyError`` when it lacks a key."""
         self.update(engine.state.output)
+        engine.state.batch_scores[self.name] = self.latest  # type: ignore[attr-defined]
 
     def update(self, output: Any) -> None:
         """Score an output, see :py:meth:`iteration_completed`."""
@@ -57,7 +67,15 @@ class MetricHandler(IgniteMetricHandler):
         values: list[Any] = [None if key is None else [item[key] for item in items] for key in self.keys]
         if not isinstance(output, list):
             values = [None if value is None else value[0] for value in values]
-        self.metric_fn(*values)
+        self.latest = self.metric_fn(*values)
+
+
+def pair_means(scores: torch.Tensor) -> np.ndarray:
+    """The mean of each row of scores (B, C) over those that are there, NaN where there is none."""
+    values = np.asarray(scores.cpu(), dtype=float)
+    with np.errstate(invalid="ignore"):  # 0 / 0: no label has a score
+        means: np.ndarray = np.nansum(values, axis=1) / (~np.isnan(values)).sum(axis=1)
+    return means
 
 
 def regularity_metrics(

@@ -16,6 +16,8 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 
 from monai_deq.certificates import OPTIONAL_RECORDS
+from monai_deq.handlers.metrics import pair_means
+from monai_deq.handlers.pictures import ExtremePairs
 from monai_deq.utils import (
     check_writable,
     gather_items,
@@ -90,6 +92,9 @@ class PairResultsSaver:
         overwrite: replace existing files.
         percentiles: percentile (0 to 100) over the pairs by name of a metric, put beside its mean as
             ``"p<percentile>"``, e.g. ``{"tre": 70}`` for the error that 30 % of the pairs exceed.
+        pictures: number, at most 9, of best and of worst pairs, by the first of the metrics that is ``dice`` or
+            ``tre``, of which ``<prefix>_best_1.png``, ..., ``<prefix>_worst_1.png``, ... are written, where matplotlib
+            is installed; the summary says of which pairs they are. Defaults to 0.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class PairResultsSaver:
         info: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         percentiles: Mapping[str, float] | None = None,
+        pictures: int = 0,
     ) -> None:
         self.csv_path = Path(output_dir) / f"{prefix}_pairs.csv"
         self.json_path = Path(output_dir) / f"{prefix}_summary.json"
@@ -121,6 +127,9 @@ class PairResultsSaver:
         if not isinstance(overwrite, bool):
             raise ValueError(f"overwrite: expected True or False, got {overwrite!r}.")
         self.overwrite = overwrite
+        if pictures not in range(10):
+            raise ValueError(f"pictures: expected a whole number from 0 to 9, got {pictures!r}.")
+        self.extremes = ExtremePairs(pictures, self.metrics)
         self.rows: list[dict[str, Any]] = []
         self.logger = logging.getLogger("monai_deq")
 
@@ -129,6 +138,15 @@ class PairResultsSaver:
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
+        self.extremes.attach(engine)
+
+    def _picture(self, kind: str, number: int) -> Path:
+        return self.csv_path.with_name(f"{self.csv_path.name.removesuffix('pairs.csv')}{kind}_{number}.png")
+
+    def _pictures(self) -> list[Path]:
+        """Pictures of an evaluation of this name."""
+        paths = [self._picture(kind, number) for kind in ("best", "worst") for number in range(1, 10)]
+        return [path for path in paths if path.exists()]
 
     def started(self, engine: Engine) -> None:
         """Refuse to overwrite, and a folder that cannot be written to, before any work is done."""
@@ -138,7 +156,7 @@ class PairResultsSaver:
         check_writable(self.csv_path.parent)
         if not self.overwrite:
             advice = "Replace it with --overwrite true, or name another --output_dir."
-            refuse_existing([self.csv_path, self.json_path], advice)
+            refuse_existing([self.csv_path, self.json_path, *self._pictures()], advice)
 
     def iteration_completed(self, engine: Engine) -> None:
         """Keep the names and the solver's words of this iteration's pairs."""
@@ -150,7 +168,7 @@ class PairResultsSaver:
 
     def completed(self, engine: Engine) -> None:
         """Write the files and print the table."""
-        rows = gather_items(self.rows)
+        rows, extremes = gather_items(self.rows), self.extremes.gather()
         if process_rank() > 0:
             return
         columns = [*self.columns, *(key for key in OPTIONAL_RECORDS if rows and all(key in row for row in rows))]
@@ -167,8 +185,7 @@ class PairResultsSaver:
                 )
         for name in metrics:
             scores = self._scores(name, details[name], len(rows))
-            with np.errstate(invalid="ignore"):  # 0 / 0: no label has a score
-                means[name] = np.nansum(scores, axis=1) / (~np.isnan(scores)).sum(axis=1)
+            means[name] = pair_means(details[name])
             summary[name] = _statistics(means[name], self.percentiles.get(name))
             if scores.shape[1] > 1 or (len(self.labels) == 1 and name.startswith(("dice", "hd"))):
                 by_label = dict(zip(self.labels, scores.T, strict=True))
@@ -187,11 +204,27 @@ class PairResultsSaver:
         if "verdict" in columns:
             result["verdicts"] = frame["verdict"].value_counts(sort=False).to_dict()
         result.update(per_label=per_label, pairs=frame.to_dict("records"))
+        for path in self._pictures():  # of the files that are replaced
+            path.unlink()
+        if pictures := self._write_pictures(extremes):
+            result["pictures"] = pictures
         with replace_file(self.csv_path) as path:
             frame.to_csv(path, index=False, na_rep="nan", lineterminator="\n")
         write_json(self.json_path, result)
         print(self._table(summary, len(frame)), flush=True)
         self.logger.info(f"wrote {self.csv_path} and {self.json_path}")
+
+    def _write_pictures(self, extremes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
+        """Write what has been drawn; of which pair each file is."""
+        written = []
+        for kind, entries in extremes.items():
+            for number, entry in enumerate(entries, 1):
+                if entry["png"] is not None:
+                    file = self._picture(kind, number)
+                    with replace_file(file) as path:
+                        path.write_bytes(entry["png"])
+                    written.append({"fixed": entry["fixed"], "moving": entry["moving"], "file": file.name})
+        return written
 
     def _scores(self, name: str, details: torch.Tensor, num_pairs: int) -> np.ndarray:
         """Scores of a metric, one row a pair, one column or one a label."""

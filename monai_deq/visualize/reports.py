@@ -23,6 +23,7 @@ __all__ = ["write_pair_report"]
 _MEASURES: dict[str, tuple[str, float, str]] = {
     "similarity": ("Similarity", 1.0, "mean squared local correlation of the images, 0 to 1; higher is better"),
     "dice": ("Dice (%)", 100.0, "overlap of the labels, mean over those that both scans have; higher is better"),
+    "overlap": ("Overlap (%)", 100.0, "overlap of the foreground at the start, Dice; low where scans are not aligned"),
     "hd95": ("HD95 (mm)", 1.0, "distance of the labels' surfaces, 95th percentile; lower is better"),
     "tre": ("TRE (mm)", 1.0, "target registration error: mean distance of corresponding landmarks; lower is better"),
     "folded_percent": ("Folded (%)", 1.0, "voxels where the map turns space inside out, |J| ≤ 0; 0 is best"),
@@ -186,6 +187,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
     for key, value in summary.items():
         if key != "dice_per_label":
             heading, factor, words = _MEASURES.get(key, (key, 1.0, ""))
+            value = (value, None) if key == "overlap" else value
             rows.append(((heading, words), *(_times(v, factor) for v in _before_after(value))))
     return html_table(("", "before", "after"), rows)
 

@@ -25,10 +25,10 @@ _NEEDED = 'figures need matplotlib: pip install "monai_deq[figures]"'
 _DPI = 150
 
 
-def figures_available() -> bool:
-    """Whether matplotlib is installed; it is logged as a warning where it is not."""
+def figures_available(warn: bool = True) -> bool:
+    """Whether matplotlib is installed; unless ``warn`` is false it is logged as a warning where it is not."""
     there = optional_import("matplotlib")[1]
-    if not there:
+    if warn and not there:
         logging.getLogger("monai_deq").warning(f"no figure: {_NEEDED}")
     return there
 

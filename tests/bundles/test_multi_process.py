@@ -145,6 +145,10 @@ def assert_same_table(found: Path, expected: Path, num_pairs: int) -> None:
     for name in ("evaluation_pairs.csv", "evaluation_summary.json"):
         assert (found / name).read_text() == (expected / name).read_text()
     assert {p.name for p in found.iterdir()} == {p.name for p in expected.iterdir()}
+    pictures = [picture["file"] for picture in json.loads((found / "evaluation_summary.json").read_text())["pictures"]]
+    assert len(pictures) == min(num_pairs, 2)
+    for name in pictures:
+        assert (found / name).read_bytes() == (expected / name).read_bytes()
     assert json.loads((found / "evaluation_summary.json").read_text())["num_pairs"] == num_pairs
 
 

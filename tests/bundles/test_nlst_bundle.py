@@ -154,6 +154,9 @@ def test_the_submission_has_the_scores_of_the_evaluation(lung_cohort: Path, trai
     assert summary["summary"]["tre"]["mean"] == pytest.approx(np.mean(values))
     assert summary["summary"]["tre"]["p70"] == pytest.approx(np.percentile(values, 70))
     assert "synthetic sample" in summary["data_set"] and summary["window"] == [-1200.0, 400.0] and "p70" in out
+    order = sorted(rows, key=lambda row: float(row["tre"]))
+    assert [picture["fixed"] for picture in summary["pictures"]] == [row["fixed"] for row in order]
+    assert all((tmp_path / "eval" / picture["file"]).stat().st_size > 20_000 for picture in summary["pictures"])
     # neither of the three is written over, and that is said before any pair is registered
     complain("exists already", "evaluating", "evaluate", tmp_path, output_dir="eval", **common)
     complain("exists already", "inference", "inference", tmp_path, output_dir="out", **common)

@@ -14,8 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from html_pages import Page
 from scipy.ndimage import map_coordinates
 from shell import as_before, assert_equal, configs, error_of, output_of, run_bundle, run_bundle_in_shell, workflow
+
+import monai_deq.evaluation
 
 # a tiny network and schedule; every one of them is a plain override of the bundle's settings
 TINY = {
@@ -114,6 +117,20 @@ def test_evaluation_files_agree_with_each_other(trained: tuple[int, Path], brain
     assert float(rows[0]["dice_before"]) == pytest.approx(np.mean(dice), abs=1e-6)
     # and after, with the very command refused to overwrite it
     fail("exists already and is not overwritten", "run", "evaluate", spatial_dims, tmp_path, **common)
+    # the better and the worse of the two pairs
+    order = sorted(rows, key=lambda row: -float(row["dice"]))
+    names = [f"evaluation_{kind}_1.png" for kind in ("best", "worst")]
+    found = [{"fixed": r["fixed"], "moving": r["moving"], "file": n} for r, n in zip(order, names, strict=True)]
+    assert summary["pictures"] == found
+    monai_deq.evaluation.write_evaluation_report(tmp_path / "report.html", tmp_path / "out" / "evaluation_summary.json")
+    page = Page(tmp_path / "report.html")
+    assert page.check_alone() == 3 and {"Best pairs", "Worst pairs"} <= set(page.headings())
+    # the scores do not depend on them
+    settings.update(output_dir="plain", pictures=0)
+    bundle("evaluating", "evaluate", spatial_dims, tmp_path, **settings)
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {"evaluation_pairs.csv", "evaluation_summary.json"}
+    names = [f"{folder}/evaluation_pairs.csv" for folder in ("out", "plain")]
+    assert len({(tmp_path / name).read_text() for name in names}) == 1
 
 
 def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -88,6 +89,53 @@ def test_pictures_of_the_best_and_the_worst(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a PNG or a JPEG"):
         write_evaluation_report(tmp_path / "b.html", write_summary(tmp_path, DICE), None, pictures)
     assert not (tmp_path / "b.html").exists()
+
+
+def test_pictures_that_the_evaluation_wrote(tmp_path: Path) -> None:
+    for i, name in enumerate(("a_best_1.png", "a_worst_1.png", "other.png")):
+        Figure(figsize=(1 + i, 1)).savefig(tmp_path / name)
+    said = [("f3 &", "m3", "a_best_1.png"), ("f5 &", "m5", "a_worst_1.png"), ("f1 &", "m1", "gone.png")]
+    said.append(("f4 &", "m4", "other.png"))  # neither among the best nor among the worst
+    pictures = [dict(zip(("fixed", "moving", "file"), entry, strict=True)) for entry in said]
+    path = write_summary(tmp_path, DICE, pictures=pictures)
+    (tmp_path / "reports").mkdir()
+    for name, given, expected in (
+        ("a", None, "a_best_1.png"),
+        ("b", {("f3 &", "m3"): tmp_path / "other.png"}, "other"),
+    ):
+        write_evaluation_report(tmp_path / "reports" / f"{name}.html", path, None, given)
+        page = Page(tmp_path / "reports" / f"{name}.html")
+        assert page.check_alone() == 3 and "a_best_1.png" not in page.words
+        images = [attributes for tag, attributes in page.tags if tag == "img"]
+        assert [image["alt"] for image in images[1:]] == ["fixed f3 &, moving m3", "fixed f5 &, moving m5"]
+        data = base64.b64encode((tmp_path / expected).with_suffix(".png").read_bytes()).decode()
+        assert (images[1]["src"] or "").endswith(data)
+
+
+def test_the_metric_that_the_evaluation_names_first(tmp_path: Path) -> None:
+    path = write_summary(tmp_path, DICE)
+    content = json.loads(path.read_text())
+    for i, pair in enumerate(content["pairs"]):
+        pair["tre"] = 1.0 + i
+    numbers = {"mean": 3.5, "std": 1.87, "pairs": 6}
+    content["summary"] = {"tre_before": {**numbers, "mean": 9.25}, "tre": numbers, **content["summary"]}
+    content["per_label"]["dice_before"] = {"3": {"name": "left", "mean": 0.4, "std": None, "pairs": 5}}
+    path.write_text(json.dumps(content))
+    write_evaluation_report(tmp_path / "a.html", path)
+    page = Page(tmp_path / "a.html")
+    at = page.rows.index(["fixed, moving", "TRE (mm) ↓"])
+    assert page.rows[at + 1] == ["f0 &, m0", "1.00"] and page.rows[at + 5] == ["f5 &, m5", "6.00"]
+    assert page.row("TRE before (mm) ↓")[:3] == ["9.25", "1.87", "6"]
+    assert page.rows[page.rows.index(["Dice before (%) ↑", "mean", "std", "pairs"]) + 1][1] == "40.00"
+
+
+def test_one_pair(tmp_path: Path) -> None:
+    Figure(figsize=(1, 1)).savefig(tmp_path / "p.png")
+    pictures = [{"fixed": "f1 &", "moving": "m1", "file": "p.png"}]
+    write_evaluation_report(tmp_path / "a.html", write_summary(tmp_path, [None, 0.5], pictures=pictures))
+    page = Page(tmp_path / "a.html")
+    assert "Best pairs" in page.headings() and "Worst pairs" not in page.headings()
+    assert page.row("f1 &, m1") == ["50.00"] and page.check_alone() == 2
 
 
 def test_without_verdicts_scores_or_labels(tmp_path: Path) -> None:

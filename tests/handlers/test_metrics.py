@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.metrics import MSEMetric
 
 from monai_deq.handlers import MetricHandler
+from monai_deq.handlers.metrics import pair_means
 from monai_deq.metrics import (
     FoldedVoxelsMetric,
     LabelDiceMetric,
@@ -28,6 +29,7 @@ from monai_deq.metrics import (
 
 # of a coronal slice or volume: columns of 2, 0.5 and 3 mm along x, z and y
 AFFINE = np.array([[2.0, 0, 0, 3], [0, 0, -3.0, 7], [0, 0.5, 0, -4], [0, 0, 0, 1.0]])
+NAN = float("nan")
 TRE_KEYS = ["ddf", "fixed_keypoints", "moving_keypoints", "fixed"]
 
 
@@ -49,6 +51,25 @@ def run(handler: MetricHandler, outputs: list[Any]) -> tuple[float, torch.Tensor
     handler.attach(engine, "score")
     state = engine.run(outputs, max_epochs=2)  # the second epoch starts from nothing
     return state.metrics["score"], state.metric_details["score"]  # type: ignore[attr-defined]
+
+
+def test_scores_of_the_iteration() -> None:
+    engine, seen = Engine(lambda engine, batch: batch), []
+    MetricHandler(FoldedVoxelsMetric()).attach(engine, "folds")
+    MetricHandler(FoldedVoxelsMetric(), "other").attach(engine, "others")
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(dict(engine.state.batch_scores)))
+    flat, folded = torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6)
+    folded[:, 1] = -2.0 * torch.arange(6)
+    engine.run([{"ddf": torch.cat([flat, folded]), "other": folded}, {"ddf": folded, "other": flat}])
+    assert [{name: s.tolist() for name, s in scores.items()} for scores in seen] == [
+        {"folds": [[0.0], [100.0]], "others": [[100.0]]},
+        {"folds": [[100.0]], "others": [[0.0]]},
+    ]
+
+
+def test_means_of_pairs() -> None:
+    means = pair_means(torch.tensor([[0.5, NAN], [0.25, 0.75], [NAN, NAN]]))
+    assert means == pytest.approx([0.5, 0.5, NAN], nan_ok=True) and means.dtype == float
 
 
 def batch_of(batch: dict[str, Any]) -> Any:

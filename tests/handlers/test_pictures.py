@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures in TensorBoard: of which pair, in which epochs, and never in the way of a training."""
+"""Pictures in TensorBoard and of the best and worst pairs: of which pair, when, and never in the way."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from monai.data import MetaTensor, list_data_collate
 from monai.engines.utils import IterationEvents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from monai_deq.handlers import TensorBoardPairHandler, pictures
+from monai_deq.handlers import MetricHandler, TensorBoardPairHandler, pictures
+from monai_deq.handlers.pictures import ExtremePairs
+from monai_deq.metrics import TargetRegistrationErrorMetric
 from monai_deq.visualize import RegisteredPair
 
 pytest.importorskip("matplotlib")
 
+NAN = float("nan")
 SIZE = (20, 24)
 AFFINE = torch.diag(torch.tensor([1.0, 2.0, 1.0, 1.0], dtype=torch.float64))
 
@@ -39,7 +42,7 @@ def make_batch(brightness: float) -> dict[str, Any]:
     return dict(list_data_collate(items))
 
 
-def evaluator_with(handler: TensorBoardPairHandler) -> Engine:
+def evaluator_with(handler: TensorBoardPairHandler | ExtremePairs) -> Engine:
     def step(engine: Engine, batch: dict[str, Any]) -> dict[str, Any]:
         engine.state.output = batch
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -117,3 +120,88 @@ def test_labels_of_another_grid_are_left_out_and_a_mask_is_brought_to_it(
 def test_interval() -> None:
     with pytest.raises(ValueError, match="interval must be at least 1"):
         TensorBoardPairHandler("", 0)
+
+
+class GivenScores(TargetRegistrationErrorMetric):
+    """Scores that the batch brings along."""
+
+    def compute_scores(self, y_pred: torch.Tensor, y: Any = None) -> torch.Tensor:  # type: ignore[override]
+        return y_pred
+
+
+def draw_extremes(
+    extremes: ExtremePairs, scores: dict[str, list[list[float]]], monkeypatch: pytest.MonkeyPatch, batch_size: int = 2
+) -> list[str]:
+    """Run over pairs with these scores, a row each, two epochs; the names of the fixed scans drawn in the last."""
+    drawn: list[str] = []
+    monkeypatch.setattr(pictures, "plot_registration", lambda pair: drawn.append(pair.names[1]) or pair.names[1])
+    monkeypatch.setattr(pictures, "figure_png", str.encode)
+    image, total = torch.rand(1, *SIZE), len(next(iter(scores.values())))
+    items = []
+    for i in range(total):
+        item = {**dict.fromkeys(("fixed", "moving", "warped"), image), "ddf": torch.zeros(2, *SIZE)}
+        item |= {"fixed_subject": f"f{i}", "moving_subject": f"m{i}"}
+        items.append({**item, **{name: torch.tensor(rows[i]) for name, rows in scores.items()}})
+
+    def step(engine: Engine, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        engine.state.output = batch
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        # the field is on another grid by now
+        return [{name: batch[name][i] for name in scores} for i in range(len(batch["fixed"]))]
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    for name in scores:
+        MetricHandler(GivenScores(), name).attach(engine, name)
+    extremes.attach(engine)
+    batches = [list_data_collate(items[i : i + batch_size]) for i in range(0, total, batch_size)]
+    for _ in range(2):
+        drawn.clear()
+        engine.run(batches, max_epochs=1)
+        assert len(extremes.kept) <= 2 * extremes.most and not extremes.batch
+    return drawn
+
+
+@pytest.mark.parametrize("name", ["dice", "tre"])
+@pytest.mark.parametrize("total", [1, 2, 3, 5, 40])
+def test_the_best_and_the_worst_of_all(name: str, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(total)
+    rows = rng.integers(0, 9, (total, 2)) / 8  # many are equal
+    rows[rng.random((total, 2)) < 0.2] = NAN
+    rows[total // 4] = NAN if total > 1 else 0.5
+    extremes = ExtremePairs(2)
+    drawn = draw_extremes(extremes, {"hd": rows.tolist(), name: rows.tolist()}, monkeypatch)
+    means = {f"f{i}": float(np.nanmean(row)) for i, row in enumerate(rows) if not np.isnan(row).all()}
+    order = sorted(means, key=lambda pair: -means[pair] if name == "dice" else means[pair])
+    most = min(2, max(len(order) // 2, 1))
+    found = extremes.gather()
+    assert [entry["fixed"] for entry in found["best"]] == order[:most]
+    assert [entry["fixed"] for entry in found["worst"]] == (order[::-1][:most] if len(order) > 1 else [])
+    for entry in (*found["best"], *found["worst"]):
+        assert entry["png"] == entry["fixed"].encode() and entry["moving"] == "m" + entry["fixed"][1:]
+    # a pair that comes among none of them is not drawn
+    assert len(drawn) <= 25 and {entry["fixed"] for part in found.values() for entry in part} <= set(drawn)
+
+
+def test_the_first_metric_tells_and_none_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"dice": [[0.1], [0.9]], "tre": [[0.1], [0.9]]}
+    for metrics, best in ((["hd", "tre_before", "tre", "dice"], "f0"), (["dice", "tre"], "f1"), (None, "f1")):
+        extremes = ExtremePairs(1, metrics)
+        draw_extremes(extremes, scores, monkeypatch)
+        assert [entry["fixed"] for entry in extremes.gather()["best"]] == [best]
+    for unknown in (ExtremePairs(1, ["hd"]), ExtremePairs(0)):
+        assert draw_extremes(unknown, scores, monkeypatch) == []
+        assert unknown.gather() == {"best": [], "worst": []}
+
+
+def test_a_pair_that_cannot_be_drawn_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    batch = {**make_batch(0.5), "dice": torch.tensor([[0.1], [0.2]])}
+    batch["ddf"][1] = NAN
+    extremes = ExtremePairs(1)
+    engine = evaluator_with(extremes)
+    engine.state.batch_scores = {"dice": batch["dice"]}  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING, "monai_deq"):
+        run(engine, [batch], 1)
+    assert caplog.messages == ["no picture of d to b: ddf: expected finite numbers, got NaN or infinity."]
+    found = extremes.gather()
+    assert found["best"][0]["png"] is None and found["worst"][0]["png"].startswith(b"\x89PNG")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 from monai.data import decollate_batch, list_data_collate
+from monai.engines.utils import IterationEvents
 
 from monai_deq.handlers import MetricHandler, OutputGuard, PairResultsSaver
 from monai_deq.metrics import FoldedVoxelsMetric, LabelDiceMetric
@@ -290,6 +293,72 @@ def test_percentile_over_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture
             PairResultsSaver(tmp_path, LABELS, "both", ["dice"], percentiles=wrong)
     with pytest.raises(RuntimeError, match="no scores of a metric 'hd'"):
         evaluate(PairResultsSaver(tmp_path / "all", LABELS, "both", percentiles={"hd": 70}), [ITEMS])
+
+
+def evaluate_drawn(saver: PairResultsSaver, items: list[dict[str, Any]]) -> None:
+    """As ``evaluate``, one item a batch, with images and the event that pictures are made at."""
+
+    def step(engine: Engine, item: dict[str, Any]) -> list[dict[str, Any]]:
+        images = {name: torch.rand(1, 4, 10) for name in ("fixed", "moving", "warped")}
+        engine.state.output = dict(list_data_collate([{**item, **images}]))
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        return [item]
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    MetricHandler(LabelDiceMetric(list(LABELS)), ["warped_label", "fixed_label"]).attach(engine, "dice")
+    saver.attach(engine)
+    engine.run(items)
+
+
+def test_pictures_of_the_best_and_the_worst(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    # another evaluation beside it, and an image of somebody else's
+    others = [tmp_path / name for name in ("a[1]_b_best_1.png", "a_best_1.png", "a[1]_best_10.png")]
+    for path in others:
+        path.write_text("precious")
+    settings: dict[str, Any] = {"prefix": "a[1]", "pictures": 2}
+    saver = PairResultsSaver(tmp_path, LABELS, "both", ["dice"], **settings)
+    named = {**make_item("4", (4, 4), (4, 4)), "fixed_subject": "f4/ü &", "moving_subject": "m4/ü &"}
+    evaluate_drawn(saver, [*ITEMS, named])
+    names = [("best", 1, "4/ü &"), ("worst", 1, "2")]  # of three that have a score, the other one is in the middle
+    files = [f"a[1]_{kind}_{number}.png" for kind, number, _ in names]
+    assert read_json(saver.json_path)["pictures"] == [
+        {"fixed": f"f{pair}", "moving": f"m{pair}", "file": file} for (*_, pair), file in zip(names, files, strict=True)
+    ]
+    for file in files:
+        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written == {*files, "a[1]_pairs.csv", "a[1]_summary.json", *(p.name for p in others)}
+    # one of them alone is in the way
+    for name in ("a[1]_pairs.csv", "a[1]_summary.json", files[0]):
+        (tmp_path / name).unlink()
+    with pytest.raises(FileExistsError, match=r"a\[1\]_worst_1.png exists already.*--overwrite true"):
+        evaluate_drawn(PairResultsSaver(tmp_path, LABELS, "both", ["dice"], **settings), [ITEMS[0]])
+    # and is not left beside other scores: of one pair there is no worst
+    evaluate_drawn(PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=True, **settings), [ITEMS[0]])
+    assert (tmp_path / files[0]).is_file() and not (tmp_path / files[1]).exists()
+    assert all(path.read_text() == "precious" for path in others)
+    # what cannot be drawn is not spoken of
+    failed = {**ITEMS[0], "ddf": torch.full((2, 4, 10), NAN)}
+    evaluate_drawn(PairResultsSaver(tmp_path, LABELS, "both", ["dice"], overwrite=True, **settings), [failed])
+    assert "pictures" not in read_json(saver.json_path) and not (tmp_path / files[0]).exists()
+
+
+def test_without_matplotlib_the_scores_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate(PairResultsSaver(tmp_path / "none", LABELS, "both", ["dice"]), [ITEMS[:2]])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with caplog.at_level(logging.WARNING, "monai_deq"):
+        evaluate_drawn(PairResultsSaver(tmp_path / "asked", LABELS, "both", ["dice"], pictures=2), ITEMS[:2])
+    assert len(caplog.messages) == 1 and "pip install" in caplog.messages[0]
+    assert {p.name for p in (tmp_path / "asked").iterdir()} == {"evaluation_pairs.csv", "evaluation_summary.json"}
+    for name in ("evaluation_pairs.csv", "evaluation_summary.json"):
+        assert (tmp_path / "asked" / name).read_text() == (tmp_path / "none" / name).read_text()
+    for wrong in (-1, 10, "two"):
+        with pytest.raises(ValueError, match="pictures: expected a whole number from 0 to 9"):
+            PairResultsSaver(tmp_path, LABELS, "both", ["dice"], pictures=wrong)  # type: ignore[arg-type]
 
 
 NAMES = [{"moving_subject": m, "fixed_subject": f} for m, f in ("ab", "bc", "ca")]

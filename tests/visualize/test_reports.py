@@ -41,7 +41,7 @@ def make_pair(size: tuple[int, ...] = SIZE, **kwargs: Any) -> RegisteredPair:
 
 def test_whole_report(tmp_path: Path) -> None:
     path = tmp_path / "out" / "report.html"
-    summary = {"dice": (2.5 / 3, 1.75 / 3), "tre": (6.291, 1.364), "folded_percent": 0.0, "own & only": 5}
+    summary = {"dice": (2.5 / 3, 1.75 / 3), "tre": (6.291, 1.364), "folded_percent": 0.0, "overlap": 0.875, "own & only": 5}
     big = 2**40 + 1
     summary["dice_per_label"] = {3: (0.5, 0.75), 7: (NAN, NAN), big: (1.0, 1.0)}
     settings = {"method": "energy", "solver": {"steps": [60, 40], "options": {}}}
@@ -55,6 +55,7 @@ def test_whole_report(tmp_path: Path) -> None:
     assert list(slices) == ["axial", "coronal", "sagittal"]
     assert [len(slices[p]["warped"]) for p in slices] == [22, 20, 18] and slices["sagittal"]["letters"] == "APSI"
     assert page.row("Dice (%)") == ["83.33", "58.33"] and page.row("TRE (mm)") == ["6.291", "1.364"]
+    assert page.row("Overlap (%)") == ["87.50", "–"]  # of the start
     assert page.row("Folded (%)") == ["–", "0"] and page.row("own & only") == ["–", "5"]
     assert page.row("3") == ["50.00", "75.00"] and page.row("7") == ["–", "–"]
     assert page.row(str(big)) == ["100.0", "100.0"]
