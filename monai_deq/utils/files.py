@@ -20,7 +20,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """Write a file under a temporary name, of its suffixes, and move it into place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix
+    suffix = "".join(path.suffixes[-2:]) if path.name.lower().endswith(".gz") else path.suffix
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[: -len(suffix) or None]}-", suffix=suffix)
     os.close(handle)
     temporary = Path(name)

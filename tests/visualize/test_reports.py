@@ -41,7 +41,13 @@ def make_pair(size: tuple[int, ...] = SIZE, **kwargs: Any) -> RegisteredPair:
 
 def test_whole_report(tmp_path: Path) -> None:
     path = tmp_path / "out" / "report.html"
-    summary = {"dice": (2.5 / 3, 1.75 / 3), "tre": (6.291, 1.364), "folded_percent": 0.0, "overlap": 0.875, "own & only": 5}
+    summary = {
+        "dice": (2.5 / 3, 1.75 / 3),
+        "tre": (6.291, 1.364),
+        "folded_percent": 0.0,
+        "overlap": 0.875,
+        "own & only": 5,
+    }
     big = 2**40 + 1
     summary["dice_per_label"] = {3: (0.5, 0.75), 7: (NAN, NAN), big: (1.0, 1.0)}
     settings = {"method": "energy", "solver": {"steps": [60, 40], "options": {}}}
