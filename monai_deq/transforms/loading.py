@@ -194,7 +194,7 @@ class ResizeLabeld(PerKeyd):
 
     def treat(self, item: dict[Hashable, Any], key: Hashable) -> None:
         label, old = item[key], tuple(item[key].shape[1:])
-        meta = dict(label.meta) if isinstance(label, MetaTensor) else None
+        meta = _meta_of(label) if isinstance(label, MetaTensor) else None
         plain = label.as_tensor() if isinstance(label, MetaTensor) else label
         for axis, (n, size) in enumerate(zip(old, self.spatial_size, strict=True), start=1):
             # of the voxel that the centre lies in
@@ -206,6 +206,11 @@ class ResizeLabeld(PerKeyd):
             return
         affine = affine_of(label) @ resize_affine(old, self.spatial_size)
         item[key] = MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=plain.ndim - 1)
+
+
+def _meta_of(image: torch.Tensor) -> dict[str, Any]:
+    """What an image says of itself but its affine, for one of another grid."""
+    return {k: v for k, v in image.meta.items() if k != "affine"} if isinstance(image, MetaTensor) else {}
 
 
 def resize_affine(old: Sequence[int], new: Sequence[int]) -> np.ndarray:
@@ -335,7 +340,7 @@ def _turned(image: torch.Tensor, orientation: str) -> torch.Tensor:
     for i in flips:
         turn[order[i], 3] = image.shape[order[i] + 1] - 1
     affine = torch.from_numpy(affine_of(image) @ turn)
-    return MetaTensor(plain.contiguous(), affine=affine, meta=dict(image.meta), spatial_ndim=image.ndim - 1)  # type: ignore[attr-defined]
+    return MetaTensor(plain.contiguous(), affine=affine, meta=_meta_of(image), spatial_ndim=image.ndim - 1)
 
 
 def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -343,7 +348,7 @@ def _resized(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     linear = "bilinear" if len(size) == 2 else "trilinear"
     resized = Resize(size, mode=linear, align_corners=False, anti_aliasing=True)(image)
     affine = affine_of(image) @ resize_affine(image.shape[1:], size)
-    meta = dict(image.meta) if isinstance(image, MetaTensor) else {}
+    meta = _meta_of(image)
     plain = resized.as_tensor() if isinstance(resized, MetaTensor) else resized
     return MetaTensor(plain, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(size))
 
