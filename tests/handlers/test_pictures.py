@@ -194,6 +194,19 @@ def test_the_first_metric_tells_and_none_is_no_fault(monkeypatch: pytest.MonkeyP
         assert unknown.gather() == {"best": [], "worst": []}
 
 
+def test_the_best_and_the_worst_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in the order of the processes, the third of which has no pair; the scores tell the pairs apart
+    scores = [[0.5, 0.25, 0.5, 0.75, 0.125], [0.875, 0.375, 0.0625]]
+    parts = [ExtremePairs(2) for _ in range(3)]
+    for part, own in zip(parts, scores, strict=False):
+        draw_extremes(part, {"dice": [[score] for score in own]}, monkeypatch)
+    kept = [dict(entry) for part in parts for entry in part.kept]
+    monkeypatch.setattr(pictures, "gather_items", lambda items: kept)
+    for part in parts:
+        found = {kind: [entry["order"] for entry in entries] for kind, entries in part.gather().items()}
+        assert found == {"best": [0.875, 0.75], "worst": [0.0625, 0.125]}
+
+
 def test_a_pair_that_cannot_be_drawn_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     batch = {**make_batch(0.5), "dice": torch.tensor([[0.1], [0.2]])}
     batch["ddf"][1] = NAN
