@@ -194,21 +194,26 @@ class SaveRegistrationd(_PairSaver):
         record |= {k: known[k] for k in (*_SOLVER, *_MAYBE) if k in known}
         ddf = d["ddf"]
         affine, dims = _affine_of(ddf), ddf.ndim - 1
+        if "transform" in paths and is_sheared(affine_of(ddf)):
+            message = "%s: not written: the voxel axes of the fixed scan are not at right angles; see _ddf.nii.gz"
+            logger.warning(message, paths.pop("transform"))
+            paths["ddf"] = paths["warped"].with_name(paths["warped"].name.replace("_warped.", "_ddf."))
+            if not self.overwrite:
+                refuse_existing([paths["ddf"]], _ADVICE)
         save_nifti(paths["warped"], warped, affine, dims)
         if "warped_label" in d:
             save_nifti(paths["label"], d["warped_label"], affine, dims)
         else:
             del paths["label"]
-        if "transform" in paths and is_sheared(affine_of(ddf)):
-            message = "%s: not written: the voxel axes of the fixed scan are not at right angles; see _ddf.nii.gz"
-            logger.warning(message, paths.pop("transform"))
-            paths["ddf"] = paths["warped"].with_name(paths["warped"].name.replace("_warped.", "_ddf."))
         if "ddf" in paths:
             save_nifti(paths["ddf"], ddf, affine, dims)
         if "transform" in paths:
             save_transform(paths["transform"], d.get("transform", ddf))
         if "affine" in paths:
             save_transform(paths["affine"], _affine_alone(d))  # type: ignore[arg-type]
+        elif self.overwrite:  # one of an earlier run would be taken for a part of this one
+            stale = paths["record"].name.replace("_record.json", "_affine.tfm")
+            paths["record"].with_name(stale).unlink(missing_ok=True)
         write_json(paths["record"], record)  # last: where it is, the others are whole
         d["files"] = {what: str(path) for what, path in paths.items()}
         return d

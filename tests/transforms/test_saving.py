@@ -83,11 +83,14 @@ def test_files_read_back(tmp_path: Path, size: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(field[..., axis].reshape(size), item["ddf"][axis].numpy())
     # of a slice in its plane in the world: to the left, to the back, up, in mm
     transform = nib.load(folder / TRANSFORM)
-    assert transform.shape == (*grid, 1, 3) and transform.get_data_dtype() == "<f4"
+    layers = 2 if len(size) == 2 else grid[2]  # a slice is there twice, or ITK would take it for two-dimensional
+    assert transform.shape == (*grid[:2], layers, 1, 3) and transform.get_data_dtype() == "<f4"
     assert int(transform.header["intent_code"]) == 1007  # NIFTI_INTENT_VECTOR
     np.testing.assert_allclose(transform.affine, AFFINE, atol=1e-6)
     world = field.reshape(*grid, -1) @ AFFINE[:3, : len(size)].T
-    np.testing.assert_allclose(np.asarray(transform.dataobj)[:, :, :, 0], world * [-1, -1, 1], atol=1e-5)
+    for layer in np.moveaxis(np.asarray(transform.dataobj)[:, :, :, 0], 2, 0)[None if len(size) == 3 else slice(None)]:
+        expected = (world * [-1, -1, 1])[:, :, 0] if len(size) == 2 else np.moveaxis(world * [-1, -1, 1], 2, 0)
+        np.testing.assert_allclose(layer, expected, atol=1e-5)
     # whoever has the moving scan and the field file gets the warped file
     coordinates = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1) + field.reshape(*size, -1)
     moved = [
@@ -444,3 +447,30 @@ def test_learn2reg_incomplete_items_are_refused(absent: str, tmp_path: Path) -> 
 def test_name_keys_are_two() -> None:
     with pytest.raises(ValueError, match="name_keys must name the fixed and the moving scan"):
         SaveLearn2RegDDFd("out", name_keys=("a",))
+
+
+def test_alignment_of_an_earlier_run_does_not_stay(tmp_path: Path) -> None:
+    item = make_item((4, 5, 6))
+    aligned = {**item, "initial_transform": [np.diag([1.0, 1.0, 1.0, 1.0]) + np.eye(4, k=3)]}
+    files = SaveRegistrationd(tmp_path)(aligned)["files"]
+    assert Path(files["affine"]).is_file()
+    # without overwrite it may be somebody's own
+    (tmp_path / "c_to_d_affine.tfm").write_text("own")
+    SaveRegistrationd(tmp_path)({**item, "moving_subject": "c", "fixed_subject": "d"})
+    assert (tmp_path / "c_to_d_affine.tfm").read_text() == "own"
+    SaveRegistrationd(tmp_path, overwrite=True)(item)
+    assert not Path(files["affine"]).exists()
+
+
+def test_sheared_scans_have_a_field_in_voxels_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    item = make_item((4, 5, 6))
+    shear = np.eye(4)
+    shear[0, 1] = 0.3
+    item["ddf"] = MetaTensor(item["ddf"], affine=torch.from_numpy(shear))
+    files = SaveRegistrationd(tmp_path, save_ddf=False)(item)["files"]
+    assert "transform" not in files and Path(files["ddf"]).is_file() and "not at right angles" in caplog.text
+    for file in set(files) - {"ddf"}:
+        Path(files[file]).unlink()
+    with pytest.raises(FileExistsError, match="_ddf.nii.gz"):
+        SaveRegistrationd(tmp_path, save_ddf=False)(item)
+    assert [path.name for path in tmp_path.iterdir()] == [Path(files["ddf"]).name]
