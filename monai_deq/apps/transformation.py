@@ -171,6 +171,8 @@ def invert_transform(
     check_transform_format(output, affine)
     if not overwrite:
         refuse_existing([output], "Replace it with --overwrite, or name another file.")
+    if any(is_matrix(part) and abs(np.linalg.det(np.asarray(part)[:3, :3])) < 1e-9 for part in chain):
+        raise ValueError(f"{', '.join(map(str, transforms))}: an affine transform that flattens space has no inverse.")
     inverse = [found for part in reversed(chain) for found in _inverse(part)]
     if affine:
         save_transform(output, chain_matrix(inverse))

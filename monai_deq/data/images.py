@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ _MAGIC |= {
     b"BM": "BMP",
     b"%PDF": "PDF",
     b"\x93NUMPY": "NumPy",
+}
+#: endings that go with what is told by its first bytes, and what to do where the name has another
+_FITS: dict[str, tuple[tuple[str, ...], str]] = {
+    "NRRD": ((".nrrd", ".nhdr"), "name it .nrrd"),
+    "NIfTI": ((".nii",), "name it .nii"),
+    "compressed NIfTI": ((".nii.gz",), "name it .nii.gz"),
+    "DICOM": ((), "name it .dcm, or give the folder of the series"),
+    "Analyze": ((), "it does not say how the scan is oriented; convert it to NIfTI where that is known"),
+    "HTML or XML": ((), "it may be the error page of a download"),
 }
 #: RAS, of nibabel and MONAI, to LPS, of ITK and DICOM, and back
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -65,13 +75,21 @@ def _content(path: Path) -> str | None:
     """What a file is by its first bytes, where that is known."""
     try:
         with open(path, "rb") as file:
-            head = file.read(132)
-        if head[:2] == b"\x1f\x8b":
-            with gzip.open(path) as packed:
-                head = packed.read(132)
-    except (OSError, EOFError):
+            head = file.read(352)
+        if packed := head[:2] == b"\x1f\x8b":
+            with gzip.open(path) as unpacked:
+                head = unpacked.read(352)
+    except (OSError, EOFError, zlib.error):
         return None
-    return "DICOM" if head[128:132] == b"DICM" else next((n for m, n in _MAGIC.items() if head.startswith(m)), None)
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    if head[344:347] == b"n+1" or head[4:7] == b"n+2":
+        return "compressed NIfTI" if packed else "NIfTI"
+    if head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c") and head[344:347] != b"ni1":
+        return "Analyze"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "HTML or XML"
+    return next((n for m, n in _MAGIC.items() if head.startswith(m)), None)
 
 
 def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
@@ -113,12 +131,12 @@ def _refuse_unreadable(path: Path, name: str) -> None:
     if path.is_dir() or lower.endswith((".dcm", ".ima")):
         return
     content, known = _content(path), lower.endswith((*_NIBABEL, *_ITK))
-    fits = {"NRRD": (".nrrd", ".nhdr"), "DICOM": ()}.get(content or "", ())
-    if content and not (known and lower.endswith(fits or ("\n",))):
-        advice = "rename it to what it is" if content == "NRRD" else "export the scan from where it was made"
-        if content == "DICOM":
-            advice = "name it .dcm, or give the folder of the series"
-        raise ValueError(f"{name}: {str(path)!r} is a {content} file; expected {IMAGE_FORMATS}: {advice}.")
+    # the endings that go with it, and what to do about another one
+    fits, advice = _FITS.get(content or "", ((), "export the scan from where it was made"))
+    if content and not lower.endswith(fits or "\n"):
+        raise ValueError(f"{name}: {str(path)!r} is a file of {content}; expected {IMAGE_FORMATS}: {advice}.")
+    if not path.stat().st_size:
+        raise ValueError(f"{name}: {str(path)!r} is empty, it has no bytes; copy or download it again.")
     if not known:
         raise ValueError(f"{name}: {str(path)!r} is of no format that is read; expected {IMAGE_FORMATS}.")
 

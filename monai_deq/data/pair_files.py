@@ -40,6 +40,13 @@ def scan_names(files: Sequence[str | Path]) -> list[str]:
                 found = {path: (folders[path].strip("/"), *name) for path, name in found.items()}
             depth += 1
         names.update({path: "_".join(filter(None, name)) for path, name in found.items()})
+    taken: set[str] = set()
+    for path in sorted(names):  # a_s.nii beside a/s.nii and b/s.nii
+        name, number = names[path], 1
+        while names[path] in taken:
+            number += 1
+            names[path] = f"{name}_{number}"
+        taken.add(names[path])
     return [names[path] for path in paths]
 
 
@@ -104,7 +111,7 @@ def read_pair_list(path: str | Path) -> list[dict[str, Any]]:
             rows = frame.to_dict("records")
             entries: Any = [{k.strip(): v.strip() or None for k, v in row.items()} for row in rows]
         else:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, AttributeError) as e:
         kind = "CSV" if path.suffix.lower() == ".csv" else "JSON"
         raise ValueError(f"{path} is not valid {kind}: {' '.join(str(e).split())}.") from e

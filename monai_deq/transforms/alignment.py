@@ -178,7 +178,7 @@ def _optimise(fixed: Any, moving: Any, start: Any, behind: Any, sitk: Any) -> An
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(min(1.0, 1e5 / voxels), 1)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 200, 0.6, 1e-6)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-4, 300, 0.6, 1e-6)
     method.SetOptimizerScalesFromPhysicalShift()
     levels = [level for level in (8, 4, 2, 1) if min(fixed.GetSize()) / level >= 12 and voxels / level**3 < 2e6] or [1]
     method.SetShrinkFactorsPerLevel(levels)
