@@ -210,7 +210,7 @@ def write_sample(
 ) -> None:
     """Write synthetic heads with their label maps, volumes and slices, to try things on.
 
-    Example: monai-deq sample --output-dir heads
+    Example: monai-deq sample --output-dir two_heads
     """
     from monai_deq.data import write_sample_cohort
 
