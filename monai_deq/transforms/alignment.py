@@ -33,8 +33,11 @@ _PARALLEL = 0.999
 
 
 def foreground_overlap(fixed: torch.Tensor, moving: torch.Tensor) -> float:
-    """Dice overlap of what is brighter than a tenth in two images ``(C, *spatial)`` of one grid, in [0, 1]."""
-    a, b = (image > _FOREGROUND for image in (fixed, moving))
+    """
+    Dice overlap of what is brighter than a tenth, or a quarter of the largest value where that is less, in two images
+    ``(C, *spatial)`` of one grid, in [0, 1].
+    """
+    a, b = (image > min(_FOREGROUND, float(image.max()) / 4) for image in (fixed, moving))
     return float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1))
 
 
