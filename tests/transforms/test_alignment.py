@@ -167,6 +167,7 @@ def test_warning_of_scans_that_are_not_aligned(shift, said, caplog):
     assert ("not to be aligned" in caplog.text) is said
     a, b = fixed.numpy() > 0.1, moving.numpy() > 0.1
     assert done["overlap"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert foreground_overlap(fixed * 1e-3, moving * 1e-3) == pytest.approx(done["overlap"], abs=0.2)  # dark ones too
     assert foreground_overlap(fixed, fixed) == 1 and foreground_overlap(fixed * 0, fixed * 0) == 0
 
 
