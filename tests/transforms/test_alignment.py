@@ -165,8 +165,9 @@ def test_warning_of_scans_that_are_not_aligned(shift, said, caplog):
     with caplog.at_level(logging.WARNING, logger="monai_deq"):
         done = MatchGridd()(item)
     assert ("not to be aligned" in caplog.text) is said
-    a, b = fixed.numpy() > 0.1, moving.numpy() > 0.1
+    a, b = (image.numpy() > image.numpy().mean() for image in (fixed, moving))
     assert done["overlap"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert foreground_overlap(fixed * 1e-3, moving * 1e-3) == pytest.approx(done["overlap"])  # dark ones too
     assert foreground_overlap(fixed, fixed) == 1 and foreground_overlap(fixed * 0, fixed * 0) == 0
 
 
