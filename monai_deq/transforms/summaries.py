@@ -37,6 +37,13 @@ def _batch(image: torch.Tensor) -> torch.Tensor:
     return image.as_subclass(torch.Tensor)[None].cpu()
 
 
+def _numbers(label: torch.Tensor) -> set[int]:
+    """The numbers in a label map."""
+    flat = label.flatten()
+    few = int(flat.max()) < 2**16  # counted, which is faster than sorted
+    return set((torch.bincount(flat).nonzero()[:, 0] if few else flat.unique()).tolist())
+
+
 def _determinants(ddf: torch.Tensor) -> Iterator[torch.Tensor]:
     """Jacobian determinants of a field ``(1, ndim, *spatial)``, in parts along its first axis."""
     n = ddf.shape[2]
@@ -91,14 +98,13 @@ class SummarizeRegistrationd(MapTransform):
         return d
 
     def _dice(self, d: Mapping[Hashable, Any], scan: torch.Tensor) -> dict[str, Any]:
-        fixed, warped = _batch(d["fixed_label"]).long(), _batch(d["warped_label"]).long()
+        fixed, warped, moving = (_batch(d[f"{name}_label"]).long() for name in ("fixed", "warped", "moving"))
         before = _batch(pull_image(d["moving_label"], scan, mode="nearest")).long()
-        known = [set(label.unique().tolist()) for label in (fixed, _batch(d["moving_label"]).long())]
-        labels = sorted((known[0] & known[1]) - {0})
+        labels = sorted((_numbers(fixed) & _numbers(moving)) - {0})
         if not labels:
             return {}
-        source = _batch(d["moving_label"]).long()  # a label that the warp made vanish counts as 0
-        scores = [compute_label_dice(label, fixed, labels, source)[0].tolist() for label in (before, warped)]
+        # a label that the warp made vanish counts as 0
+        scores = [compute_label_dice(label, fixed, labels, moving)[0].tolist() for label in (before, warped)]
         of = {str(label): [a, b] for label, a, b in zip(labels, *scores, strict=True)}
         return {
             "dice_before": sum(scores[0]) / len(labels),
