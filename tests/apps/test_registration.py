@@ -221,6 +221,9 @@ def test_affine_in_a_file_comes_first(tmp_path):
         np.testing.assert_allclose(written.TransformPoint(point), known.TransformPoint(point), atol=1e-6)
     summary = result["summary"]
     assert summary["overlap"] > 0.8 and summary["similarity_after"] > 0.9 > summary["similarity_before"]
+    # before: where the files place the scans, with no transform
+    [plain] = register_pairs([{**item, "initial_transform": None}], tmp_path / "plain", RegistrationSettings(**QUICK))
+    assert summary["similarity_before"] == pytest.approx(plain["summary"]["similarity_before"])
 
 
 def test_field_and_affine_in_files_come_first(tmp_path):
