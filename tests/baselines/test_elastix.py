@@ -13,11 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scans import bent, blobs, grid, write
 from scipy import ndimage
 
+from monai_deq.apps import RegistrationSettings, register_pairs
 from monai_deq.baselines import ElastixRegistration
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.utils import json_ready
@@ -290,3 +293,54 @@ def test_absent_package(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "itk", module)
     with pytest.raises(ImportError, match=r'pip install "monai_deq\[elastix\]"'):
         ElastixRegistration(2)
+
+
+@needs_elastix
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha"])
+def test_transformix_takes_the_field_that_is_written(ending: str, tmp_path: Path) -> None:
+    # here, as loading ITK takes long
+    import itk
+
+    fixed, moving = str(tmp_path / "fixed.nii.gz"), str(tmp_path / "moving.nii.gz")
+    write(Path(fixed), grid((20, 22, 18), (2, 1.8, 2.2), "LPS", turn=(8, -5, 10)), (20, 22, 18))
+    shape = (24, 20, 26)
+    write(Path(moving), grid(shape, (1.7, 2, 1.6), "RIA", turn=(0, 4, 0)), shape, lambda p: blobs(bent(p)))
+    settings = RegistrationSettings(steps=(5, 5), transform_format=ending)
+    (result,) = register_pairs([{"fixed": fixed, "moving": moving}], tmp_path / "out", settings)
+    images = [itk.imread(file, itk.F) for file in (fixed, moving)]
+    numbers = {
+        "Size": itk.size(images[0]),
+        "Index": [0, 0, 0],
+        "Spacing": images[0].GetSpacing(),
+        "Origin": images[0].GetOrigin(),
+        # column by column
+        "Direction": itk.array_from_matrix(images[0].GetDirection()).T.ravel(),
+        "DefaultPixelValue": [itk.array_from_image(images[1]).min()],
+    }
+    words = {
+        "Transform": "DeformationFieldTransform",
+        "DeformationFieldFileName": result["files"]["transform"],
+        "DeformationFieldInterpolationOrder": "1",
+        "NumberOfParameters": "0",
+        "InitialTransformParameterFileName": "NoInitialTransform",
+        "HowToCombineTransforms": "Compose",
+        "FixedImageDimension": "3",
+        "MovingImageDimension": "3",
+        "FixedInternalImagePixelType": "float",
+        "MovingInternalImagePixelType": "float",
+        "UseDirectionCosines": "true",
+        "ResampleInterpolator": "FinalLinearInterpolator",
+        "Resampler": "DefaultResampler",
+        "ResultImagePixelType": "float",
+    }
+    parameters = itk.ParameterObject.New()
+    written = {name: [f"{float(number):.12g}" for number in given] for name, given in numbers.items()}
+    parameters.AddParameterMap({name: [word] for name, word in words.items()} | written)
+    transformix = itk.TransformixFilter[type(images[1])].New()
+    transformix.SetMovingImage(images[1])
+    transformix.SetTransformParameterObject(parameters)
+    transformix.SetLogToConsole(False)
+    transformix.Update()
+    theirs = itk.array_from_image(transformix.GetOutput()).transpose(2, 1, 0)
+    ours = nib.load(result["files"]["warped"]).get_fdata()
+    assert np.abs(theirs - ours).max() < 1e-4 * np.ptp(ours) and np.ptp(ours) > 50
