@@ -28,7 +28,7 @@ from monai_deq.transforms import (
     summary_lines,
 )
 from monai_deq.utils import check_writable, local_device
-from monai_deq.visualize import HTMLPage, RegisteredPair, write_pair_report
+from monai_deq.visualize import HTMLPage, RegisteredPair, new_figure, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
 
@@ -170,6 +170,8 @@ def register_pairs(
         if settings.report:
             HTMLPage.check(_report_path(saver, item), settings.overwrite)
     check_writable(output_dir)
+    if settings.report:
+        new_figure(1.0, 1.0)  # an error where matplotlib is missing
     results = []
     for number, item in enumerate(items, start=1):
         begin = time.perf_counter()

@@ -17,7 +17,7 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy, convert_to_tensor
 
 from monai_deq.certificates import OPTIONAL_RECORDS
-from monai_deq.data import affine_of, save_nifti
+from monai_deq.data import affine_of, load_simpleitk, save_nifti
 from monai_deq.utils import refuse_existing, write_json
 
 from .geometry import chain_matrix, is_matrix
@@ -171,8 +171,9 @@ class SaveRegistrationd(_PairSaver):
         name_keys: Sequence[str] = ("moving_subject", "fixed_subject"),
     ) -> None:
         super().__init__(("warped", "ddf"), output_dir, overwrite, name_keys)
-        if transform_format is not None:
-            check_transform_format(f"transform{transform_format}")
+        ending = ".nii" if transform_format is None else check_transform_format(f"transform{transform_format}")
+        if not ending.startswith(".nii"):
+            load_simpleitk(f"transform_format {transform_format}")
         self.transform_format, self.save_ddf = transform_format, save_ddf
 
     def paths(self, data: Mapping[Any, Any]) -> dict[str, Path]:

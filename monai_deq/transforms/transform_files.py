@@ -103,7 +103,7 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
     Args:
         path: a field ends in ``.nii[.gz]`` (5-D, intent vector; a slice is there twice, or ITK would lose its place),
             ``.mha``, ``.nrrd`` or ``.h5``; a matrix in ``.tfm``, ``.txt``, ``.mat`` or ``.h5``; a chain in ``.h5``
-            (ITK's composite transform). All but NIfTI need SimpleITK.
+            (ITK's composite transform). All but NIfTI, ``.tfm`` and ``.txt`` need SimpleITK.
         transform: displacement field ``(ndim, *spatial)``, voxels of its grid; matrix ``(4, 4)``, RAS mm; or a chain of
             them, in the order in which a point of the fixed scan passes through. A slice's are three-dimensional,
             unless its file has two axes.
@@ -129,6 +129,15 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
         image.header.set_xyzt_units("mm")
         with replace_file(path) as temporary:
             nib.save(image, temporary)
+        return
+    if ending in (".tfm", ".txt"):  # without SimpleITK, as a slice of another plane has one
+        lps = (_FLIP @ np.asarray(chain[0], dtype=float) @ _FLIP)[: 2 if planar else 3]
+        dims = len(lps)
+        numbers = [*lps[:, :dims].ravel().tolist(), *lps[:, 3].tolist()]
+        text = f"#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_{dims}_{dims}\n"
+        text += f"Parameters: {' '.join(map(repr, numbers))}\nFixedParameters: {' '.join(['0'] * dims)}\n"
+        with replace_file(path) as temporary:
+            temporary.write_text(text, encoding="ascii")
         return
     sitk = load_simpleitk(f"to write {str(path)!r}")
     with replace_file(path) as temporary:

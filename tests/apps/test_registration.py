@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -463,3 +464,37 @@ def test_world_of_the_helpers():
     np.testing.assert_allclose(world(affine, (5, 6, 7))[2, 2, 3], affine[:3] @ [2, 2, 3, 1])
     assert nib.aff2axcodes(grid((5, 6, 7), axes="LIA")) == ("L", "I", "A")
     assert torch.allclose(torch.tensor(nib.affines.voxel_sizes(affine)), torch.tensor([1.0, 2.0, 3.0]).double())
+
+
+@pytest.mark.parametrize(
+    "missing, more, words",
+    [
+        (("SimpleITK",), {"affine": "rigid"}, r"affine alignment needs SimpleITK: pip install .*itk"),
+        (("SimpleITK",), {"transform_format": ".mha"}, r"\.mha needs SimpleITK: pip install .*itk"),
+        (("matplotlib", "matplotlib.figure"), {"report": True}, r"need matplotlib: pip install .*figures"),
+    ],
+)
+def test_missing_extras_are_said_before_any_work(missing, more, words, tmp_path, monkeypatch):
+    fixed, moving = pair(tmp_path, "identity")
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=words):
+        register_pairs([{"fixed": fixed, "moving": moving}], tmp_path / "out", RegistrationSettings(**QUICK, **more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_slices_in_two_planes_need_no_extra(tmp_path, monkeypatch):
+    affine = grid((26, 24), (1, 1.2, 1), "LI")
+    affine[:3, 2] = np.cross(affine[:3, 0], affine[:3, 1])
+    away = affine.copy()
+    away[:3, 3] += 7.5 * affine[:3, 2]
+    for name, place in (("fixed", affine), ("moving", away)):
+        values = blobs(world(affine, (26, 24)) - [0, 0, 1.0 * (name == "moving")])
+        nib.save(nib.Nifti1Image(values[..., None].astype(np.float32), place), tmp_path / f"{name}.nii.gz")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    files = {name: tmp_path / f"{name}.nii.gz" for name in ("fixed", "moving")}
+    (result,) = register_pairs([files], tmp_path / "out", RegistrationSettings(**QUICK))
+    monkeypatch.undo()
+    between = sitk.ReadTransform(result["files"]["affine"])
+    shift = 7.5 * affine[:3, 2] * [-1, -1, 1]
+    np.testing.assert_allclose(between.TransformPoint([1.0, 2.0, 3.0]), shift + [1, 2, 3], atol=1e-5)
