@@ -498,3 +498,28 @@ def test_slices_in_two_planes_need_no_extra(tmp_path, monkeypatch):
     between = sitk.ReadTransform(result["files"]["affine"])
     shift = 7.5 * affine[:3, 2] * [-1, -1, 1]
     np.testing.assert_allclose(between.TransformPoint([1.0, 2.0, 3.0]), shift + [1, 2, 3], atol=1e-5)
+
+
+def test_weights_see_the_scan_as_they_were_trained(tmp_path):
+    """A pair stored in another orientation than that of the training is registered the same."""
+    weights = Path(__file__).parents[2] / "bundles" / "oasis" / "models" / "slices" / "model.pt"
+    affine = grid((40, 48), (1, 1, 1), "LI")
+    affine[:3, 2] = np.cross(affine[:3, 0], affine[:3, 1])
+    warped = {}
+    for name in ("trained", "turned"):
+        files = {}
+        for scan, of in (("fixed", blobs), ("moving", lambda p: blobs(bent(p)))):
+            image = nib.Nifti1Image((of(world(affine, (40, 48))) / 300)[..., None].astype(np.float32), affine)
+            if name == "turned":  # up before right, the other way round
+                image = image.as_reoriented([[1, -1], [0, -1], [2, 1]])
+            files[scan] = tmp_path / f"{name}_{scan}.nii.gz"
+            nib.save(image, files[scan])
+        settings = RegistrationSettings(weights=weights, steps=(3,), device="cpu")
+        (result,) = register_pairs([{**files, "name": name}], tmp_path / "out", settings)
+        image = nib.load(result["files"]["warped"])
+        warped[name] = (
+            image.get_fdata() if name == "trained" else image.as_reoriented([[1, -1], [0, -1], [2, 1]]).get_fdata()
+        )
+    np.testing.assert_allclose(warped["turned"], warped["trained"], atol=2e-4)
+    before = nib.load(tmp_path / "trained_moving.nii.gz").get_fdata()
+    assert np.abs(warped["trained"] - before).max() > 0.05
