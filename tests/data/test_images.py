@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import locale
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,7 @@ def as_sitk(array: np.ndarray = VALUES, affine: np.ndarray = AFFINE) -> sitk.Ima
 def write_series(folder: Path, uid: str, values: np.ndarray = VALUES) -> Path:
     """A DICOM series of axial slices."""
     folder.mkdir(exist_ok=True)
+    before = locale.setlocale(locale.LC_ALL)
     image = sitk.Cast(as_sitk(values), sitk.sitkInt16)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -118,6 +121,7 @@ def write_series(folder: Path, uid: str, values: np.ndarray = VALUES) -> Path:
             piece.SetMetaData(key, value)
         writer.SetFileName(str(folder / f"{uid}.{i + 1}.dcm"))
         writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM sets it to "C" where it writes, and Python would read ASCII
     return folder
 
 
@@ -141,7 +145,10 @@ def test_volume(ending, tmp_path):
 
 def test_dicom(tmp_path):
     folder = write_series(tmp_path / "series", "1.2.826.0.1.3680043.2.1125.7")
+    before = locale.setlocale(locale.LC_ALL)
     image = read_image(folder, "fixed")
+    assert image_dims(folder / sorted(os.listdir(folder))[0], "fixed") == 2
+    assert locale.setlocale(locale.LC_ALL) == before
     # GDCM puts the slices in the order of their normal, which a left-handed grid has the other way round
     affine, values = AFFINE, np.trunc(VALUES)
     if np.linalg.det(AFFINE[:3, :3]) * -1 * -1 < 0 or not np.allclose(affine_of(image), AFFINE, atol=1e-3):
