@@ -115,9 +115,8 @@ class FixedPointSolver(Transform):
             for module, training in modes:
                 module.training = training
         out_device = fixed.device if isinstance(fixed, torch.Tensor) else torch.device("cpu")
-        warped, ddf = (
-            on_grid_of(result[0].to(out_device), fixed, source) for result, source in ((warped, moving), (ddf, fixed))
-        )
+        # named after the moving image, as of many to one fixed image the results would share its name
+        warped, ddf = (on_grid_of(result[0].to(out_device), fixed, moving) for result in (warped, ddf))
         limit = self.network.solver.changed(**self.changes).max_steps
         if self.finish is not None:
             limit = max(limit, self.finish.solver.max_steps)

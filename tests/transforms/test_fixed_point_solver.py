@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import Dataset, MetaTensor, decollate_batch
-from monai.transforms import Compose, EnsureTyped, ScaleIntensityd, SelectItemsd
+from monai.transforms import Compose, EnsureTyped, SaveImaged, ScaleIntensityd, SelectItemsd
 from nets import Pull, deq_net, tiny_recurrent_update, tiny_update
 from scipy import ndimage
 
@@ -144,14 +144,28 @@ def test_meta_of_the_fixed_image(size: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warped, ddf, _ = FixedPointSolver(network)(moving, fixed)
-    for result, file in ((warped, "moving.nii.gz"), (ddf, "fixed.nii.gz")):
+    for result in (warped, ddf):
         assert isinstance(result, MetaTensor) and result.spatial_ndim == len(size)
         torch.testing.assert_close(result.affine, fixed_affine)
-        assert result.meta["filename_or_obj"] == file
+        assert result.meta["filename_or_obj"] == "moving.nii.gz"
         result.affine[0, 3] = 100.0
         result.meta["note"] = "changed"
     torch.testing.assert_close(fixed.affine, fixed_affine)
     assert "note" not in fixed.meta
+
+
+def test_monai_saves_what_was_made_of_each_moving_image(tmp_path: Path) -> None:
+    size = (7, 6, 5)
+    network, _ = known_network(size)
+    fixed = MetaTensor(image(size), affine=torch.eye(4), meta={"filename_or_obj": "atlas.nii.gz"})
+    for name in "abcd":
+        moving = MetaTensor(image(size, ord(name)), affine=torch.eye(4), meta={"filename_or_obj": f"{name}.nii.gz"})
+        item = FixedPointSolverd(network)({"fixed": fixed, "moving": moving})
+        SaveImaged("warped", output_dir=tmp_path, output_postfix="warped", separate_folder=False, print_log=False)(item)
+        SaveImaged("ddf", output_dir=tmp_path, output_postfix="ddf", separate_folder=False, print_log=False)(item)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{name}_{what}.nii.gz" for name in "abcd" for what in ("ddf", "warped")
+    )
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
