@@ -7,6 +7,7 @@ import ast
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -394,6 +395,7 @@ def pack_for_zoo(
 def main() -> None:
     """Run the command: an error is one line on stderr that says what to do, with exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
+    warnings.filterwarnings("ignore", message="monai.networks.blocks.Warp: Using PyTorch native")  # no user's concern
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
