@@ -127,7 +127,8 @@ def _transforms(
         network,
         initial_ddf_key="initial_ddf",
         mask_key="fixed_mask",
-        certificate={},
+        # the energy's solution has its folds removed behind the last step: another one would always move it
+        certificate=None if settings.weights is None else {},
         tolerance=settings.tolerance,
         device=device,
         **solver,
