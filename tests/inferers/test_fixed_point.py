@@ -124,6 +124,7 @@ def test_warm_start_gradients_and_wrapped_networks(tmp_path: Path) -> None:
     try:
         parallel = DistributedDataParallel(network)
         torch.testing.assert_close(FixedPointInferer()(moving, parallel, fixed)["ddf"], cold["ddf"])
+        del parallel  # the last to hold the group would wait for Gloo's threads, which may wait for it
     finally:
         torch.distributed.destroy_process_group()
 

@@ -375,6 +375,7 @@ def test_gradients_under_distributed_data_parallel(tmp_path: Path) -> None:
             parallel = torch.nn.parallel.DistributedDataParallel(net)
             loss(parallel(moving, fixed), {"moving": moving, "fixed": fixed}).backward()
             grads.append([p.grad for p in net.parameters()])
+            del parallel  # the last to hold the group would wait for Gloo's threads, which may wait for it
     finally:
         torch.distributed.destroy_process_group()
     alone = loss_and_gradients((12, 9), False)[1:]
