@@ -161,8 +161,8 @@ def register_pairs(
     items = pair_items(pairs)
     if not items:
         raise ValueError("there is no pair to register.")
-    dims = {image_dims(item["fixed"], "fixed") for item in items}
-    transforms = {n: _transforms(settings, n, output_dir) for n in dims}
+    dims = [image_dims(item["fixed"], "fixed") for item in items]
+    transforms = {n: _transforms(settings, n, output_dir) for n in set(dims)}
     saver = next(iter(transforms.values()))[-1]
     for item in items:
         saver.refuse_existing(item)
@@ -174,10 +174,10 @@ def register_pairs(
     if settings.report:
         new_figure(1.0, 1.0)  # an error where matplotlib is missing
     results = []
-    for number, item in enumerate(items, start=1):
+    for number, (item, n) in enumerate(zip(items, dims, strict=True), start=1):
         begin = time.perf_counter()
         logger.info("pair %d of %d: %s to %s", number, len(items), item["moving"], item["fixed"])
-        load, solve, finish, save = transforms[image_dims(item["fixed"], "fixed")]
+        load, solve, finish, save = transforms[n]
         loaded: Any = load(item)
         logger.info("registering on a grid of %s voxels", " x ".join(map(str, loaded["fixed"].shape[1:])))
         solved = solve(loaded)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from monai.data import MetaTensor
 
-from monai_deq.data import affine_of, image_dims, is_planar, read_image, save_nifti
+from monai_deq.data import affine_of, is_planar, read_image, save_nifti
 from monai_deq.transforms import (
     ChainPart,
     CheckLabeld,
@@ -45,10 +45,7 @@ def _chain(transforms: Sequence[str | Path]) -> list[ChainPart]:
 
 
 def _read(path: str | Path, name: str, label: bool = False) -> MetaTensor:
-    image = read_image(path, name, label)
-    if image_dims(path, name) == 2:
-        image = DropSliceAxisd("image")({"image": image})["image"]
-    return image
+    return DropSliceAxisd("image")({"image": read_image(path, name, label)})["image"]  # type: ignore[no-any-return]
 
 
 def apply_transforms(

@@ -8,6 +8,7 @@ from .downloads import PUBLIC_DATASETS, download_dataset
 from .grid import Grid, affine_of, check_same_grid, grid_distance, grid_of, same_grid, source_of
 from .images import (
     IMAGE_FORMATS,
+    LPS,
     existing_file,
     image_dims,
     image_stem,
@@ -15,6 +16,7 @@ from .images import (
     load_simpleitk,
     read_image,
     save_nifti,
+    simpleitk_affine,
 )
 from .labels import SEG24_LABELS, SEG35_LABELS, label_set
 from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
@@ -43,6 +45,7 @@ from .split import part_of
 
 __all__ = [
     "IMAGE_FORMATS",
+    "LPS",
     "PAIR_FILES",
     "PUBLIC_DATASETS",
     "SEG24_LABELS",
@@ -91,6 +94,7 @@ __all__ = [
     "save_nifti",
     "scan_names",
     "shard_loader",
+    "simpleitk_affine",
     "source_of",
     "write_sample_cohort",
     "write_sample_lung_cohort",

@@ -18,8 +18,8 @@ from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 
 from monai_deq.utils import replace_file
 
-__all__ = ["IMAGE_FORMATS", "existing_file", "image_dims", "image_stem", "is_planar", "load_simpleitk"]
-__all__ += ["read_image", "save_nifti"]
+__all__ = ["IMAGE_FORMATS", "LPS", "existing_file", "image_dims", "image_stem", "is_planar", "load_simpleitk"]
+__all__ += ["read_image", "save_nifti", "simpleitk_affine"]
 
 _NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
@@ -45,7 +45,7 @@ _FITS: dict[str, tuple[tuple[str, ...], str]] = {
     "HTML or XML": ((), "it may be the error page of a download"),
 }
 #: RAS, of nibabel and MONAI, to LPS, of ITK and DICOM, and back
-_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def existing_file(path: str | Path, name: str) -> Path:
@@ -69,6 +69,16 @@ def load_simpleitk(purpose: str) -> Any:
     if not found:
         raise OptionalImportError(f'{purpose} needs SimpleITK: pip install "monai_deq[itk]".')
     return module
+
+
+def simpleitk_affine(image: Any) -> np.ndarray:
+    """Voxel to RAS mm of an image of SimpleITK, ``(4, 4)``, of four axes the first three."""
+    dims = image.GetDimension()
+    space, affine = min(dims, 3), np.eye(4)
+    direction = np.reshape(image.GetDirection(), (dims, dims))[:space, :space]
+    affine[:space, :space] = direction * np.asarray(image.GetSpacing()[:space])
+    affine[:space, 3] = image.GetOrigin()[:space]
+    return np.asarray(LPS @ affine)
 
 
 def _content(path: Path) -> str | None:
@@ -117,12 +127,7 @@ def _by_simpleitk(path: Path, name: str) -> tuple[np.ndarray, np.ndarray, float]
     array, dims = sitk.GetArrayFromImage(image), image.GetDimension()
     components = image.GetNumberOfComponentsPerPixel() > 1
     array = array.transpose(*reversed(range(dims)), *([dims] if components else []))
-    space = min(dims, 3)
-    affine = np.eye(4)
-    direction = np.reshape(image.GetDirection(), (dims, dims))[:space, :space]
-    affine[:space, :space] = direction * np.asarray(image.GetSpacing()[:space])
-    affine[:space, 3] = image.GetOrigin()[:space]
-    return array, _FLIP @ affine, float((*image.GetSpacing(), 1.0, 1.0)[3])
+    return array, simpleitk_affine(image), float((*image.GetSpacing(), 1.0, 1.0)[3])
 
 
 def _refuse_unreadable(path: Path, name: str) -> None:

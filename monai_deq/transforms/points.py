@@ -14,7 +14,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
-from monai_deq.data import affine_of, existing_file, source_of
+from monai_deq.data import LPS, affine_of, existing_file, source_of
 from monai_deq.networks.blocks import OutsidePoints, check_outside, points_outside
 
 from .items import PerKeyOfImaged
@@ -104,7 +104,7 @@ def load_keypoints(path: str | Path, spatial_dims: int, affine: np.ndarray | Non
     path = existing_file(path, "keypoints")
     rows = None if affine is None else _world_rows(path)
     if rows is not None:
-        inverse = np.linalg.inv(affine) @ np.diag([-1.0, -1.0, 1.0, 1.0])  # type: ignore[arg-type]
+        inverse = np.linalg.inv(affine) @ LPS  # type: ignore[arg-type]
         voxels = rows @ inverse[:3, :3].T + inverse[:3, 3]
         return torch.from_numpy(voxels[:, :spatial_dims].astype(np.float32))
     expected = f"{path}: expected lines of {spatial_dims} voxel coordinates separated by commas, without a header"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from monai_deq.data import affine_of, existing_file, is_planar, load_simpleitk, same_grid
+from monai_deq.data import LPS, affine_of, existing_file, is_planar, load_simpleitk, same_grid, simpleitk_affine
 from monai_deq.utils import replace_file
 
 from .geometry import ChainPart, compose_ddf, is_field, is_matrix
@@ -26,7 +26,6 @@ _NIFTI = (".nii", ".nii.gz")
 FIELD_FORMATS = (*_NIFTI, ".mha", ".nrrd")
 #: endings of ITK's transforms of any kind
 TRANSFORM_FORMATS = (".h5", ".tfm", ".txt", ".mat")
-_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: codes of NIfTI: a displacement, whose components ITK turns from RAS itself, and a plain vector, which it does not
 _DISPLACEMENT, _VECTOR = 1006, 1007
 #: intent name of a slice that is written twice, as ITK takes NIfTI vectors on (H, W, 1) for two-dimensional ones
@@ -59,7 +58,7 @@ def _lps_field(ddf: torch.Tensor, planar: bool) -> tuple[np.ndarray, np.ndarray]
             "cannot describe; resample the scan first."
         )
     millimetres = np.moveaxis(np.tensordot(affine[:3, : len(field)], field, axes=1), 0, -1)
-    vectors = (millimetres * np.diag(_FLIP)[:3]).astype(np.float32)
+    vectors = (millimetres * np.diag(LPS)[:3]).astype(np.float32)
     if planar:
         return vectors[..., :2], affine
     return (vectors[:, :, None] if vectors.ndim == 3 else vectors), affine
@@ -67,7 +66,7 @@ def _lps_field(ddf: torch.Tensor, planar: bool) -> tuple[np.ndarray, np.ndarray]
 
 def _sitk_geometry(image: Any, affine: np.ndarray, dims: int) -> None:
     """Give an image of SimpleITK the place that an affine in RAS says."""
-    lps = _FLIP @ affine
+    lps = LPS @ affine
     spacing = np.linalg.norm(lps[:dims, :dims], axis=0)
     direction = lps[:dims, :dims] / spacing
     # to the next rotation, as headers keep their numbers in single precision
@@ -88,7 +87,7 @@ def to_sitk(part: ChainPart, planar: bool = False) -> Any:
         _sitk_geometry(image, affine, dims)
         return sitk.DisplacementFieldTransform(image)
     dims = 2 if planar else 3
-    lps = _FLIP @ np.asarray(part) @ _FLIP
+    lps = LPS @ np.asarray(part) @ LPS
     matrix = sitk.AffineTransform(dims)
     matrix.SetMatrix(lps[:dims, :dims].ravel().tolist())
     matrix.SetTranslation(lps[:dims, 3].tolist())
@@ -131,7 +130,7 @@ def save_transform(path: str | Path, transform: ChainPart | Sequence[ChainPart])
             nib.save(image, temporary)
         return
     if ending in (".tfm", ".txt"):  # without SimpleITK, as a slice of another plane has one
-        lps = (_FLIP @ np.asarray(chain[0], dtype=float) @ _FLIP)[: 2 if planar else 3]
+        lps = (LPS @ np.asarray(chain[0], dtype=float) @ LPS)[: 2 if planar else 3]
         dims = len(lps)
         numbers = [*lps[:, :dims].ravel().tolist(), *lps[:, 3].tolist()]
         text = f"#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_{dims}_{dims}\n"
@@ -158,7 +157,7 @@ def _field_from_lps(vectors: np.ndarray, affine: np.ndarray, path: Path, flip: b
     dims = vectors.shape[-1]
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path}: the displacement field must be finite, it has NaN or infinity.")
-    millimetres = vectors * np.diag(_FLIP)[:dims] if flip else vectors
+    millimetres = vectors * np.diag(LPS)[:dims] if flip else vectors
     inverse = np.linalg.inv(affine)[:dims, :dims]
     field = np.moveaxis(millimetres.astype(np.float64) @ inverse.T, -1, 0).astype(np.float32)
     tensor = torch.from_numpy(np.ascontiguousarray(field))
@@ -206,11 +205,8 @@ def _sitk_field(image: Any, path: Path) -> MetaTensor:
             f"{path}: expected a displacement field, {dims} components in {dims} dimensions, got "
             f"{image.GetNumberOfComponentsPerPixel()}."
         )
-    affine = np.eye(4)
-    affine[:dims, :dims] = np.reshape(image.GetDirection(), (dims, dims)) * np.asarray(image.GetSpacing())
-    affine[:dims, 3] = image.GetOrigin()
     vectors = sitk.GetArrayFromImage(image).transpose(*reversed(range(dims)), dims)
-    return _field_from_lps(vectors, _FLIP @ affine, path)
+    return _field_from_lps(vectors, simpleitk_affine(image), path)
 
 
 def _from_sitk(transform: Any, path: Path) -> list[ChainPart]:
@@ -232,7 +228,7 @@ def _from_sitk(transform: Any, path: Path) -> list[ChainPart]:
     lps[:dims, 3] = origin
     for axis in range(dims):
         lps[:dims, axis] = np.asarray(transform.TransformPoint(np.eye(dims)[axis].tolist())) - origin
-    return [_FLIP @ lps @ _FLIP]
+    return [LPS @ lps @ LPS]
 
 
 def load_transform(path: str | Path) -> list[ChainPart]:

@@ -11,8 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import MetaTensor
 
+from monai_deq.data import affine_of
 from monai_deq.metrics import jacobian_determinant
 
 __all__ = ["RegisteredPair"]
@@ -81,14 +81,8 @@ class RegisteredPair:
         for name, key in (*((n, n) for n in _OPTIONAL[:3]), ("mask", "fixed_mask")):
             if item.get(key) is not None and item[key].shape[1:] == item["fixed"].shape[1:]:
                 arrays[name] = _array(item[key])[0]
-        fixed = item["fixed"]
-        affine = np.eye(4)
-        if isinstance(fixed, MetaTensor):
-            of_fixed = _array(fixed.affine)
-            n = len(of_fixed) - 1
-            affine[:n, :n], affine[:n, 3] = of_fixed[:n, :n], of_fixed[:n, -1]
         names = (str(item.get("moving_subject", "moving")), str(item.get("fixed_subject", "fixed")))
-        return cls(**arrays, ddf=_array(item["ddf"]), affine=affine, names=names)
+        return cls(**arrays, ddf=_array(item["ddf"]), affine=affine_of(item["fixed"]), names=names)
 
     @property
     def spacing(self) -> np.ndarray:
