@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, Dataset, MetaTensor, PersistentDataset
+from monai.data import CacheDataset, Dataset, MetaTensor
 from monai.data.utils import pickle_hashing
 from monai.transforms import Compose, Transform, reset_ops_id
+from monai.utils import convert_to_tensor
 
 from monai_deq.data.pairs import GivenPairDataset, PairDataset
+from monai_deq.networks import load_checkpoint, save_checkpoint
 
 __all__ = ["cached_given_pairs", "cached_pairs", "cached_subjects"]
 
@@ -49,31 +51,75 @@ class _PlainMetadata(Transform):
         return data
 
 
-class _SubjectsOnDisk(PersistentDataset):
+class _SubjectsOnDisk(Dataset):
     """
-    MONAI's data set for what the loading transforms give. By default it loses the affines from the second read on
-    (``track_meta=False``), finds each file "corrupt" (``track_meta=True``: NumPy values of a NIfTI header are not read
-    back), takes a cache of another image size for its own, and fails at a file that was cut off.
+    What the loading transforms give, one file a subject, which appears whole or not at all. MONAI's
+    ``PersistentDataset`` loses the affines from the second read on (``track_meta=False``) or finds each file "corrupt"
+    (``track_meta=True``: NumPy values of a NIfTI header are not read back), takes a cache of another image size for its
+    own, fails at a file that was cut off, and does not see a flipped bit.
     """
 
     def __init__(self, data: Sequence[Any], transform: Callable[[Any], Any], cache_dir: str | Path) -> None:
         compose = copy.copy(transform) if isinstance(transform, Compose) else Compose(transform)
         compose.transforms = (*compose.transforms, _PlainMetadata())
-        super().__init__(data, compose, cache_dir, hash_transform=pickle_hashing, reset_ops_id=False, track_meta=True)
+        super().__init__(data, compose)
+        self.folder = Path(cache_dir).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.transform_hash = pickle_hashing(list(compose.flatten().transforms)).decode()
+
+    def _file(self, item: Mapping[str, Any]) -> Path:
+        """Where a subject is kept: another file where a scan, its name or the transforms are others."""
+        scans = [Path(value) for value in item.values() if isinstance(value, (str, Path))]
+        stats = [path.stat() for path in scans if path.is_file()]
+        known = {**item, "files": [(stat.st_size, stat.st_mtime_ns) for stat in stats]}
+        return self.folder / f"{pickle_hashing(known).decode()}{self.transform_hash}.pt"
 
     def __getitem__(self, index: Any) -> Any:
+        file = self._file(self.data[index])
+        if file.is_file():
+            try:
+                return load_checkpoint(file)
+            except ValueError as e:
+                logger.warning("%s is damaged and is made anew: %s", file, e)
+        item = convert_to_tensor(super().__getitem__(index), convert_numeric=False, track_meta=True)
+        save_checkpoint(item, file)
+        return item
+
+
+class _Attempt(Transform):
+    """
+    Loading transforms that give an error back, and keep it, in place of raising it: behind one MONAI's threads would
+    read on while the process ends, which PyTorch aborts.
+    """
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform, self.errors = transform, list[Exception]()
+
+    def __call__(self, data: Any) -> Any:
         try:
-            return super().__getitem__(index)
-        except PermissionError:
-            raise
+            return self.transform(data)
         except Exception as e:
-            file = Path(str(self.cache_dir)) / f"{self.hash_func(self.data[index]).decode()}{self.transform_hash}.pt"
-            if not file.is_file():
-                raise
-            # a file is written when the transforms are through: it is the file that cannot be read
-            logger.warning("%s is damaged (%s) and is made anew", file, type(e).__name__)
-            file.unlink(missing_ok=True)
-            return super().__getitem__(index)
+            self.errors.append(e)
+            return e
+
+
+class _SubjectsInMemory(CacheDataset):
+    """MONAI's data set, which reads all subjects before it raises the error of one, and logs those of the others."""
+
+    def __init__(self, data: Sequence[Any], transform: Callable[[Any], Any], **kwargs: Any) -> None:
+        attempt = _Attempt(transform)
+        # not copied here: PairDataset and GivenPairDataset copy what they give out
+        super().__init__(data, attempt, copy_cache=False, **kwargs)
+        if attempt.errors:
+            for error in attempt.errors[1:]:
+                logger.error("%s", error)
+            raise attempt.errors[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 def cached_subjects(
@@ -89,14 +135,13 @@ def cached_subjects(
         subjects: ``{"subject": name, "image": file, "label": file or None}`` each, or pairs with their files.
         transform: loading transforms, without randomness.
         cache_dir: folder of a cache on disk, which runs may share: files are told apart by the subject's file names and
-            by the transforms. It is not noticed when a scan itself changes. Defaults to None: in memory.
+            by the transforms, and by their size and date. Defaults to None: in memory.
         cache_rate: share of the subjects kept in memory. Defaults to 1.
         num_workers: threads that fill the memory, one at least. Defaults to 0.
     """
     if cache_dir is not None:
         return _SubjectsOnDisk(list(subjects), transform, cache_dir)
-    # not copied here: PairDataset and GivenPairDataset copy what they give out
-    return CacheDataset(list(subjects), transform, cache_rate=cache_rate, num_workers=num_workers, copy_cache=False)
+    return _SubjectsInMemory(list(subjects), transform, cache_rate=cache_rate, num_workers=num_workers)
 
 
 def cached_pairs(

@@ -102,9 +102,23 @@ def _content(path: Path) -> str | None:
     return next((n for m, n in _MAGIC.items() if head.startswith(m)), None)
 
 
+def _decompressed(path: Path) -> Any:
+    """
+    The image of a file that nibabel reads. A compressed one is read to its end, where gzip has the checksum: nibabel
+    stops behind the last voxel, and never compares it.
+    """
+    image: Any = nib.load(path)  # type: ignore[attr-defined]
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if not packed:
+        return image
+    with gzip.open(path) as unpacked:
+        return type(image).from_bytes(unpacked.read())
+
+
 def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Array, affine, and time between the volumes of a 4-D file."""
-    image: Any = nib.load(path)
+    image: Any = _decompressed(path)
     array = np.asarray(image.dataobj)  # whole numbers stay as they are, unless the header scales them
     return array, np.asarray(image.affine, dtype=float), float(([*image.header.get_zooms(), 1.0, 1.0])[3])
 

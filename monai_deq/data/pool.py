@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,7 +151,14 @@ class StatePool:
             return torch.zeros(whole)
         # the file loses its name here and is gone with the mapping, also when the process is killed
         with tempfile.TemporaryFile(dir=self.folder) as file:
-            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=whole))
+            size = 4 * math.prod(whole)
+            try:  # a file with holes would end the process where the disk is full
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as e:
+                words = f"the states of the pool need {size / 1e6:.0f} MB in the folder {self.folder}: {e.strerror}."
+                raise OSError(e.errno, f"{words} Make room, or take fewer slots.") from e
+            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="r+", shape=whole))
 
     def _visits(self, slots: Sequence[int], tickets: Sequence[int], ddf: torch.Tensor) -> list[tuple[int, int]]:
         """Slot and ticket of each field of a batch, checked."""

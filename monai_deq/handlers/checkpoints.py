@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,11 +13,20 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import Checkpoint
 
-from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record
+from monai_deq.networks import NetworkRecord, describe, load_checkpoint, load_weights, read_record, save_checkpoint
 from monai_deq.networks.nets import IteratedNet
-from monai_deq.utils import check_writable, gather_items, process_count, process_rank, refuse_existing
+from monai_deq.utils import (
+    check_writable,
+    gather_items,
+    lock_folder,
+    process_count,
+    process_rank,
+    refuse_existing,
+    unlock_folder,
+    wait_for_all,
+)
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
@@ -103,6 +113,8 @@ class TrainingCheckpoint:
             )
         if process_rank() == 0:  # the one that writes
             check_writable(self.last_path.parent)
+            self.last_path.parent.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.last_path.parent, "training")
         if self.resume and self.last_path.is_file():
             self._load(engine)
             return
@@ -128,12 +140,20 @@ class TrainingCheckpoint:
             if self.averaged is not None:
                 self.averaged.load_state_dict(self.network.state_dict())
             self.logger.info(f"training starts from the weights in {self.weights}")
+        if process_rank() == 0:
+            self._finish_staged(None)
+            # else a resume would go on with the earlier training, where this one is stopped in its first epoch
+            self.last_path.unlink(missing_ok=True)
+        wait_for_all()
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
         if absent := (_OWN | set(self.objects)) - set(checkpoint):
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         training = checkpoint["training"]
+        if process_rank() == 0:
+            self._finish_staged(training["epoch"])
+        wait_for_all()
         if training["epoch_length"] != engine.state.epoch_length:
             raise ValueError(
                 f"{self.last_path} was trained with {training['epoch_length']} iterations an epoch, this run has "
@@ -205,19 +225,49 @@ class TrainingCheckpoint:
         training |= dict(earlier_pairs=self.earlier_pairs, pairs=self.earlier_pairs + pairs, record=asdict(self.record))
         objects = {"network": self.network, "averaged": self.averaged or _part({}), **self.objects}
         objects |= {"training": _part(training), "scaler": getattr(engine, "scaler", None) or _part({})}
-        saver = DiskSaver(str(self.last_path.parent), atomic=True, create_dir=True, require_empty=False)
-        if best_epoch == engine.state.epoch:
-            best = {"network": self.averaged or self.network}
-            Checkpoint(best, saver, filename_pattern=self.best_path.name)(engine)
+        # the best weights get their names behind last.pt, which says whose they are: a kill in between loses nothing
+        json_path = self.best_path.with_suffix(".json")
+        staged = {path: self._staged(path, best_epoch) for path in (json_path, self.best_path)}
+        try:
+            if best_epoch == engine.state.epoch:
+                best = {"network": self.averaged or self.network}
+                Checkpoint(best, self._save, filename_pattern=staged[self.best_path].name)(engine)
+                if process_rank() == 0:
+                    more = {"training_pairs": training["pairs"], "epoch": best_epoch}
+                    record = replace(self.record, training={**self.record.training, **more})
+                    record.write(staged[json_path])
+            Checkpoint(objects, self._save, filename_pattern=self.last_path.name)(engine)
+        except Exception:
             if process_rank() == 0:
-                more = {"training_pairs": training["pairs"], "epoch": best_epoch}
-                record = replace(self.record, training={**self.record.training, **more})
-                record.write(self.best_path.with_suffix(".json"))
-                self.logger.info(f"best validation score so far: wrote {self.best_path}")
-        Checkpoint(objects, saver, filename_pattern=self.last_path.name)(engine)
+                for path in staged.values():
+                    path.unlink(missing_ok=True)
+            raise
+        if best_epoch == engine.state.epoch and process_rank() == 0:
+            for path, whole in staged.items():
+                os.replace(whole, path)
+            self.logger.info(f"best validation score so far: wrote {self.best_path}")
+
+    def _save(self, content: Mapping[str, Any], filename: str, metadata: Mapping[str, Any] | None = None) -> None:
+        if process_rank() == 0:
+            save_checkpoint(content, self.last_path.with_name(filename))
+
+    def _staged(self, path: Path, epoch: int) -> Path:
+        """Where the best weights of an epoch and their record are until there is its ``last.pt``."""
+        return path.with_name(f".epoch-{epoch}-{path.name}")
+
+    def _finish_staged(self, epoch: int | None) -> None:
+        """Give the best weights of an epoch whose ``last.pt`` was written their names; remove those of others."""
+        for path in (self.best_path.with_suffix(".json"), self.best_path):
+            for whole in path.parent.glob(f".epoch-*-{path.name}"):
+                if epoch is not None and whole == self._staged(path, epoch):
+                    os.replace(whole, path)
+                else:
+                    whole.unlink(missing_ok=True)
 
     def completed(self, engine: Engine) -> None:
         """Say so when there are no best weights."""
+        if process_rank() == 0:
+            unlock_folder(self.last_path.parent)
         if process_rank() == 0 and self.last_path.is_file() and not self.best_path.is_file():
             self.logger.warning(
                 f"{self.best_path} was not written, as no epoch was validated: the weights are in {self.last_path}"

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from . import blocks, nets
-from .checkpoints import load_checkpoint, load_weights
+from .checkpoints import load_checkpoint, load_weights, save_checkpoint
 from .compilation import compile_backbones, on_device
 from .records import NetworkRecord, build_component, describe, load_network, read_record
 
@@ -20,4 +20,5 @@ __all__ = [
     "nets",
     "on_device",
     "read_record",
+    "save_checkpoint",
 ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ["load_checkpoint", "load_weights"]
+from monai_deq.utils import replace_file
+
+__all__ = ["load_checkpoint", "load_weights", "save_checkpoint"]
+
+
+def save_checkpoint(content: Mapping[str, Any], path: str | Path) -> None:
+    """
+    Write a checkpoint file, whole or not at all. Equal content makes equal bytes; each part has its checksum, which
+    :py:func:`load_checkpoint` compares.
+    """
+    with replace_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)  # of a path PyTorch would write the name into the file, here the temporary one
 
 
 def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") -> Mapping[str, Any]:
@@ -19,12 +31,17 @@ def load_checkpoint(path: str | Path, map_location: torch.device | str = "cpu") 
 
     Raises:
         FileNotFoundError: When there is no such file.
-        ValueError: When the file is not a checkpoint, or not a whole one.
+        ValueError: When the file is not a checkpoint, or not a whole and undamaged one.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train first, or name a trained one (ckpt_path).")
     try:
+        if zipfile.is_zipfile(path):  # PyTorch writes the checksums of its parts, and does not compare them
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit; restore it from a copy")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:
         said = " ".join(str(e).split())[:200]
@@ -47,7 +64,8 @@ def load_weights(network: nn.Module, path: str | Path, without: str | None = Non
 
     Raises:
         FileNotFoundError: When there is no such file.
-        ValueError: When the file is not a checkpoint, is one of another architecture, or has several that fit.
+        ValueError: When the file is not a checkpoint, is one of another architecture, has several that fit, or weights
+            that are not finite.
     """
     checkpoint = load_checkpoint(path)
     own = {k: v for k, v in network.state_dict().items() if not (without and k.startswith(without))}
@@ -74,6 +92,11 @@ def load_weights(network: nn.Module, path: str | Path, without: str | None = Non
             "one that is meant alone."
         )
     state = fitting.get("network", next(iter(fitting.values())))
+    if lost := [k for k in own if state[k].is_floating_point() and not torch.isfinite(state[k]).all()]:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ValueError(
+            f"{path} has weights that are not finite, NaN or infinity: {lost[0]}{more}. Take an earlier checkpoint."
+        )
     network.load_state_dict(state, strict=not without)
     return network
 

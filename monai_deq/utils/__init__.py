@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .files import check_writable, json_ready, refuse_existing, replace_file, write_json
+from .files import check_writable, json_ready, lock_folder, refuse_existing, replace_file, unlock_folder, write_json
 from .processes import (
     end_processes,
     gather_items,
@@ -26,12 +26,14 @@ __all__ = [
     "init_processes",
     "json_ready",
     "local_device",
+    "lock_folder",
     "mean_over_processes",
     "process_count",
     "process_rank",
     "refuse_existing",
     "refuse_unknown_settings",
     "replace_file",
+    "unlock_folder",
     "wait_for_all",
     "write_json",
 ]

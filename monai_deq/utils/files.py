@@ -3,21 +3,32 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["check_writable", "json_ready", "refuse_existing", "replace_file", "write_json"]
+__all__ = ["check_writable", "json_ready", "lock_folder", "refuse_existing", "replace_file", "unlock_folder"]
+__all__ += ["write_json"]
+
+_LOCKS: dict[Path, IO[str]] = {}
 
 
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
-    """Write a file under a temporary name, of its suffixes, and move it into place when the block ends well."""
+    """
+    Write a file under a temporary name, of its suffixes, and move it into place when the block ends well. What goes
+    wrong because the disk is full is an ``OSError`` that says so, whatever the library that wrote made of it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:]) if path.name.lower().endswith(".gz") else path.suffix
@@ -29,8 +40,29 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         os.umask(mask := os.umask(0))
         temporary.chmod(0o666 & ~mask)  # as open() would have made it; mkstemp lets the owner alone read
         os.replace(temporary, path)
+    except Exception as e:
+        if not _disk_is_full(e, path.parent):
+            raise
+        written, there = temporary.stat().st_size / 1e6, path.exists()
+        kept = "; the file of that name is as it was" if there else ""
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {path} needs more than the {written:.1f} MB that could be written of it{kept}. Make "
+            "room, or name a folder on another disk.",
+        ) from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """Whether an error came of that; libraries raise errors of their own (PyTorch: ``unexpected pos``)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    # what is written last may still have fitted
+    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 1 << 16
 
 
 def check_writable(folder: str | Path) -> None:
@@ -54,6 +86,49 @@ def check_writable(folder: str | Path) -> None:
         with suppress(OSError):  # not there, or in use by now
             for made in absent:
                 made.rmdir()
+
+
+def lock_folder(folder: str | Path, what: str) -> None:
+    """
+    Let no other process work in a folder until :py:func:`unlock_folder`, or the end of this one, however it ends: it is
+    the kernel's lock on the file ``.lock``. Where the file system has no locks that is logged.
+
+    Args:
+        folder: an existing folder.
+        what: how to call the work, for messages.
+
+    Raises:
+        RuntimeError: When another process works there.
+    """
+    path = Path(folder).resolve() / ".lock"
+    while path not in _LOCKS:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # open as long as it is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            said = file.read().strip() or "another process"
+            file.close()
+            words = f"another {what} works in the folder {folder}: {said}"
+            raise RuntimeError(f"{words}. Wait for its end, or name another folder.") from None
+        except OSError as e:
+            words = "%s has no locks (%s): see to it that one %s at a time works there"
+            logging.getLogger("monai_deq").warning(words, folder, e.strerror, what)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            _LOCKS[path] = file
+        else:  # its owner has removed it meanwhile
+            file.close()
+
+
+def unlock_folder(folder: str | Path) -> None:
+    """Let others work in a folder that this process has locked."""
+    path = Path(folder).resolve() / ".lock"
+    if file := _LOCKS.pop(path, None):
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def refuse_existing(paths: Iterable[str | Path], advice: str) -> None:

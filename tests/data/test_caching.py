@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from monai.data import CacheDataset, MetaTensor
 from monai.transforms import MapTransform
 
 from monai_deq.data import PairDataset, cached_subjects, grid_of
+from monai_deq.networks import load_checkpoint
 from monai_deq.transforms import LoadRegistrationImaged, load_subject_transforms
 
 # a coronal slice: its second axis is the third of the world
@@ -187,3 +189,38 @@ def test_bad_subject_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with pytest.raises(Exception, match=r"image1.nii.gz"):
         dataset[1]
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_flipped_bit_of_a_cache_file_is_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    subjects = make_subjects(tmp_path, 3)
+    transform = load_subject_transforms(3)
+    first = cached_subjects(subjects, transform, tmp_path / "cache")[0]["image"]
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = bytearray(file.read_bytes())
+    place = whole.find(first.numpy().tobytes())
+    assert place > 0
+    whole[place + 10] ^= 1
+    file.write_bytes(whole)
+    again = cached_subjects(subjects, transform, tmp_path / "cache")[0]["image"]
+    assert torch.equal(again, first) and f"{file} is damaged and is made anew" in caplog.text
+    assert load_checkpoint(file)["image"].shape == first.shape
+
+
+def test_a_scan_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    subjects = make_subjects(tmp_path, 3)
+    transform = load_subject_transforms(3)
+    first = cached_subjects(subjects, transform, tmp_path / "cache")[0]["image"]
+    image = nib.load(subjects[0]["image"])
+    nib.save(nib.Nifti1Image(image.get_fdata()[::-1].astype(np.float32), image.affine), subjects[0]["image"])
+    again = cached_subjects(subjects, transform, tmp_path / "cache")[0]["image"]
+    assert torch.equal(again, first.flip(1)) and not torch.equal(again, first)
+
+
+def test_threads_end_before_an_error_is_raised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    subjects = make_subjects(tmp_path, 3, 6)
+    for i in (1, 4):
+        Path(subjects[i]["image"]).write_bytes(b"none")
+    with pytest.raises(RuntimeError, match=r"image\d\.nii\.gz"):
+        cached_subjects(subjects, load_subject_transforms(3), num_workers=3)
+    assert "image1" in caplog.text or "image4" in caplog.text  # the other one
+    assert not [thread for thread in threading.enumerate() if "Pool" in thread.name]

@@ -413,3 +413,26 @@ def test_large_labels_are_written_exactly(tmp_path):
     image = torch.tensor([0, 2**40 + 1, 2**62 + 1, -(2**35)]).reshape(1, 2, 2, 1)
     save_nifti(tmp_path / "a.nii.gz", image, None, 3)
     assert torch.equal(read_image(tmp_path / "a.nii.gz", "a", label=True).as_tensor(), image)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
+def test_a_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: Path, ending: str) -> None:
+    rng = np.random.default_rng(0)
+    voxels = rng.random((12, 10, 8)).astype(np.float32)
+    kind = nib.Nifti1Image if ending == ".nii.gz" else nib.MGHImage
+    file = tmp_path / f"scan{ending}"
+    nib.save(kind(voxels, np.diag([1.0, 2.0, 3.0, 1.0])), file)
+    whole, refused = file.read_bytes(), 0
+    for bit in rng.choice(8 * len(whole), 60, replace=False):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            image = read_image(file, "scan")
+        except (RuntimeError, ValueError) as e:
+            assert str(file) in str(e)
+            refused += 1
+        else:
+            np.testing.assert_array_equal(image.as_tensor()[0], voxels)
+            np.testing.assert_array_equal(image.affine, np.diag([1.0, 2.0, 3.0, 1.0]))
+    assert refused > 40

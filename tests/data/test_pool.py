@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -269,3 +271,12 @@ def test_refuses_states(tmp_path: Path) -> None:
     for slot, ticket in ((2, 0), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="expected slots 0 to 1 and tickets from 0"):
             pool.get([slot], [ticket], like)
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=rf"states of the pool need 4 MB in the folder {tmp_path}.*No space.*fewer slots"):
+        StatePool(8, tmp_path).put([0], [0], torch.zeros(1, 2, 256, 256))

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +201,7 @@ def best_of(folder: Path) -> tuple[int, float]:
 
 
 def files(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    return {p.name for p in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
 
 
 def test_same_seed_same_losses(tmp_path: Path) -> None:
@@ -450,6 +453,59 @@ def test_files_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number
     resumed = Training(folder, 3, scores=scores, resume=True).run()
     assert resumed.losses == whole.losses[ITERATIONS:]
     assert_same(load(folder / "model.pt"), load(tmp_path / "whole" / "model.pt"))
+
+
+class Killed(BaseException):
+    """Nothing but the test catches it: as little is cleaned up as after a kill."""
+
+
+@pytest.mark.parametrize("number", [*range(1, 7)])
+def test_a_kill_between_two_files_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    scores = (0.1, 0.2)
+    whole = Training(tmp_path / "whole", 2, scores=scores).run()
+    folder, replaced = tmp_path / "part", []
+    replace_whole = os.replace
+
+    def killed(source: Any, target: Any) -> None:  # of model.pt, its record, last.pt, and the names of the first two
+        replaced.append(target)
+        if len(replaced) == number:
+            raise Killed
+        replace_whole(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            Training(folder, 2, scores=scores).run()
+    # as a requeue does, whatever is there
+    done = len(scores) if (folder / "last.pt").is_file() else 0
+    resumed = Training(folder, 2, scores=scores, resume=True).run()
+    assert resumed.losses == whole.losses[ITERATIONS * min(done, 1) :]
+    for name in ("last.pt", "model.pt"):
+        assert_same(load(folder / name), load(tmp_path / "whole" / name))
+    assert (folder / "model.json").read_text() == (tmp_path / "whole" / "model.json").read_text()
+    assert files(folder) == {"last.pt", "model.pt", "model.json"}
+
+
+def test_overwriting_leaves_nothing_to_resume_by_mistake(tmp_path: Path) -> None:
+    Training(tmp_path, 1).run()
+    training = Training(tmp_path, 1, overwrite=True)
+    training.checkpoint.started(training.trainer)
+    assert files(tmp_path) == {"model.pt", "model.json"}
+
+
+def test_one_training_a_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys, fcntl; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); f.write('process 7 on h'); "
+    )
+    program += "f.flush(); print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        with pytest.raises(RuntimeError, match=rf"another training works in the folder {tmp_path}: process 7 on h"):
+            Training(tmp_path, 1).run()
+        other.kill()
+    Training(tmp_path, 1).run()
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "model.pt", "model.json"}
 
 
 def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:

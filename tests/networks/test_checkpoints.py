@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import deq_net, tiny_update
 
-from monai_deq.networks import load_checkpoint, load_weights
+from monai_deq.networks import load_checkpoint, load_weights, save_checkpoint
 from monai_deq.networks.blocks import RegistrationUNet
 from monai_deq.networks.nets import coarse_to_fine
 
@@ -208,3 +209,43 @@ def test_no_weights(tmp_path: Path, content: Any, got: str) -> None:
     torch.save(content, path)
     with pytest.raises(ValueError, match=rf"model\.pt holds no weights: expected a dictionary of tensors.*got {got}\."):
         load_weights(unet(), path)
+
+
+def test_equal_content_makes_equal_bytes(tmp_path: Path) -> None:
+    content = {"network": torch.nn.Conv2d(2, 3, 3).state_dict(), "epoch": 3}
+    save_checkpoint(content, tmp_path / "a.pt")
+    save_checkpoint(content, tmp_path / "folder" / "b.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "folder" / "b.pt").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] != [] and not list(tmp_path.rglob(".*"))
+
+
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
+    content = torch.nn.Conv2d(3, 8, 3).state_dict()
+    file = tmp_path / "model.pt"
+    save_checkpoint(content, file)
+    whole, refused = file.read_bytes(), 0
+    rng = np.random.default_rng(0)
+    for bit in rng.choice(8 * len(whole), 100, replace=False):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(file)
+        except ValueError as e:
+            assert str(file) in str(e)
+            refused += 1
+        else:
+            assert loaded.keys() == content.keys() and all(torch.equal(loaded[k], v) for k, v in content.items())
+    assert refused > 50
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    network = torch.nn.Conv2d(1, 2, 3)
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    state["weight"][1, 0, 2, 2] = value
+    save_checkpoint(state, tmp_path / "model.pt")
+    before = network.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"model.pt has weights that are not finite.*: weight\. Take an earlier"):
+        load_weights(network, tmp_path / "model.pt")
+    assert torch.equal(network.weight, before)
