@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -109,11 +110,14 @@ def register_scans(
     require_converged: Annotated[
         bool, typer.Option("--require-converged", help="Exit code 3 when a pair did not come to rest.")
     ] = False,
+    on_error: Annotated[str, typer.Option(help="When a pair fails: stop, or skip and go on with the others.")] = "stop",
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out pairs that are registered already.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Register the moving scan to the fixed one: two files in any space, of any orientation and spacing.
 
-    Exit codes: 0 done, 2 bad input, 3 not at rest where --require-converged asks for it.
+    Exit codes: 0 done, 1 a pair failed and was skipped, 2 bad input, 3 not at rest where --require-converged asks for
+    it; 130 and 143 ended by Ctrl-C and by SIGTERM.
 
     Example: monai-deq register fixed.nii.gz moving.nii.gz -o out --affine rigid --report
 
@@ -155,8 +159,12 @@ def register_scans(
         save_ddf=save_ddf,
         report=report,
         overwrite=overwrite,
+        resume=resume,
+        on_error=on_error,  # type: ignore[arg-type]
     )
     results = register_pairs(items, output_dir, settings)
+    if any("error" in r for r in results):
+        raise typer.Exit(1)
     if require_converged and (moving_on := [r for r in results if not r["converged"]]):
         print(
             f"{len(moving_on)} of {len(results)} pairs did not come to rest: {moving_on[0]['verdict']}.",
@@ -392,13 +400,24 @@ def pack_for_zoo(
     write_zoo_package(bundle_dir, weights, output_dir, name, _names(overlays), weights_url, overwrite)
 
 
+def _end(number: int, frame: Any) -> None:
+    """End the command, with what it was writing removed: files appear whole or not at all."""
+    again = "; register goes on with --resume" if "register" in sys.argv[1:2] else ""
+    print(f"stopped by {signal.Signals(number).name}: what was written before is whole{again}.", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
-    """Run the command: an error is one line on stderr that says what to do, with exit code 2."""
+    """Run the command: an error is one line on stderr that says what to do, with exit code 2; SIGTERM and Ctrl-C end it
+    with 143 and 130.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s - %(levelname)s - %(message)s")
     warnings.filterwarnings("ignore", message="monai.networks.blocks.Warp: Using PyTorch native")  # no user's concern
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     try:
         app()
     except (OSError, RuntimeError, ValueError, ImportError) as e:

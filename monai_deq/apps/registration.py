@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from monai_deq.transforms import (
     pull_image,
     summary_lines,
 )
-from monai_deq.utils import check_writable, local_device
+from monai_deq.utils import check_writable, json_ready, local_device
 from monai_deq.visualize import HTMLPage, RegisteredPair, new_figure, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
@@ -74,6 +76,8 @@ class RegistrationSettings:
         save_ddf: write the displacement field in voxels too.
         report: write a report, one HTML file a pair.
         overwrite: replace existing files.
+        resume: leave out pairs that have been registered with these settings; ``ValueError`` for one with others.
+        on_error: ``"stop"``, or ``"skip"``: go on with the other pairs.
     """
 
     preset: str = "brain"
@@ -86,8 +90,14 @@ class RegistrationSettings:
     save_ddf: bool = False
     report: bool = False
     overwrite: bool = False
+    resume: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
+        if self.overwrite and self.resume:
+            raise ValueError("resume and overwrite exclude each other.")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error: expected stop or skip, got {self.on_error!r}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
         if self.tolerance is not None and not self.tolerance >= 0:
@@ -133,7 +143,9 @@ def _transforms(
         device=device,
         **solver,
     )
-    save = SaveRegistrationd(output_dir, settings.overwrite, settings.transform_format, settings.save_ddf)
+    # what an earlier run has left of a pair without a record is not whole
+    replace = settings.overwrite or settings.resume
+    save = SaveRegistrationd(output_dir, replace, settings.transform_format, settings.save_ddf)
     return load_pair_transforms(dims, affine=settings.affine, **scans), solve, finish_pair_transforms(), save
 
 
@@ -150,7 +162,8 @@ def register_pairs(
         settings: how. Defaults to :py:class:`RegistrationSettings`, whose own are the defaults.
 
     Returns:
-        Of each pair its names, ``"verdict"``, ``"converged"``, ``"summary"``, ``"seconds"`` and ``"files"``.
+        Of each pair its names, ``"verdict"``, ``"converged"``, ``"summary"``, ``"seconds"`` and ``"files"``; of one
+        that failed its names and the ``"error"``. Pairs that were left out are not among them.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: When a file or a setting is wrong.
@@ -161,43 +174,103 @@ def register_pairs(
     items = pair_items(pairs)
     if not items:
         raise ValueError("there is no pair to register.")
-    dims = [image_dims(item["fixed"], "fixed") for item in items]
-    transforms = {n: _transforms(settings, n, output_dir) for n in set(dims)}
-    saver = next(iter(transforms.values()))[-1]
-    for item in items:
-        saver.refuse_existing(item)
+    save = SaveRegistrationd(output_dir, settings.overwrite, settings.transform_format, settings.save_ddf)
+    used = json_ready({key: getattr(settings, key) for key in _DECISIVE})
+    left = [item for item in items if not (settings.resume and _is_done(save, item, used, settings.report))]
+    if len(left) < len(items):
+        logger.info("%d of %d pairs are there already", len(items) - len(left), len(items))
+    for item in left if not settings.resume else ():
+        save.refuse_existing(item)
         if settings.affine or "initial_transform" in item:
-            saver.refuse_existing({**item, "initial_transform": [2 * np.eye(4)]})  # its affine file too
+            save.refuse_existing({**item, "initial_transform": [2 * np.eye(4)]})  # its affine file too
         if settings.report:
-            HTMLPage.check(_report_path(saver, item), settings.overwrite)
+            HTMLPage.check(_report_path(save, item), settings.overwrite)
     check_writable(output_dir)
     if settings.report:
         new_figure(1.0, 1.0)  # an error where matplotlib is missing
-    results = []
-    for number, (item, n) in enumerate(zip(items, dims, strict=True), start=1):
-        begin = time.perf_counter()
-        logger.info("pair %d of %d: %s to %s", number, len(items), item["moving"], item["fixed"])
-        load, solve, finish, save = transforms[n]
-        loaded: Any = load(item)
-        logger.info("registering on a grid of %s voxels", " x ".join(map(str, loaded["fixed"].shape[1:])))
-        solved = solve(loaded)
-        logger.info("warping and measuring")
-        done: Any = finish(solved)
-        saved = save({**done, **{k: v for k, v in done["record"].items() if k not in done}})
-        record = saved["record"]
-        if settings.report:
-            saved["files"]["report"] = str(_report_path(save, item))
-            _write_report(saved, settings)
-        kept: dict[str, Any] = {
-            k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved
-        }
-        verdict, converged = record.get("verdict", record["reason"]), bool(record["converged"])
-        if "finish" in record:
-            verdict, converged = record["finish"]["reason"], bool(record["finish"]["converged"])
-        seconds = time.perf_counter() - begin
-        results.append({**kept, "verdict": verdict, "converged": converged, "seconds": seconds})
-    print("\n".join(summary_lines(results)), flush=True)
+    transforms: dict[int, Any] = {}
+    dims: list[int | None] = []
+    for item in left:  # what is wrong with a setting is said before anything is done, and with a scan unless skipped
+        try:
+            dims.append(image_dims(item["fixed"], "fixed"))
+        except (OSError, RuntimeError, ValueError):
+            if settings.on_error == "stop":
+                raise
+            dims.append(None)
+        if dims[-1] is not None and dims[-1] not in transforms:
+            transforms[dims[-1]] = _transforms(settings, dims[-1], output_dir)
+    results: list[dict[str, Any]] = []
+    for number, (item, n) in enumerate(zip(left, dims, strict=True), start=1):
+        logger.info("pair %d of %d: %s to %s", number, len(left), item["moving"], item["fixed"])
+        try:
+            n = image_dims(item["fixed"], "fixed") if n is None else n
+            results.append(_register({**item, "settings": used}, settings, *transforms[n]))
+        except (OSError, RuntimeError, ValueError) as e:
+            if settings.on_error == "stop" or (isinstance(e, OSError) and e.errno == errno.ENOSPC):
+                raise
+            logger.error("pair %d of %d failed: %s", number, len(left), " ".join(str(e).split()))
+            names: dict[str, Any] = {
+                key: item[key] for key in ("fixed_subject", "moving_subject", "name") if key in item
+            }
+            results.append({**names, "error": f"{type(e).__name__}: {' '.join(str(e).split())}"})
+    done, failed = ([r for r in results if ("error" in r) == wrong] for wrong in (False, True))
+    if done:
+        print("\n".join(summary_lines(done)), flush=True)
+    if failed:
+        print(f"{len(failed)} of {len(left)} pairs failed; the same with --resume does these alone:")
+        print("\n".join(f"  {r['moving_subject']} to {r['fixed_subject']}: {r['error']}" for r in failed), flush=True)
     return results
+
+
+#: settings that a result depends on
+_DECISIVE = ("preset", "weights", "affine", "steps", "tolerance", "transform_format")
+
+
+def _is_done(saver: SaveRegistrationd, item: Mapping[str, Any], settings: Mapping[str, Any], report: bool) -> bool:
+    """Whether a pair has all its files, the record last; ``ValueError`` where they were made with other settings."""
+    file = saver.paths(item)["record"]
+    if not file.is_file() or (report and not _report_path(saver, item).is_file()):
+        return False
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} does not say with what settings it was made: replace it with --overwrite.") from None
+    if said != settings:
+        other = [f"{k} {said.get(k)!r} (now {v!r})" for k, v in settings.items() if said.get(k) != v]
+        raise ValueError(
+            f"{file} was made with other settings, {', '.join(other)}: replace it with --overwrite, or name another "
+            "folder of results."
+        )
+    return True
+
+
+def _register(
+    item: Mapping[str, Any],
+    settings: RegistrationSettings,
+    load: CheckedCompose,
+    solve: FixedPointSolverd,
+    finish: CheckedCompose,
+    save: SaveRegistrationd,
+) -> dict[str, Any]:
+    """Register one pair and write what is found."""
+    begin = time.perf_counter()
+    loaded: Any = load(item)
+    logger.info("registering on a grid of %s voxels", " x ".join(map(str, loaded["fixed"].shape[1:])))
+    solved = solve(loaded)
+    logger.info("warping and measuring")
+    done: Any = finish(solved)
+    saved = save({**done, **{k: v for k, v in done["record"].items() if k not in done}})
+    record = saved["record"]
+    if settings.report:
+        saved["files"]["report"] = str(_report_path(save, item))
+        _write_report(saved, settings)
+    kept: dict[str, Any] = {
+        k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved
+    }
+    verdict, converged = record.get("verdict", record["reason"]), bool(record["converged"])
+    if "finish" in record:
+        verdict, converged = record["finish"]["reason"], bool(record["finish"]["converged"])
+    return {**kept, "verdict": verdict, "converged": converged, "seconds": time.perf_counter() - begin}
 
 
 def _report_path(saver: SaveRegistrationd, item: Mapping[str, Any]) -> Path:
@@ -239,7 +312,15 @@ def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings) -> No
     files = {path: _FILES[what] for what, path in item["files"].items() if what in _FILES}
     used = {**asdict(settings), "fixed": item["fixed_subject"], "moving": item["moving_subject"]}
     used["intensities"] = item.get("intensities", {})
-    write_pair_report(item["files"]["report"], pair, item["record"], pairs, used, files, overwrite=settings.overwrite)
+    write_pair_report(
+        item["files"]["report"],
+        pair,
+        item["record"],
+        pairs,
+        used,
+        files,
+        overwrite=settings.overwrite or settings.resume,
+    )
 
 
 def _plain(image: torch.Tensor) -> np.ndarray:

@@ -164,6 +164,8 @@ class PairSampler(Sampler, ABC):
         self.pairs_per_epoch = -(-pairs_per_epoch // self.num_replicas) * self.num_replicas
         self.seed = seed
         self.epoch = 0
+        #: draws that the next iteration leaves out: an epoch that goes on in its middle
+        self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose pairs the next iteration draws; counts from 0."""
@@ -182,7 +184,8 @@ class PairSampler(Sampler, ABC):
         return self._draw_all(generator)[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.draw(self.epoch))
+        skip, self.skip = self.skip, 0
+        return iter(self.draw(self.epoch)[skip:])
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws of all replicas depend on, beside the epoch."""

@@ -61,6 +61,8 @@ class PooledSampler(Sampler[PooledIndex]):
         self.slots = _checked_slots(slots)
         self.renewal = renewal
         self.epoch = 1
+        #: draws that the next iteration leaves out: an epoch that goes on in its middle
+        self.skip = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -87,7 +89,8 @@ class PooledSampler(Sampler[PooledIndex]):
                     held[slot] = PooledIndex(pair, slot, tickets * replicas + rank)
                     tickets += 1
                 drawn.append(held[slot])
-        return iter(drawn)
+        skip, self.skip = self.skip, 0
+        return iter(drawn[skip:])
 
     def state_dict(self) -> dict[str, Any]:
         """What the draws depend on; the states of a pool mean nothing with other draws."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from monai_deq.utils import (
     check_writable,
     gather_items,
     lock_folder,
+    mean_over_processes,
     process_count,
     process_rank,
     refuse_existing,
@@ -47,6 +50,9 @@ class TrainingCheckpoint:
     schedule a training is not resumed with one of another length. Place it after the validation handler and the one
     that steps the learning rate. Of several processes the first one writes and all read: the folder must be shared.
     ``state_dict`` of the objects is called in all of them, so that it may gather what each has.
+
+    SIGTERM and Ctrl-C end the process (``SystemExit``) behind the step under way, with a checkpoint in the middle of
+    the epoch, from which a training goes on as if it had not been stopped; a second one ends it at once.
 
     Args:
         save_dir: folder of the checkpoints.
@@ -96,12 +102,17 @@ class TrainingCheckpoint:
             self.logger.warning(f"the record of the weights will not have their network: {e}")
             description = None
         self.record = NetworkRecord(network=description, **describe(dict(record or {})))
+        #: the signal that has come
+        self.stopped_by: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._rng_state: torch.Tensor | None = None
         #: what the weights that the training starts from have been trained on
         self.earlier_pairs = 0
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.get_batch_started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
 
@@ -115,6 +126,10 @@ class TrainingCheckpoint:
             check_writable(self.last_path.parent)
             self.last_path.parent.mkdir(parents=True, exist_ok=True)
             lock_folder(self.last_path.parent, "training")
+        self.stopped_by = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._signal)
         if self.resume and self.last_path.is_file():
             self._load(engine)
             return
@@ -180,7 +195,13 @@ class TrainingCheckpoint:
             else:
                 self.logger.warning(f"{self.best_path} is gone: the best score is counted from here on anew")
         torch.set_rng_state(training["rng_state"].cpu())
-        self.logger.info(f"resumed after epoch {training['epoch']} from {self.last_path}")
+        behind = f"epoch {training['epoch']}"
+        if done := training["iteration"] % training["epoch_length"]:
+            behind = f"iteration {done} of epoch {training['epoch'] + 1}"
+            loader: Any = engine.data_loader  # type: ignore[attr-defined]
+            loader.sampler.skip = done * loader.batch_size
+            self._rng_state = training["rng_state"].cpu()
+        self.logger.info(f"resumed after {behind} from {self.last_path}")
         began, now = _flat(training["record"]), _flat(asdict(self.record))
         changed = [f"{k} {began[k]!r} (now {now[k]!r})" for k in now if k in began and began[k] != now[k]]
         if changed:
@@ -212,16 +233,63 @@ class TrainingCheckpoint:
                         "with, or start from its weights in another folder, with --weights."
                     )
 
+    def _signal(self, number: int, frame: Any) -> None:
+        if self.stopped_by is not None:  # the second time: at once
+            self._restore_signals()
+            raise KeyboardInterrupt
+        self.stopped_by = number
+
+    def _restore_signals(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def get_batch_started(self, engine: Any) -> None:
+        """Between two steps: where a signal has come, write a checkpoint and end the process."""
+        if self._rng_state is not None:  # behind the iterator of the data, which draws a number
+            torch.set_rng_state(self._rng_state)
+            self._rng_state = None
+        stopped = float(self.stopped_by or 0)
+        if process_count() > 1:
+            stopped = float(mean_over_processes(torch.tensor(stopped)))
+        done = engine.state.iteration % (engine.state.epoch_length or 1)
+        # gradients that have been gathered are not in the checkpoint
+        if not stopped or done % getattr(engine, "accumulation_steps", 1):
+            return
+        kept = "the last whole epoch"
+        if done and hasattr(getattr(engine.data_loader, "sampler", None), "skip"):
+            self._write(engine, epoch=engine.state.epoch - 1)
+            kept = f"iteration {done} of epoch {engine.state.epoch}"
+        self._end(kept)
+
+    def _end(self, kept: str) -> None:
+        """End the process as the signal asks for."""
+        number = self.stopped_by or signal.SIGTERM
+        self._restore_signals()
+        if process_rank() == 0:
+            unlock_folder(self.last_path.parent)
+            self.logger.warning(
+                f"stopped by {signal.Signals(number).name}: {self.last_path} has the training up to {kept}; go on with "
+                "--resume true, without --overwrite"
+            )
+        raise SystemExit(128 + number)
+
     def epoch_completed(self, engine: Any) -> None:
         """Write the checkpoint of this epoch, and the best weights when they are this epoch's."""
+        self._write(engine, engine.state.epoch)
+
+    def _write(self, engine: Any, epoch: int) -> None:
+        """Write a checkpoint behind an epoch, or in the middle of the next one."""
         best_epoch, best_metric = engine.state.epoch, float("nan")
         if self.validator is not None:
             best_epoch = int(getattr(self.validator.state, "best_metric_epoch", -1))
             best_metric = float(getattr(self.validator.state, "best_metric", -1))
-        training = {key: getattr(engine.state, key) for key in ("epoch", "iteration", "epoch_length")}
-        training |= dict(best_epoch=best_epoch, best_metric=best_metric, rng_state=torch.get_rng_state())
+        elif epoch < engine.state.epoch:
+            best_epoch = epoch or -1
+        training = {key: getattr(engine.state, key) for key in ("iteration", "epoch_length")}
+        training |= dict(epoch=epoch, best_epoch=best_epoch, best_metric=best_metric, rng_state=torch.get_rng_state())
         # of all processes
-        pairs = len(getattr(engine.data_loader, "sampler", None) or ()) * process_count() * engine.state.epoch
+        pairs = len(getattr(engine.data_loader, "sampler", None) or ()) * process_count() * engine.state.iteration
+        pairs //= engine.state.epoch_length
         training |= dict(earlier_pairs=self.earlier_pairs, pairs=self.earlier_pairs + pairs, record=asdict(self.record))
         objects = {"network": self.network, "averaged": self.averaged or _part({}), **self.objects}
         objects |= {"training": _part(training), "scaler": getattr(engine, "scaler", None) or _part({})}
@@ -229,7 +297,7 @@ class TrainingCheckpoint:
         json_path = self.best_path.with_suffix(".json")
         staged = {path: self._staged(path, best_epoch) for path in (json_path, self.best_path)}
         try:
-            if best_epoch == engine.state.epoch:
+            if best_epoch == epoch == engine.state.epoch:
                 best = {"network": self.averaged or self.network}
                 Checkpoint(best, self._save, filename_pattern=staged[self.best_path].name)(engine)
                 if process_rank() == 0:
@@ -242,7 +310,7 @@ class TrainingCheckpoint:
                 for path in staged.values():
                     path.unlink(missing_ok=True)
             raise
-        if best_epoch == engine.state.epoch and process_rank() == 0:
+        if best_epoch == epoch == engine.state.epoch and process_rank() == 0:
             for path, whole in staged.items():
                 os.replace(whole, path)
             self.logger.info(f"best validation score so far: wrote {self.best_path}")
@@ -266,6 +334,7 @@ class TrainingCheckpoint:
 
     def completed(self, engine: Engine) -> None:
         """Say so when there are no best weights."""
+        self._restore_signals()
         if process_rank() == 0:
             unlock_folder(self.last_path.parent)
         if process_rank() == 0 and self.last_path.is_file() and not self.best_path.is_file():

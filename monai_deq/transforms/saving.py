@@ -33,7 +33,7 @@ logger = logging.getLogger("monai_deq")
 _ADVICE = "Replace it with --overwrite true, or name another --output_dir."
 #: what the record has, and what it may have
 _SOLVER = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason")
-_MAYBE = (*OPTIONAL_RECORDS, "summary", "intensities")
+_MAYBE = (*OPTIONAL_RECORDS, "summary", "intensities", "settings")
 
 
 def _case_and_modality(scan: str | Path) -> tuple[str, str]:
@@ -149,7 +149,7 @@ class SaveRegistrationd(_PairSaver):
     - ``_affine.tfm``: what came before it, where that is affine alone (it is in ``_transform`` too);
     - ``_ddf.nii.gz``: the field in voxels of the fixed grid, ``(H, W, D, 3)``, of a slice ``(H, W, 1, 2)``,
       ``warped(x) = moving(x + ddf(x))``, as MONAI has it;
-    - ``_record.json``: what the solver said, and the item's ``"summary"``.
+    - ``_record.json``: what the solver said, and the item's ``"summary"`` and ``"settings"``.
 
     Their paths come back under ``"files"``, by what is in them. They carry the affine of the field, the identity when
     it is no ``MetaTensor``.

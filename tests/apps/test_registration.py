@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -523,3 +525,55 @@ def test_weights_see_the_scan_as_they_were_trained(tmp_path):
     np.testing.assert_allclose(warped["turned"], warped["trained"], atol=2e-4)
     before = nib.load(tmp_path / "trained_moving.nii.gz").get_fdata()
     assert np.abs(warped["trained"] - before).max() > 0.05
+
+
+def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed, moving = pair(tmp_path, "las")
+    scans = [moving]
+    for name in ("b", "c"):
+        scans.append(tmp_path / f"{name}.nii.gz")
+        scans[-1].write_bytes(moving.read_bytes())
+    scans[1].write_bytes(moving.read_bytes()[:-200])
+    pairs = [{"fixed": fixed, "moving": scan} for scan in scans]
+    with pytest.raises(RuntimeError, match="b.nii.gz"):
+        register_pairs(pairs, tmp_path / "stopped", RegistrationSettings(**QUICK))
+    results = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, on_error="skip"))
+    assert ["error" in result for result in results] == [False, True, False] and "b.nii.gz" in results[1]["error"]
+    said = capsys.readouterr().out
+    assert "1 of 3 pairs failed" in said and "b to fixed: RuntimeError: 'moving': cannot read" in said
+    assert not list((tmp_path / "out").glob("b_to*")) and len(list((tmp_path / "out").glob("*_record.json"))) == 2
+
+    # again: the missing one alone, and what has no record is not whole
+    dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    scans[1].write_bytes(moving.read_bytes())
+    (tmp_path / "out" / "b_to_fixed_warped.nii.gz").write_bytes(b"half")
+    again = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, resume=True))
+    assert [result["moving_subject"] for result in again] == ["b"]
+    assert {path: path.stat().st_mtime_ns for path in dates} == dates
+    assert_contract(fixed, scans[1], again[0]["files"])
+    with pytest.raises(
+        ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"
+    ):
+        other = RegistrationSettings(steps=(4, 4), device="cpu", resume=True)
+        register_pairs(pairs, tmp_path / "out", other)
+    assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, resume=True)) == []
+
+
+@pytest.mark.parametrize("settings", [{"resume": True, "overwrite": True}, {"on_error": "go on"}])
+def test_settings_that_do_not_go(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"exclude each other|on_error: expected stop or skip, got 'go on'"):
+        RegistrationSettings(**settings)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    fixed, moving = pair(tmp_path, "las")
+    program = "import os, nibabel, monai_deq.cli as cli; save = nibabel.save\n"
+    program += "def killed(image, path):\n    save(image, path)\n"
+    program += f"    os.kill(os.getpid(), {int(number)})\nnibabel.save = killed; cli.main()"
+    words = ["register", str(fixed), str(moving), "-o", str(tmp_path / "out"), "--device", "cpu", "--steps", "2,2"]
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert f"stopped by {number.name}: what was written before is whole; register goes on with --resume" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -484,6 +485,32 @@ def test_a_kill_between_two_files_can_be_resumed(tmp_path: Path, monkeypatch: py
         assert_same(load(folder / name), load(tmp_path / "whole" / name))
     assert (folder / "model.json").read_text() == (tmp_path / "whole" / "model.json").read_text()
     assert files(folder) == {"last.pt", "model.pt", "model.json"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("iteration", [1, ITERATIONS + 1, ITERATIONS])
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_signal_in_the_middle_of_an_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, iteration: int, validate: bool
+) -> None:
+    scores = (0.1, 0.3, 0.2) if validate else None
+    whole = Training(tmp_path / "whole", 3, scores=scores, validate=validate).run()
+    folder, before = tmp_path / "part", signal.getsignal(number)
+    part = Training(folder, 3, scores=scores, validate=validate)
+    part.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=iteration), lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as end:
+        part.run()
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert f"stopped by {number.name}" in caplog.text and "--resume true" in caplog.text
+    assert part.losses == whole.losses[:iteration] and not (folder / ".lock").exists()
+    resumed = Training(folder, 3, scores=scores, validate=validate, resume=True).run()
+    assert resumed.losses == whole.losses[iteration:]
+    ours, theirs = load(folder / "last.pt"), load(tmp_path / "whole" / "last.pt")
+    if not validate:  # NaN
+        del ours["training"]["best_metric"], theirs["training"]["best_metric"]
+    assert_same(ours, theirs)
+    assert_same(load(folder / "model.pt"), load(tmp_path / "whole" / "model.pt"))
+    assert (folder / "model.json").read_text() == (tmp_path / "whole" / "model.json").read_text()
 
 
 def test_overwriting_leaves_nothing_to_resume_by_mistake(tmp_path: Path) -> None:
