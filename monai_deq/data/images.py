@@ -18,8 +18,8 @@ from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 
 from monai_deq.utils import replace_file
 
-__all__ = ["IMAGE_FORMATS", "LPS", "existing_file", "image_dims", "image_stem", "is_planar", "load_simpleitk"]
-__all__ += ["read_image", "save_nifti", "simpleitk_affine"]
+__all__ = ["IMAGE_FORMATS", "LPS", "existing_file", "image_dims", "image_stem", "is_planar", "load_nibabel"]
+__all__ += ["load_simpleitk", "read_image", "save_nifti", "simpleitk_affine"]
 
 _NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
@@ -102,7 +102,7 @@ def _content(path: Path) -> str | None:
     return next((n for m, n in _MAGIC.items() if head.startswith(m)), None)
 
 
-def _decompressed(path: Path) -> Any:
+def load_nibabel(path: Path) -> Any:
     """
     The image of a file that nibabel reads. A compressed one is read to its end, where gzip has the checksum: nibabel
     stops behind the last voxel, and never compares it.
@@ -118,7 +118,7 @@ def _decompressed(path: Path) -> Any:
 
 def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Array, affine, and time between the volumes of a 4-D file."""
-    image: Any = _decompressed(path)
+    image: Any = load_nibabel(path)
     array = np.asarray(image.dataobj)  # whole numbers stay as they are, unless the header scales them
     return array, np.asarray(image.affine, dtype=float), float(([*image.header.get_zooms(), 1.0, 1.0])[3])
 

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from monai_deq.data import LPS, affine_of, existing_file, is_planar, load_simpleitk, same_grid, simpleitk_affine
+from monai_deq.data import (
+    LPS,
+    affine_of,
+    existing_file,
+    is_planar,
+    load_nibabel,
+    load_simpleitk,
+    same_grid,
+    simpleitk_affine,
+)
 from monai_deq.utils import replace_file
 
 from .geometry import ChainPart, compose_ddf, is_field, is_matrix
@@ -177,7 +186,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _read_nifti_field(path: Path) -> MetaTensor:
     with _reading(path):
-        image: Any = nib.load(path)
+        image = load_nibabel(path)
         array, affine = np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine, dtype=float)
     if array.ndim == 5 and array.shape[3] == 1 and array.shape[-1] in (2, 3):
         vectors = array[:, :, :, 0] if array.shape[-1] == 3 else array[:, :, 0, 0]

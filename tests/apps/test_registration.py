@@ -551,9 +551,7 @@ def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     assert [result["moving_subject"] for result in again] == ["b"]
     assert {path: path.stat().st_mtime_ns for path in dates} == dates
     assert_contract(fixed, scans[1], again[0]["files"])
-    with pytest.raises(
-        ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"
-    ):
+    with pytest.raises(ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"):
         other = RegistrationSettings(steps=(4, 4), device="cpu", resume=True)
         register_pairs(pairs, tmp_path / "out", other)
     assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, resume=True)) == []
