@@ -16,6 +16,7 @@ from .images import (
     load_nibabel,
     load_simpleitk,
     read_image,
+    refuse_damaged,
     save_nifti,
     simpleitk_affine,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "pairs_to_register",
     "part_of",
     "read_image",
+    "refuse_damaged",
     "read_pair_list",
     "same_grid",
     "sample_dataset_dir",

@@ -19,7 +19,7 @@ from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 from monai_deq.utils import replace_file
 
 __all__ = ["IMAGE_FORMATS", "LPS", "existing_file", "image_dims", "image_stem", "is_planar", "load_nibabel"]
-__all__ += ["load_simpleitk", "read_image", "save_nifti", "simpleitk_affine"]
+__all__ += ["load_simpleitk", "read_image", "refuse_damaged", "save_nifti", "simpleitk_affine"]
 
 _NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
@@ -116,6 +116,20 @@ def load_nibabel(path: Path) -> Any:
         return type(image).from_bytes(unpacked.read())
 
 
+def refuse_damaged(path: Path) -> None:
+    """
+    An error for what is compressed in a MetaImage or NRRD file and does not fit its checksum (``zlib.error``,
+    ``gzip.BadGzipFile``, ``EOFError``): SimpleITK's readers do not compare it.
+    """
+    content = path.read_bytes() if path.name.lower().endswith((".mha", ".nrrd")) else b""
+    ends = b"\n\n" if content[:4] == b"NRRD" else b"ElementDataFile = LOCAL\n"
+    header, _, body = content.partition(ends)
+    if b"encoding: gz" in header:
+        gzip.decompress(body)
+    elif b"CompressedData = True" in header:
+        zlib.decompress(body)
+
+
 def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
     """Array, affine, and time between the volumes of a 4-D file."""
     image: Any = load_nibabel(path)
@@ -137,6 +151,7 @@ def _by_simpleitk(path: Path, name: str) -> tuple[np.ndarray, np.ndarray, float]
             raise ValueError(f"{name}: {str(path)!r} holds {len(files)} DICOM series, {found}; give a folder of one.")
         image = sitk.ReadImage(files[series[0]])
     else:
+        refuse_damaged(path)
         image = sitk.ReadImage(str(path))
     array, dims = sitk.GetArrayFromImage(image), image.GetDimension()
     components = image.GetNumberOfComponentsPerPixel() > 1

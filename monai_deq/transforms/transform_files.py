@@ -20,6 +20,7 @@ from monai_deq.data import (
     is_planar,
     load_nibabel,
     load_simpleitk,
+    refuse_damaged,
     same_grid,
     simpleitk_affine,
 )
@@ -260,6 +261,7 @@ def load_transform(path: str | Path) -> list[ChainPart]:
         raise ValueError(f"{path}: a transform is read from {formats}.")
     sitk = load_simpleitk(f"to read {str(path)!r}")
     with _reading(path):
+        refuse_damaged(path)
         content = sitk.ReadImage(str(path)) if image else sitk.ReadTransform(str(path))
     return [_sitk_field(content, path)] if image else _from_sitk(content, path)
 

@@ -415,15 +415,23 @@ def test_large_labels_are_written_exactly(tmp_path):
     assert torch.equal(read_image(tmp_path / "a.nii.gz", "a", label=True).as_tensor(), image)
 
 
-@pytest.mark.parametrize("ending", [".nii.gz", ".mgz"])
+@pytest.mark.parametrize("ending", [".nii.gz", ".mgz", ".mha", ".nrrd"])
 def test_a_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: Path, ending: str) -> None:
     rng = np.random.default_rng(0)
     voxels = rng.random((12, 10, 8)).astype(np.float32)
-    kind = nib.Nifti1Image if ending == ".nii.gz" else nib.MGHImage
     file = tmp_path / f"scan{ending}"
-    nib.save(kind(voxels, np.diag([1.0, 2.0, 3.0, 1.0])), file)
+    if ending in (".mha", ".nrrd"):
+        image = sitk.GetImageFromArray(voxels.T)
+        image.SetSpacing((1.0, 2.0, 3.0))
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+        sitk.WriteImage(image, file, useCompression=True)
+    else:
+        kind = nib.Nifti1Image if ending == ".nii.gz" else nib.MGHImage
+        nib.save(kind(voxels, np.diag([1.0, 2.0, 3.0, 1.0])), file)
     whole, refused = file.read_bytes(), 0
-    for bit in rng.choice(8 * len(whole), 60, replace=False):
+    headers = {".mha": b"LOCAL\n", ".nrrd": b"\n\n"}  # of text, without a checksum
+    start = 8 * (whole.index(headers[ending]) + 20) if ending in headers else 0
+    for bit in start + rng.choice(8 * len(whole) - start, 60, replace=False):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
