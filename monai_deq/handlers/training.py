@@ -132,8 +132,8 @@ class GradientClipping:
         if self.skipped > self.max_skipped:
             raise RuntimeError(
                 f"the gradient is not finite in {where}{of}, {self.skipped} steps in a row: the training stops with "
-                "the weights as they were before these. Lower the learning rate and go on from the last epoch with "
-                "--resume true, without --overwrite."
+                "the weights as they were before these. --resume true, without --overwrite, goes on from the last epoch; "
+                "for a lower learning rate start from its weights: --weights, another --bundle_root, --learning_rate."
             )
         logger.warning(f"the gradient is not finite in {where}{of}: this step is skipped.")
 
