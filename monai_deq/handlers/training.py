@@ -132,8 +132,8 @@ class GradientClipping:
         if self.skipped > self.max_skipped:
             raise RuntimeError(
                 f"the gradient is not finite in {where}{of}, {self.skipped} steps in a row: the training stops with "
-                "the weights as they were before these. --resume true, without --overwrite, goes on from the last epoch; "
-                "for a lower learning rate start from its weights: --weights, another --bundle_root, --learning_rate."
+                "the weights as they were before these. --resume true, without --overwrite, goes on from the last "
+                "epoch; a lower --learning_rate needs a start from its weights, --weights and another --bundle_root."
             )
         logger.warning(f"the gradient is not finite in {where}{of}: this step is skipped.")
 
