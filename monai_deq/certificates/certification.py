@@ -12,7 +12,7 @@ import torch
 
 from monai_deq.certificates.spectrum import spectral_radius
 from monai_deq.networks.nets import EnergyRegistrationNet, IteratedNet, RegistrationNet
-from monai_deq.solvers import MEASURES, SolverRecord, random_smooth_ddf, residual_norms
+from monai_deq.solvers import MEASURES, SolverRecord, StopReason, random_smooth_ddf, residual_norms
 
 __all__ = ["OPTIONAL_RECORDS", "Certificate", "Verdict", "certified_solve", "certify", "check_certificate"]
 __all__ += ["starting_point", "verdict"]
@@ -32,6 +32,7 @@ class Verdict:
     """What became of an iteration."""
 
     CONVERGED = "converged"
+    UNCONFIRMED = "unconfirmed"
     CYCLING = "cycling"
     DIVERGING = "diverging"
     STEP_LIMIT = "step limit"
@@ -63,25 +64,32 @@ class Certificate:
         return {name: math.nan if value is None else value for name, value in asdict(self).items()}
 
 
-def verdict(residuals: Sequence[float], residual: float, at_rest: bool) -> str:
-    """What became of an iteration, from its residuals.
+def verdict(residuals: Sequence[float], residual: float, at_rest: bool, reason: str = StopReason.STEP_LIMIT) -> str:
+    """What became of an iteration, from its residuals and from why it stopped.
 
-    - ``"converged"``: the solution is at rest.
-    - ``"diverging"``: a residual is not finite, or the residuals of the last quarter of the steps are more than 1.5
-      times those of the quarter before (medians).
-    - ``"cycling"``: they do not fall, to less than 0.95 times: a cycle, or a drift that does not slow down.
-    - ``"step limit"``: they still fall, or there are fewer than 8 of them.
+    - ``"diverging"``: a number is not finite, or at the step limit the residuals of the last quarter of the steps are
+      more than 1.5 times those of the quarter before (medians).
+    - ``"converged"``: the solution is at rest, whatever ended the solve.
+    - ``"unconfirmed"``: the solver met its tolerance, but the solution is not at rest: the last step was short by
+      chance, folds were removed behind it, or the tolerance here is the lower one.
+    - ``"cycling"``: at the step limit they do not fall, to less than 0.95 times: a cycle, or a drift that does not slow
+      down.
+    - ``"step limit"``: at the step limit they still fall, or there are fewer than 8 of them.
 
     Args:
         residuals: residual of each step, in voxels.
         residual: residual at the solution, in voxels.
         at_rest: whether it meets a tolerance.
+        reason: why the solver stopped, one of the values of :py:class:`monai_deq.solvers.StopReason`. Defaults to the
+            step limit.
     """
+    trace = torch.tensor([*residuals, residual], dtype=torch.float64)
+    if reason == StopReason.NON_FINITE or not bool(torch.isfinite(trace).all()):
+        return Verdict.DIVERGING
     if at_rest:
         return Verdict.CONVERGED
-    trace = torch.tensor([*residuals, residual], dtype=torch.float64)
-    if not bool(torch.isfinite(trace).all()):
-        return Verdict.DIVERGING
+    if reason != StopReason.STEP_LIMIT:
+        return Verdict.UNCONFIRMED
     n = len(trace)
     if n < _LEAST_STEPS:
         return Verdict.STEP_LIMIT
@@ -203,7 +211,12 @@ def certify(
         distances = list(largest.tolist())
     return [
         Certificate(
-            verdict=verdict(record.residual[i, : int(record.steps[i])].tolist(), float(residuals[i]), bool(at_rest[i])),
+            verdict=verdict(
+                record.residual[i, : int(record.steps[i])].tolist(),
+                float(residuals[i]),
+                bool(at_rest[i]),
+                record.reason[i],
+            ),
             residual=float(residuals[i]),
             relative_residual=float(relatives[i]),
             steps=int(record.steps[i]),

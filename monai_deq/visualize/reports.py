@@ -52,6 +52,7 @@ _RECORDED = {
 }
 _VERDICTS = {
     "converged": "Converged: the displacement is at rest.",
+    "unconfirmed": "Not confirmed: the solver met its tolerance, but the displacement is not at rest.",
     "step limit": "Stopped at the step limit: the displacement was still moving.",
     "cycling": "Not converged: the steps no longer get smaller.",
     "diverging": "Diverging: the steps grow. Do not use this result.",

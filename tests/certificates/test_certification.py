@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,34 @@ def test_verdicts() -> None:
     assert verdict([0.1, 0.1], math.nan, False) == "diverging"
     assert verdict(cycle[:6], 0.1, False) == "step limit"
     assert verdict([], 0.1, False) == "step limit"
+
+
+@pytest.mark.parametrize("at_rest", [True, False])
+@pytest.mark.parametrize("reason", ["tolerance", "relative tolerance", "step limit", "non-finite"])
+@pytest.mark.parametrize(
+    ("residuals", "residual", "at_the_limit"),
+    [
+        (0.7 ** np.arange(40.0), 1e-3, "step limit"),
+        (np.full(40, 0.3), 0.3, "cycling"),
+        (1.1 ** np.arange(40.0), 50.0, "diverging"),
+        ([], 0.1, "step limit"),
+        ([0.1, 0.1], 0.1, "step limit"),
+        ([0.1, 0.1], math.nan, None),
+        ([0.1, math.inf], 0.1, None),
+    ],
+)
+def test_verdict_never_gainsays_the_solver(
+    residuals: Any, residual: float, at_the_limit: str | None, reason: str, at_rest: bool
+) -> None:
+    if reason == "non-finite" or at_the_limit is None:
+        expected = "diverging"
+    elif at_rest:
+        expected = "converged"
+    else:
+        expected = at_the_limit if reason == "step limit" else "unconfirmed"
+    assert verdict(residuals, residual, at_rest, reason) == expected
+    if reason == "step limit":
+        assert verdict(residuals, residual, at_rest) == expected
 
 
 class PullToFixed(torch.nn.Module):
@@ -69,7 +98,7 @@ def test_certify_a_contraction() -> None:
     assert set(words) == {"residual", "spectral_radius", "start_distance"} and all(map(math.isnan, words.values()))
     # another tolerance, and nothing that was not asked for
     (c, _) = certify(network, fixed, fixed, state, record, {"tolerance": 1e-9})
-    assert c.verdict != "converged" and c.spectral_radius is None and c.start_distance is None
+    assert c.verdict == "unconfirmed" and c.spectral_radius is None and c.start_distance is None
     assert certify(network, fixed, fixed, state, record)[0].verdict == "converged"
     # the further solves have the settings of this one
     for tolerance, low, high in ((1e-4, 0, 4e-4), (0.1, 0.01, 0.4)):

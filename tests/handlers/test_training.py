@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -81,17 +82,106 @@ def test_gradient_of_the_step(
     assert trainer.network.a.item() == pytest.approx(-expected[0], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("bad", "enabled", "max_norm"),
-    [(float("nan"), None, 1.0), (float("inf"), None, None), (float("nan"), False, None), (float("inf"), False, 1.0)],
-)
-def test_non_finite_gradient_stops_the_training(
-    monkeypatch: pytest.MonkeyPatch, max_norm: float | None, bad: float, enabled: bool | None
+def train_on(
+    labels: list[float], accumulation_steps: int = 1, scaler: bool = False, epochs: int = 1, **settings: Any
+) -> tuple[SupervisedTrainer, list[list[torch.Tensor]]]:
+    """A trainer by AdamW with weight decay, whose labels are its gradients, and the weights after each iteration."""
+    network = Line()
+    with torch.no_grad():
+        network.a.fill_(0.3)
+    weights: list[list[torch.Tensor]] = [[p.detach().clone() for p in network.parameters()]]
+    names = [{"fixed_subject": [f"f{i}"], "moving_subject": [f"m{i}"]} for i in range(len(labels))]
+    pairs = [{"image": torch.ones(1, 1), "label": torch.full((1, 1), y)} for y in labels]
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=epochs,
+        train_data_loader=[{**pair, **name} for pair, name in zip(pairs, names, strict=True)],
+        network=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1),
+        loss_function=Steepness(),
+        decollate=False,
+        accumulation_steps=accumulation_steps,
+        train_handlers=[EpochMeanLoss(), GradientClipping(network, **{"max_norm": 1.0, **settings})],
+        amp=scaler,
+    )
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: weights.append([p.detach().clone() for p in network.parameters()])
+    )
+    return trainer, weights
+
+
+def moved(weights: list[list[torch.Tensor]]) -> list[bool]:
+    return [
+        any(not torch.equal(p, q) for p, q in zip(a, b, strict=True))
+        for a, b in zip(weights[:-1], weights[1:], strict=True)
+    ]
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("scaler", "max_norm"), [(False, 1.0), (False, None), (True, 1.0)])
+def test_step_that_is_not_finite_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, bad: float, scaler: bool, max_norm: float | None
 ) -> None:
     # without a GPU a scaler does nothing, and does not skip such a step either
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", enabled=False))
-    with pytest.raises(RuntimeError, match="gradient is not finite in iteration 1 of epoch 1.*--resume true"):
-        train(max_norm, (1.0, bad), amp=enabled is not None)
+    trainer, weights = train_on([1.0, bad, 2.0], scaler=scaler, max_norm=max_norm)
+    trainer.run()
+    assert moved(weights) == [True, False, True] and bool(torch.isfinite(torch.stack(weights[-1])).all())
+    assert trainer.state.metrics["skipped_steps"] == 1
+    # the moments of the optimizer have not seen it: as a training without it, but for the norm's rounding
+    other, without = train_on([1.0, 2.0], scaler=scaler, max_norm=max_norm)
+    other.run()
+    torch.testing.assert_close(weights[-1], without[-1], rtol=0, atol=0)
+    assert trainer.state.metrics["train_loss"] == pytest.approx(other.state.metrics["train_loss"])
+    assert "skipped_steps" not in other.state.metrics
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any("iteration 2 of epoch 1 (fixed and moving: f1 and m1): this step is skipped" in line for line in said)
+    assert any("mean over 2 iterations; the loss of 1 is not finite" in line for line in said)
+
+
+def test_skipped_with_what_it_accumulated(caplog: pytest.LogCaptureFixture) -> None:
+    # steps after iterations 2, 4 and, at the end of the epoch, 5
+    trainer, weights = train_on([float("nan"), 1.0, 1.0, 2.0, float("inf")], accumulation_steps=2)
+    trainer.run()
+    assert moved(weights) == [False, False, False, True, False]
+    assert trainer.state.metrics["skipped_steps"] == 2
+    assert "(fixed and moving: f0 and m0, f1 and m1)" in caplog.text and "moving: f4 and m4)" in caplog.text
+    assert "f2" not in caplog.text
+
+
+@pytest.mark.parametrize("limit", [0, 3, 10])
+def test_too_many_skipped_in_a_row_stop_the_training(limit: int) -> None:
+    bad = float("nan")
+    trainer, weights = train_on([bad] * limit + [1.0] + [bad] * (limit + 2), max_skipped=limit)
+    message = (
+        rf"iteration {2 * limit + 2} of epoch 1 .*{limit + 1} steps in a row.*before these.*--resume true, without"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        trainer.run()
+    now = [p.detach() for p in trainer.network.parameters()]
+    assert moved([*weights, now]) == [False] * limit + [True] + [False] * (limit + 1)
+    assert trainer.state.metrics["skipped_steps"] == 2 * limit + 1
+
+
+def test_ten_in_a_row_are_the_default() -> None:
+    trainer, _ = train_on([float("nan")] * 10)
+    trainer.run()
+    assert trainer.state.metrics["skipped_steps"] == 10
+    trainer, _ = train_on([float("nan")] * 11)
+    with pytest.raises(RuntimeError, match="11 steps in a row"):
+        trainer.run()
+
+
+def test_scaler_that_has_no_scale_left_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", lambda: torch.amp.GradScaler("cpu", init_scale=4.0))
+    trainer, weights = train_on([float("nan")] * 8, scaler=True, max_skipped=2)
+    # scales 4, 2 are left to the scaler; 1, 0.5, 0.25 are too many
+    with pytest.raises(RuntimeError, match="iteration 5 of epoch 1"):
+        trainer.run()
+    assert not any(moved(weights))
 
 
 def test_scaler_skips_a_step_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +195,8 @@ def test_scaler_skips_a_step_that_is_not_finite(monkeypatch: pytest.MonkeyPatch)
 def test_bound_must_be_positive(max_norm: float) -> None:
     with pytest.raises(ValueError, match="max_norm must be above 0"):
         GradientClipping(Line(), max_norm)
+    with pytest.raises(ValueError, match="max_skipped must be at least 0"):
+        GradientClipping(Line(), 1.0, max_skipped=-1)
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -143,10 +235,12 @@ def test_mean_of_each_epoch(name: str) -> None:
     assert means == pytest.approx([3.0, 0.75])
 
 
-def test_nan_shows() -> None:
+@pytest.mark.parametrize("bad", BAD)
+def test_mean_over_what_is_finite(bad: float) -> None:
     engine = Engine(lambda engine, batch: {"loss": torch.tensor(batch)})
     EpochMeanLoss().attach(engine)
-    assert torch.isnan(torch.tensor(engine.run([1.0, float("nan"), 2.0]).metrics["train_loss"]))
+    assert engine.run([1.0, bad, 2.0]).metrics["train_loss"] == 1.5
+    assert math.isnan(engine.run([bad, bad]).metrics["train_loss"])
 
 
 def test_decollated_output_of_a_trainer() -> None:

@@ -122,6 +122,22 @@ def test_known_fold_counts_its_border(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(compute_folded_voxels(ddf), torch.tensor([[100.0 * 4 / 11], [0.0]]))
 
 
+@pytest.mark.parametrize("offset", [1e3, 1e5, -1e6])
+@pytest.mark.parametrize("shape", [(19, 16), (9, 8, 7)])
+def test_folds_of_a_field_that_is_far_away(shape: tuple[int, ...], offset: float) -> None:
+    # differences of neighbours in single precision are exact there; positions or means would not be
+    ddf = 0.6 * torch.randn(2, len(shape), *shape, generator=torch.Generator().manual_seed(3)) + offset
+    expected = np.stack([jacobian_by_numpy(item) for item in ddf.numpy()])[:, None]
+    np.testing.assert_allclose(jacobian_determinant(ddf).numpy(), expected, atol=1e-5)
+    folded = 100 * (expected <= -1e-9).reshape(2, -1).mean(axis=1)
+    at_most = 100 * (expected <= 1e-9).reshape(2, -1).mean(axis=1)
+    found = compute_folded_voxels(ddf)[:, 0].numpy()
+    assert (folded - 1e-4 <= found).all() and (found <= at_most + 1e-4).all() and (folded > 1).all()
+    # the simplices, by the same field in double precision without the constant
+    near = compute_non_diffeomorphic_volume(ddf.double() - offset)
+    torch.testing.assert_close(compute_non_diffeomorphic_volume(ddf).double(), near, rtol=1e-5, atol=0)
+
+
 def test_mask_restricts_the_count() -> None:
     ddf = strip_fold((11, 4), 3, 6).expand(3, -1, -1, -1)
     mask = torch.zeros(3, 1, 11, 4)

@@ -98,6 +98,7 @@ def test_the_slices_are_those_of_the_scan(tmp_path: Path) -> None:
     [
         ({}, 0.0, "good", "Converged: the displacement is at rest. No voxel folds."),
         ({"verdict": "converged"}, 2.0, "doubt", "of 7920 voxels fold"),
+        ({"verdict": "unconfirmed"}, 0.0, "doubt", "Not confirmed"),
         ({"verdict": "step limit"}, 0.0, "doubt", "step limit"),
         ({"verdict": "diverging"}, 0.0, "doubt", "Do not use"),
         ({"converged": False, "reason": "non-finite"}, 0.0, "doubt", "not finite"),
