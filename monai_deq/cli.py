@@ -17,8 +17,8 @@ import typer
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Register scans, apply and invert transforms; compare, iterate and measure the methods of a bundle; "
-    "report an evaluation; fetch data; pack a bundle for the Model Zoo. With --debug an error shows its trace.",
+    help="Check files; register scans, apply and invert transforms; compare, iterate and measure the methods of a "
+    "bundle; report an evaluation; fetch data; pack a bundle for the Model Zoo. With --debug an error shows its trace.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -210,6 +210,46 @@ def invert_files(
     from monai_deq.apps import invert_transform
 
     print(f"wrote {invert_transform(transforms, output, reference, overwrite)}")
+
+
+@app.command("check")
+def check_data(
+    data: Annotated[Path, typer.Argument(help="Folder of OASIS or of a paired Learn2Reg task, or a list of pairs.")],
+    spatial_dims: Annotated[int, typer.Option(help="3 for volumes, 2 for slices.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Files read at a time. [default: the number of CPUs]")] = None,
+    split_sizes: Annotated[
+        str, typer.Option(help="Training, validation, test, e.g. 300,30,44. [default: as trained]")
+    ] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what is found as JSON too.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read all files of a data set, or of a list of pairs, before a training: what is damaged, does not fit or repeats.
+
+    Exit codes: 0 nothing found, 1 findings, 2 bad input.
+
+    Example: monai-deq check DATA --spatial-dims 2 --json findings.json
+    """
+    from collections import Counter
+    from itertools import groupby
+
+    from monai_deq.apps import check_files
+    from monai_deq.utils import refuse_existing, write_json
+
+    if json_file is not None and not overwrite:
+        refuse_existing([json_file], "Give --overwrite, or another file.")
+    findings, scans = check_files(data, spatial_dims, workers, _numbers(split_sizes) or None)
+    for file, of_file in groupby(findings, lambda finding: finding.file):
+        print(file)
+        for finding in of_file:
+            print(f"  {finding.severity}: {finding.kind}: {finding.what}")
+    counts = Counter(finding.kind for finding in findings)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    print(f"{scans} scans, {len(findings)} findings" + (f": {kinds}" if kinds else ""))
+    if json_file is not None:
+        listed = [finding._asdict() for finding in findings]
+        write_json(json_file, {"data": data, "scans": scans, "counts": counts, "findings": listed})
+    if findings:
+        raise typer.Exit(1)
 
 
 @app.command("sample")

@@ -113,7 +113,9 @@ class Learn2RegDataset:
         return items
 
 
-def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = None) -> Learn2RegDataset:
+def find_learn2reg(
+    dataset_dir: str | Path | None = None, task: str | None = None, missing: list[str] | None = None
+) -> Learn2RegDataset:
     """Find the pairs of a paired Learn2Reg task in a folder.
 
     Masks, keypoints and labels that the JSON file names must exist, but for test pairs of which both scans lack them
@@ -122,6 +124,8 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
     Args:
         dataset_dir: folder that holds ``<NAME>_dataset.json``. Defaults to None: the synthetic sample lung cohort.
         task: the ``<NAME>``, where the folder holds several such files. Defaults to None: the only one.
+        missing: filled with the files that the JSON file names and that are not there. Defaults to None: these are
+            refused.
 
     Raises:
         FileNotFoundError: When the folder, the JSON file or a file of a pair is missing, of one scan perhaps.
@@ -132,7 +136,7 @@ def find_learn2reg(dataset_dir: str | Path | None = None, task: str | None = Non
     found = Learn2RegLists(find_json(root, task), ("training", "test"))
     found.refuse_unknown_lists()
     training, val, test = ([_pair(found, images, key) for images in found.pairs(key)] for key in _PAIR_LISTS)
-    found.raise_for_missing()
+    found.raise_for_missing(missing)
     if not (training or val or test):
         raise ValueError(f"{found.file} names no pair: {', '.join(_PAIR_LISTS)} are empty.")
 
@@ -276,12 +280,14 @@ class Learn2RegLists:
             self.missing.append(file)
         return file
 
-    def raise_for_missing(self) -> None:
-        """Name the files that are missing, if any."""
-        if self.missing:
+    def raise_for_missing(self, missing: list[str] | None = None) -> None:
+        """Name the files that are missing, if any; with a list put them there."""
+        if missing is not None:
+            missing += self.missing
+        elif self.missing:
             advice = "Unpack the data set whole; both scans of a pair need the same kinds of files."
-            missing = f"{len(self.missing)} file(s) of {self.file} are missing: {shorten(self.missing)}."
-            raise FileNotFoundError(f"{missing} {advice}")
+            lost = f"{len(self.missing)} file(s) of {self.file} are missing: {shorten(self.missing)}."
+            raise FileNotFoundError(f"{lost} {advice}")
 
 
 def _not_empty(pairs: Sequence[Any], part: str) -> Sequence[Any]:

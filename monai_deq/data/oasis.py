@@ -91,12 +91,15 @@ class OasisDataset:
         return items
 
 
-def find_oasis(dataset_dir: str | Path | None = None, spatial_dims: int = 3) -> OasisDataset:
+def find_oasis(
+    dataset_dir: str | Path | None = None, spatial_dims: int = 3, missing: list[str] | None = None
+) -> OasisDataset:
     """Find the OASIS brain data set in a folder, by what is there.
 
     Args:
         dataset_dir: folder in either layout. Defaults to None: the synthetic sample cohort.
         spatial_dims: 3 for the volumes, 2 for the coronal slices (neurite-OASIS only). Defaults to 3.
+        missing: filled with the files that lists name and that are not there. Defaults to None: these are refused.
 
     Raises:
         FileNotFoundError: When the folder is missing, holds neither layout, or misses files that its lists name.
@@ -106,9 +109,9 @@ def find_oasis(dataset_dir: str | Path | None = None, spatial_dims: int = 3) -> 
     expected = "neurite-OASIS or Learn2Reg OASIS"
     root = dataset_folder(dataset_dir, expected, lambda: write_sample_cohort(sample_dataset_dir()))
     if any(root.glob("OASIS_OAS1_*_MR*/")):
-        return _find_neurite(root, spatial_dims)
+        return _find_neurite(root, spatial_dims, missing)
     if any((root / name).is_dir() for name in ("imagesTr", "imagesTs")) or any(root.glob("*_dataset.json")):
-        return _find_learn2reg(root, spatial_dims)
+        return _find_learn2reg(root, spatial_dims, missing)
     raise FileNotFoundError(
         f"No OASIS data set in {str(root)!r}. Looked for folders OASIS_OAS1_NNNN_MR1/ (neurite-OASIS) and for "
         f"imagesTr/ with OASIS_dataset.json (Learn2Reg OASIS); found {listing(root)}. Give the folder that directly "
@@ -116,7 +119,7 @@ def find_oasis(dataset_dir: str | Path | None = None, spatial_dims: int = 3) -> 
     )
 
 
-def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
+def _find_neurite(root: Path, spatial_dims: int, missing: list[str] | None) -> OasisDataset:
     image_name, label_name = _FILES[spatial_dims]
     folders = sorted(p.name for p in root.glob("OASIS_OAS1_*_MR*") if p.is_dir())
     named, source, unlisted = folders, "their folders", 0
@@ -133,9 +136,11 @@ def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
             subjects.append({"subject": name, "image": str(image), "label": str(label) if label.is_file() else None})
         elif label.is_file():
             broken.append(str(image))
-    if broken:
-        missing = f"{len(broken)} subject(s) have {label_name} but no image; missing: {shorten(broken)}."
-        raise FileNotFoundError(f"{missing} Download these again, or remove the subjects from subjects.txt.")
+    if missing is not None:
+        missing += broken
+    elif broken:
+        lost = f"{len(broken)} subject(s) have {label_name} but no image; missing: {shorten(broken)}."
+        raise FileNotFoundError(f"{lost} Download these again, or remove the subjects from subjects.txt.")
     if not subjects:
         other = 5 - spatial_dims
         others = sum((root / name / _FILES[other][0]).is_file() for name in folders)
@@ -154,14 +159,14 @@ def _find_neurite(root: Path, spatial_dims: int) -> OasisDataset:
     return OasisDataset("neurite-OASIS", spatial_dims, root, subjects, dict(names))
 
 
-def _find_learn2reg(root: Path, spatial_dims: int) -> OasisDataset:
+def _find_learn2reg(root: Path, spatial_dims: int, missing: list[str] | None) -> OasisDataset:
     if spatial_dims != 3:
         raise ValueError(f"{str(root)!r} is in the Learn2Reg layout, which holds 3-D images only; set spatial_dims=3.")
     only_one = len(list(root.glob("*_dataset.json"))) == 1
     found = Learn2RegLists(find_json(root, None if only_one else "OASIS"), ("training",))
     required = ("training", "registration_val")
-    if missing := [key for key in required if key not in found.content]:
-        holds = f"missing {missing}, it holds {sorted(found.content)}"
+    if lacking := [key for key in required if key not in found.content]:
+        holds = f"missing {lacking}, it holds {sorted(found.content)}"
         raise ValueError(f"{found.file} must hold the lists {required}; {holds}.")
     pairs = [pair for key in ("registration_val", "registration_test") for pair in found.pairs(key)]
     subjects: Items = []
@@ -175,7 +180,7 @@ def _find_learn2reg(root: Path, spatial_dims: int) -> OasisDataset:
             label = None
         name = re.sub(r"_0000$", "", scan_name(image))
         subjects.append({"subject": name, "image": found.existing(image), "label": label and found.existing(label)})
-    found.raise_for_missing()
+    found.raise_for_missing(missing)
     names = [s["subject"] for s in subjects]
     if twice := [n for n in names if names.count(n) > 1]:
         raise ValueError(f"{found.file} names two images of one subject: {shorten(twice)}.")

@@ -50,7 +50,9 @@ def scan_names(files: Sequence[str | Path]) -> list[str]:
     return [names[path] for path in paths]
 
 
-def pair_items(pairs: Sequence[Mapping[str, Any]], where: Sequence[str] = ()) -> list[dict[str, Any]]:
+def pair_items(
+    pairs: Sequence[Mapping[str, Any]], where: Sequence[str] = (), missing: list[str] | None = None
+) -> list[dict[str, Any]]:
     """
     Items of the files of pairs, with names for the results: ``"fixed_subject"`` and ``"moving_subject"``, and
     ``"name"`` where one was given.
@@ -58,6 +60,7 @@ def pair_items(pairs: Sequence[Mapping[str, Any]], where: Sequence[str] = ()) ->
     Args:
         pairs: files by their kind, one of :py:data:`PAIR_FILES`, and perhaps ``"name"``; None is no file.
         where: how to call each pair in messages. Defaults to ``"pair"``.
+        missing: filled with the files that are not there. Defaults to None: these are refused.
 
     Raises:
         ValueError: When a name is no name of a file, or two pairs would write the same files.
@@ -71,7 +74,9 @@ def pair_items(pairs: Sequence[Mapping[str, Any]], where: Sequence[str] = ()) ->
             for file in files:
                 # a DICOM series is a folder
                 if not (file.is_file() or (file.is_dir() and key in (*_SCANS, *PAIR_FILES[2:5]) and file.name)):
-                    raise FileNotFoundError(f"{place}: the file {key} {str(file)!r} does not exist.")
+                    if missing is None:
+                        raise FileNotFoundError(f"{place}: the file {key} {str(file)!r} does not exist.")
+                    missing.append(str(file))
             item[key] = [str(file) for file in files] if isinstance(item[key], (list, tuple)) else str(files[0])
     names = iter(scan_names([item[key] for item in items for key in _SCANS]))
     made: dict[str, str] = {}
@@ -93,10 +98,11 @@ def _several(files: Any) -> list[Any]:
     return list(files) if isinstance(files, (list, tuple)) else [files]
 
 
-def read_pair_list(path: str | Path) -> list[dict[str, Any]]:
+def read_pair_list(path: str | Path, missing: list[str] | None = None) -> list[dict[str, Any]]:
     """
     Read a list of pairs: JSON ``[{"fixed": file, "moving": file, ...}, ...]``, or CSV with such columns, each perhaps
     with others of :py:data:`PAIR_FILES` and a ``"name"`` for the results. Relative files are relative to the list.
+    Files that are not there are refused, or put into ``missing``.
 
     Raises:
         FileNotFoundError: When a file does not exist.
@@ -130,7 +136,7 @@ def read_pair_list(path: str | Path) -> list[dict[str, Any]]:
         pairs.append({k: v if k == "name" else str(path.parent / Path(v).expanduser()) for k, v in named.items()})
         if empty := [key for key in named if not named[key]]:
             raise FileNotFoundError(f"{place}: the file {empty[0]} '' does not exist.")
-    return pair_items(pairs, where)
+    return pair_items(pairs, where, missing)
 
 
 def pairs_to_register(
