@@ -159,10 +159,8 @@ def register_scans(
         save_ddf=save_ddf,
         report=report,
         overwrite=overwrite,
-        resume=resume,
-        on_error=on_error,  # type: ignore[arg-type]
     )
-    results = register_pairs(items, output_dir, settings)
+    results = register_pairs(items, output_dir, settings, on_error, resume)  # type: ignore[arg-type]
     if any("error" in r for r in results):
         raise typer.Exit(1)
     if require_converged and (moving_on := [r for r in results if not r["converged"]]):

@@ -76,8 +76,6 @@ class RegistrationSettings:
         save_ddf: write the displacement field in voxels too.
         report: write a report, one HTML file a pair.
         overwrite: replace existing files.
-        resume: leave out pairs that have been registered with these settings; ``ValueError`` for one with others.
-        on_error: ``"stop"``, or ``"skip"``: go on with the other pairs.
     """
 
     preset: str = "brain"
@@ -90,14 +88,8 @@ class RegistrationSettings:
     save_ddf: bool = False
     report: bool = False
     overwrite: bool = False
-    resume: bool = False
-    on_error: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.overwrite and self.resume:
-            raise ValueError("resume and overwrite exclude each other.")
-        if self.on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error: expected stop or skip, got {self.on_error!r}.")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
         if self.tolerance is not None and not self.tolerance >= 0:
@@ -125,7 +117,7 @@ def _method(settings: RegistrationSettings, dims: int) -> tuple[RegistrationNet,
 
 
 def _transforms(
-    settings: RegistrationSettings, dims: int, output_dir: Path
+    settings: RegistrationSettings, dims: int, output_dir: Path, replace: bool
 ) -> tuple[CheckedCompose, FixedPointSolverd, CheckedCompose, SaveRegistrationd]:
     """What loads a pair, solves it, and makes of the solution what is written."""
     network, solver, scans = _method(settings, dims)
@@ -143,14 +135,16 @@ def _transforms(
         device=device,
         **solver,
     )
-    # what an earlier run has left of a pair without a record is not whole
-    replace = settings.overwrite or settings.resume
     save = SaveRegistrationd(output_dir, replace, settings.transform_format, settings.save_ddf)
     return load_pair_transforms(dims, affine=settings.affine, **scans), solve, finish_pair_transforms(), save
 
 
 def register_pairs(
-    pairs: Sequence[Mapping[str, Any]], output_dir: str | Path, settings: RegistrationSettings | None = None
+    pairs: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    settings: RegistrationSettings | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
     """
     Register pairs of scans in files, each in any space, and write what is found, see
@@ -160,26 +154,34 @@ def register_pairs(
         pairs: files by their kind, see :py:func:`monai_deq.data.pair_items`.
         output_dir: folder of the results.
         settings: how. Defaults to :py:class:`RegistrationSettings`, whose own are the defaults.
+        on_error: ``"stop"``, or ``"skip"``: go on with the other pairs. Defaults to ``"stop"``.
+        resume: leave out pairs that are there already, made with these settings; what is there of a pair without its
+            record is replaced. Defaults to False.
 
     Returns:
         Of each pair its names, ``"verdict"``, ``"converged"``, ``"summary"``, ``"seconds"`` and ``"files"``; of one
         that failed its names and the ``"error"``. Pairs that were left out are not among them.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: When a file or a setting is wrong.
+        ValueError, FileNotFoundError, RuntimeError: When a file or a setting is wrong, or a result that is there was
+            made with other settings.
         FileExistsError: When a result is there already and is not to be replaced; before anything is done.
         OSError: When the folder cannot be written to; before anything is done too.
     """
     settings, output_dir = settings or RegistrationSettings(), Path(output_dir).expanduser()
+    if settings.overwrite and resume:
+        raise ValueError("resume and overwrite exclude each other.")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error: expected stop or skip, got {on_error!r}.")
     items = pair_items(pairs)
     if not items:
         raise ValueError("there is no pair to register.")
     save = SaveRegistrationd(output_dir, settings.overwrite, settings.transform_format, settings.save_ddf)
     used = json_ready({key: getattr(settings, key) for key in _DECISIVE})
-    left = [item for item in items if not (settings.resume and _is_done(save, item, used, settings.report))]
+    left = [item for item in items if not (resume and _is_done(save, item, used, settings.report))]
     if len(left) < len(items):
         logger.info("%d of %d pairs are there already", len(items) - len(left), len(items))
-    for item in left if not settings.resume else ():
+    for item in left if not resume else ():
         save.refuse_existing(item)
         if settings.affine or "initial_transform" in item:
             save.refuse_existing({**item, "initial_transform": [2 * np.eye(4)]})  # its affine file too
@@ -194,11 +196,11 @@ def register_pairs(
         try:
             dims.append(image_dims(item["fixed"], "fixed"))
         except (OSError, RuntimeError, ValueError):
-            if settings.on_error == "stop":
+            if on_error == "stop":
                 raise
             dims.append(None)
         if dims[-1] is not None and dims[-1] not in transforms:
-            transforms[dims[-1]] = _transforms(settings, dims[-1], output_dir)
+            transforms[dims[-1]] = _transforms(settings, dims[-1], output_dir, settings.overwrite or resume)
     results: list[dict[str, Any]] = []
     for number, (item, n) in enumerate(zip(left, dims, strict=True), start=1):
         logger.info("pair %d of %d: %s to %s", number, len(left), item["moving"], item["fixed"])
@@ -206,7 +208,7 @@ def register_pairs(
             n = image_dims(item["fixed"], "fixed") if n is None else n
             results.append(_register({**item, "settings": used}, settings, *transforms[n]))
         except (OSError, RuntimeError, ValueError) as e:
-            if settings.on_error == "stop" or (isinstance(e, OSError) and e.errno == errno.ENOSPC):
+            if on_error == "stop" or (isinstance(e, OSError) and e.errno == errno.ENOSPC):
                 raise
             logger.error("pair %d of %d failed: %s", number, len(left), " ".join(str(e).split()))
             names: dict[str, Any] = {
@@ -263,7 +265,7 @@ def _register(
     record = saved["record"]
     if settings.report:
         saved["files"]["report"] = str(_report_path(save, item))
-        _write_report(saved, settings)
+        _write_report(saved, settings, save.overwrite)
     kept: dict[str, Any] = {
         k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved
     }
@@ -289,7 +291,7 @@ _FILES = {
 }
 
 
-def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings) -> None:
+def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings, replace: bool) -> None:
     """One HTML file of a registered pair."""
     scan = item["fixed_scan"]
     labels = {key: _plain(item[key]) for key in ("fixed_label", "warped_label") if key in item}
@@ -319,7 +321,7 @@ def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings) -> No
         pairs,
         used,
         files,
-        overwrite=settings.overwrite or settings.resume,
+        overwrite=replace,
     )
 
 

@@ -537,7 +537,7 @@ def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     pairs = [{"fixed": fixed, "moving": scan} for scan in scans]
     with pytest.raises(RuntimeError, match="b.nii.gz"):
         register_pairs(pairs, tmp_path / "stopped", RegistrationSettings(**QUICK))
-    results = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, on_error="skip"))
+    results = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), on_error="skip")
     assert ["error" in result for result in results] == [False, True, False] and "b.nii.gz" in results[1]["error"]
     said = capsys.readouterr().out
     assert "1 of 3 pairs failed" in said and "b to fixed: RuntimeError: 'moving': cannot read" in said
@@ -547,20 +547,23 @@ def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     scans[1].write_bytes(moving.read_bytes())
     (tmp_path / "out" / "b_to_fixed_warped.nii.gz").write_bytes(b"half")
-    again = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, resume=True))
+    again = register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True)
     assert [result["moving_subject"] for result in again] == ["b"]
     assert {path: path.stat().st_mtime_ns for path in dates} == dates
     assert_contract(fixed, scans[1], again[0]["files"])
     with pytest.raises(ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"):
-        other = RegistrationSettings(steps=(4, 4), device="cpu", resume=True)
-        register_pairs(pairs, tmp_path / "out", other)
-    assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK, resume=True)) == []
+        register_pairs(pairs, tmp_path / "out", RegistrationSettings(steps=(4, 4), device="cpu"), resume=True)
+    assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True) == []
 
 
-@pytest.mark.parametrize("settings", [{"resume": True, "overwrite": True}, {"on_error": "go on"}])
-def test_settings_that_do_not_go(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"exclude each other|on_error: expected stop or skip, got 'go on'"):
-        RegistrationSettings(**settings)
+def test_ways_that_do_not_go(tmp_path: Path) -> None:
+    fixed, moving = pair(tmp_path, "las")
+    pairs = [{"fixed": fixed, "moving": moving}]
+    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+        register_pairs(pairs, tmp_path / "out", RegistrationSettings(overwrite=True), resume=True)
+    with pytest.raises(ValueError, match="on_error: expected stop or skip, got 'go on'"):
+        register_pairs(pairs, tmp_path / "out", on_error="go on")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
