@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import math
@@ -17,8 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from monai.utils import OptionalImportError, optional_import
+
 __all__ = ["check_writable", "json_ready", "lock_folder", "refuse_existing", "replace_file", "unlock_folder"]
 __all__ += ["write_json"]
+
+fcntl, _ = optional_import("fcntl")  # not on Windows
 
 _LOCKS: dict[Path, IO[str]] = {}
 
@@ -111,9 +114,9 @@ def lock_folder(folder: str | Path, what: str) -> None:
             file.close()
             words = f"another {what} works in the folder {folder}: {said}"
             raise RuntimeError(f"{words}. Wait for its end, or name another folder.") from None
-        except OSError as e:
+        except (OSError, OptionalImportError) as e:
             words = "%s has no locks (%s): see to it that one %s at a time works there"
-            logging.getLogger("monai_deq").warning(words, folder, e.strerror, what)
+            logging.getLogger("monai_deq").warning(words, folder, e, what)
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

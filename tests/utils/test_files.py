@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from monai_deq.utils import check_writable, json_ready, refuse_existing, replace_file, write_json
+from monai_deq.utils import (
+    check_writable,
+    json_ready,
+    lock_folder,
+    refuse_existing,
+    replace_file,
+    unlock_folder,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -175,3 +183,39 @@ def test_json_of_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     }
     with pytest.raises(TypeError, match="JSON knows no object"):
         json_ready({"a": [object()]})
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_full_disk_is_said(tmp_path: Path, direct: bool) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        OSError, match=rf"the disk is full: {file} needs more than the 0.0 MB.*as it was. Make"
+    ) as error:
+        with replace_file(file) as temporary:
+            temporary.write_text("half")
+            try:
+                fail()
+            except OSError as e:
+                if direct:
+                    raise
+                raise RuntimeError("enforce fail: unexpected pos 64 vs 0") from e
+    assert error.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["a.txt"] and file.read_text() == "before"
+
+
+def test_folders_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    lock_folder(tmp_path, "training")
+    assert f"{tmp_path} has no locks" in caplog.text and "one training at a time" in caplog.text
+    unlock_folder(tmp_path)
+    assert os.listdir(tmp_path) == []
