@@ -111,10 +111,19 @@ class TrainingCheckpoint:
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
-        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self.get_batch_started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def _started(self, engine: Engine) -> None:
+        try:
+            self.started(engine)
+        except Exception:  # nothing has begun: the folder is free, and Ctrl-C what it was
+            self._restore_signals()
+            if process_rank() == 0:
+                unlock_folder(self.last_path.parent)
+            raise
 
     def started(self, engine: Engine) -> None:
         """Resume, or make sure that nothing is overwritten unasked; and that there will be checkpoints."""

@@ -94,7 +94,8 @@ def check_writable(folder: str | Path) -> None:
 def lock_folder(folder: str | Path, what: str) -> None:
     """
     Let no other process work in a folder until :py:func:`unlock_folder`, or the end of this one, however it ends: it is
-    the kernel's lock on the file ``.lock``. Where the file system has no locks that is logged.
+    the kernel's lock on the file ``.lock``, which processes forked from this one do not have. Where the file system has
+    no locks that is logged.
 
     Args:
         folder: an existing folder.
@@ -107,7 +108,7 @@ def lock_folder(folder: str | Path, what: str) -> None:
     while path not in _LOCKS:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  # open as long as it is held
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             said = file.read().strip() or "another process"

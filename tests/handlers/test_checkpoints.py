@@ -522,7 +522,7 @@ def test_overwriting_leaves_nothing_to_resume_by_mistake(tmp_path: Path) -> None
 
 def test_one_training_a_folder(tmp_path: Path) -> None:
     program = (
-        "import sys, fcntl; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); f.write('process 7 on h'); "
+        "import sys, fcntl; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on h'); "
     )
     program += "f.flush(); print('locked', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / ".lock")]

@@ -193,17 +193,15 @@ def test_a_full_disk_is_said(tmp_path: Path, direct: bool) -> None:
     def fail() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(
-        OSError, match=rf"the disk is full: {file} needs more than the 0.0 MB.*as it was. Make"
-    ) as error:
-        with replace_file(file) as temporary:
-            temporary.write_text("half")
-            try:
-                fail()
-            except OSError as e:
-                if direct:
-                    raise
-                raise RuntimeError("enforce fail: unexpected pos 64 vs 0") from e
+    words = rf"the disk is full: {file} needs more than the 0.0 MB.*as it was. Make"
+    with pytest.raises(OSError, match=words) as error, replace_file(file) as temporary:
+        temporary.write_text("half")
+        try:
+            fail()
+        except OSError as e:
+            if direct:
+                raise
+            raise RuntimeError("enforce fail: unexpected pos 64 vs 0") from e
     assert error.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["a.txt"] and file.read_text() == "before"
 
@@ -214,7 +212,7 @@ def test_folders_without_locks(
     def none(*args: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setattr("fcntl.lockf", none)
     lock_folder(tmp_path, "training")
     assert f"{tmp_path} has no locks" in caplog.text and "one training at a time" in caplog.text
     unlock_folder(tmp_path)
