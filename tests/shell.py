@@ -162,7 +162,7 @@ def _log_to_stdout() -> None:
     for logger in _loggers():
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
-                handler.setStream(sys.stdout)
+                handler.stream = sys.stdout  # the earlier one may be closed, setStream would flush it
 
 
 @contextlib.contextmanager
