@@ -144,14 +144,20 @@ def _measure(scan: _Scan, image: Any) -> None:
     scan.foreground = _foreground(values, low, high)
 
 
-def _other_grids(scans: Sequence[_Scan]) -> Iterator[Finding]:
+def _usual_grid(scans: Sequence[_Scan]) -> tuple[tuple[str, ...] | None, int, int]:
+    """The grid of most of the scans, of how many, and of how many the grid is known."""
     grids = Counter(scan.grid for scan in scans if scan.grid)
     most, count = grids.most_common(1)[0] if grids else (None, 0)
-    if most is None or 2 * count <= grids.total():
+    return most, count, grids.total()
+
+
+def _other_grids(scans: Sequence[_Scan]) -> Iterator[Finding]:
+    most, count, known = _usual_grid(scans)
+    if most is None or 2 * count <= known:
         return
     for scan in scans:
         if scan.grid and (parts := [f"{a}, not {b}" for a, b in zip(scan.grid, most, strict=True) if a != b]):
-            yield Finding(scan.image, "grid", f"{'; '.join(parts)} as {count} of {grids.total()} scans")
+            yield Finding(scan.image, "grid", f"{'; '.join(parts)} as {count} of {known} scans")
 
 
 def _robust_z(values: np.ndarray, least: float | np.ndarray) -> np.ndarray:
@@ -161,8 +167,7 @@ def _robust_z(values: np.ndarray, least: float | np.ndarray) -> np.ndarray:
 
 def _astray(scans: Sequence[_Scan]) -> Iterator[Finding]:
     """Scans whose foreground lies elsewhere than that of the others, or has another shape."""
-    grids = Counter(scan.grid for scan in scans if scan.foreground is not None)
-    most, count = grids.most_common(1)[0] if grids else (None, 0)
+    most, count, _ = _usual_grid(scans)
     if count < _USUAL:
         return
     group = [scan for scan in scans if scan.foreground is not None and scan.grid == most]

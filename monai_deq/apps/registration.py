@@ -210,11 +210,12 @@ def register_pairs(
         except (OSError, RuntimeError, ValueError) as e:
             if on_error == "stop" or (isinstance(e, OSError) and e.errno == errno.ENOSPC):
                 raise
-            logger.error("pair %d of %d failed: %s", number, len(left), " ".join(str(e).split()))
+            reason = " ".join(str(e).split())
+            logger.error("pair %d of %d failed: %s", number, len(left), reason)
             names: dict[str, Any] = {
                 key: item[key] for key in ("fixed_subject", "moving_subject", "name") if key in item
             }
-            results.append({**names, "error": f"{type(e).__name__}: {' '.join(str(e).split())}"})
+            results.append({**names, "error": f"{type(e).__name__}: {reason}"})
     done, failed = ([r for r in results if ("error" in r) == wrong] for wrong in (False, True))
     if done:
         print("\n".join(summary_lines(done)), flush=True)
@@ -314,15 +315,7 @@ def _write_report(item: Mapping[Any, Any], settings: RegistrationSettings, repla
     files = {path: _FILES[what] for what, path in item["files"].items() if what in _FILES}
     used = {**asdict(settings), "fixed": item["fixed_subject"], "moving": item["moving_subject"]}
     used["intensities"] = item.get("intensities", {})
-    write_pair_report(
-        item["files"]["report"],
-        pair,
-        item["record"],
-        pairs,
-        used,
-        files,
-        overwrite=replace,
-    )
+    write_pair_report(item["files"]["report"], pair, item["record"], pairs, used, files, overwrite=replace)
 
 
 def _plain(image: torch.Tensor) -> np.ndarray:

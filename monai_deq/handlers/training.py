@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochMeanLoss", "GradientClipping", "ListedOutput", "SamplerEpochSetter", "StatePoolUpdater"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("monai_deq")
 
 
 class EpochMeanLoss:
