@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import logging
 import math
@@ -26,35 +27,72 @@ fcntl, _ = optional_import("fcntl")  # not on Windows
 _LOCKS: dict[Path, IO[str]] = {}
 
 
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the kernel's lock on a folder until it is closed; None where there are no such locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except (OSError, OptionalImportError):
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextmanager
+def _folder_for(path: Path) -> Iterator[Path]:
+    """
+    A hidden folder beside a file, where it is written before it gets its name. What a killed process has left goes
+    when the file is written again: the lock tells whether its owner lives.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*.part"):
+        with suppress(OSError):
+            if (handle := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+    handle = None
+    while True:
+        folder = Path(tempfile.mkdtemp(".part", f".{path.name}-", path.parent))
+        with suppress(BlockingIOError, FileNotFoundError):  # another process takes it for one that was left
+            handle = _lock(folder)
+            if folder.exists():
+                break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
 @contextmanager
 def replace_file(path: str | Path) -> Iterator[Path]:
     """
-    Write a file under a temporary name, of its suffixes, and move it into place when the block ends well. What goes
-    wrong because the disk is full is an ``OSError`` that says so, whatever the library that wrote made of it.
+    Write a file of the same name in a hidden folder beside it, and move it into place when the block ends well. What
+    goes wrong because the disk is full is an ``OSError`` that says so, whatever the library that wrote made of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(path.suffixes[-2:]) if path.name.lower().endswith(".gz") else path.suffix
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[: -len(suffix) or None]}-", suffix=suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)  # as open() would have made it; mkstemp lets the owner alone read
-        os.replace(temporary, path)
-    except Exception as e:
-        if not _disk_is_full(e, path.parent):
-            raise
-        written, there = temporary.stat().st_size / 1e6, path.exists()
-        kept = "; the file of that name is as it was" if there else ""
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: {path} needs more than the {written:.1f} MB that could be written of it{kept}. Make "
-            "room, or name a folder on another disk.",
-        ) from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _folder_for(path) as folder:
+        temporary = folder / path.name
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except Exception as e:
+            if not _disk_is_full(e, folder):
+                raise
+            written = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+            kept = "; the file of that name is as it was" if path.exists() else ""
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk is full: {path} needs more than the {written:.1f} MB that could be written of it{kept}. "
+                "Make room, or name a folder on another disk.",
+            ) from e
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
@@ -76,7 +114,7 @@ def check_writable(folder: str | Path) -> None:
     absent = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")  # a full disk may still take an empty file
             file.flush()
     except OSError as e:

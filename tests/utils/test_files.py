@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,7 +38,8 @@ def test_writes_or_replaces(tmp_path: Path, existing: bool) -> None:
         path.parent.mkdir(parents=True)
         path.write_text("old")
     with replace_file(path) as temporary:
-        assert temporary.parent == path.parent and temporary != path  # one file system: the move is atomic
+        assert temporary.parent.parent == path.parent  # one file system: the move is atomic
+        assert temporary.name == path.name  # whatever a writer makes of names and endings
         temporary.write_text("new")
         assert (path.read_text() if existing else path.exists()) == ("old" if existing else False)
     assert path.read_text() == "new"
@@ -77,22 +82,38 @@ def test_permissions_are_those_of_open(tmp_path: Path, mask: int, mode: int) -> 
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
-@pytest.mark.parametrize(
-    ("name", "suffix"),
-    [
-        ("disp_0001_0002.nii.gz", ".nii.gz"),
-        ("model.best.pt", ".pt"),
-        ("table.csv.gz", ".csv.gz"),
-        ("plain", ""),
-        (".hidden", ""),
-        ("x.gz", ".gz"),
-    ],
-)
-def test_writers_see_the_suffix(tmp_path: Path, name: str, suffix: str) -> None:
-    with replace_file(str(tmp_path / name)) as temporary:
-        assert "".join(temporary.suffixes) == suffix or temporary.name.endswith(suffix) and suffix
-        temporary.write_text("x")
-    assert os.listdir(tmp_path) == [name]
+_KILLED = """
+import os, signal, sys
+from monai_deq.utils import replace_file
+files = [replace_file(name) for name in sys.argv[1:]]
+for file in files:
+    file.__enter__().write_text("half")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+_OFTEN = """
+import sys
+from monai_deq.utils import write_json
+for n in range(300):
+    write_json(sys.argv[1], n)
+"""
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    path, other = tmp_path / "a [1].txt", tmp_path / "b.txt"
+    process = subprocess.run([sys.executable, "-c", _KILLED, path, other])
+    assert process.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
+    with replace_file(path) as outer:
+        outer.write_text("outer")
+        write_json(path, "inner")  # what is being written stays
+    assert path.read_text() == "outer"
+    assert sorted(name.split("-")[0] for name in os.listdir(tmp_path)) == [".b.txt", "a [1].txt"]
+
+
+def test_two_processes_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    processes = [subprocess.Popen([sys.executable, "-c", _OFTEN, path]) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert os.listdir(tmp_path) == ["result"] and path.read_text() == "299\n"
 
 
 def test_refuse_existing(tmp_path: Path) -> None:
@@ -151,17 +172,13 @@ def test_what_a_system_refuses(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise OSError(number, os.strerror(number), str(tmp_path))
 
-    if where == "write":
-        make = tempfile.NamedTemporaryFile
+    class Full(io.BytesIO):
+        write = refuse
 
-        def full(*args: Any, **kwargs: Any) -> Any:
-            file = make(*args, **kwargs)
-            file.write = refuse
-            return file
-
-        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    if where == "mkdir":
+        monkeypatch.setattr(Path, "mkdir", refuse)
     else:
-        monkeypatch.setattr(*{"mkdir": (Path, "mkdir"), "open": (tempfile, "NamedTemporaryFile")}[where], refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse if where == "open" else lambda dir: Full())
     with pytest.raises(kind, match=f"folder {tmp_path}: {os.strerror(number)}. Make it writable, or name") as error:
         check_writable(tmp_path)
     assert type(error.value) is kind and os.listdir(tmp_path) == []
