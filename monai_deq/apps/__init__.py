@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .preflight import Finding, check_files
+from .preflight import Finding, check_files, usable_parts
 from .registration import PRESETS, RegistrationSettings, register_pairs
 from .transformation import apply_transforms, invert_transform
 
@@ -15,4 +15,5 @@ __all__ = [
     "check_files",
     "invert_transform",
     "register_pairs",
+    "usable_parts",
 ]

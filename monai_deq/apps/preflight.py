@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from monai_deq.data import find_learn2reg, find_oasis, grid_of, read_image, read_pair_list
+from monai_deq.data import (
+    Learn2RegDataset,
+    OasisDataset,
+    find_learn2reg,
+    find_oasis,
+    grid_of,
+    read_image,
+    read_pair_list,
+)
 from monai_deq.transforms import (
     CheckLabeld,
     CheckRegistrationImaged,
@@ -26,8 +35,11 @@ from monai_deq.transforms import (
     LoadKeypointsd,
     load_keypoints,
 )
+from monai_deq.utils import gather_items, process_rank
 
-__all__ = ["Finding", "check_files"]
+__all__ = ["Finding", "check_files", "usable_parts"]
+
+logger = logging.getLogger("monai_deq")
 
 _ROLES = ("fixed", "moving")
 # spans of 99.8 % of the voxels that the extreme one may lie beyond them; of scans of brains and lungs about 1
@@ -94,7 +106,14 @@ def _foreground(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return mask
 
 
-def _look(scan: _Scan, spatial_dims: int, known_labels: frozenset[int], any_grid: bool) -> _Scan:
+def _look(
+    scan: _Scan,
+    spatial_dims: int,
+    known_labels: frozenset[int] = frozenset(),
+    any_grid: bool = False,
+    warnings: bool = True,
+    outside: Literal["refuse", "clamp"] = "refuse",
+) -> _Scan:
     """Read a scan and what belongs to it."""
     image = _read(scan, scan.image, spatial_dims)
     if image is not None:
@@ -106,7 +125,7 @@ def _look(scan: _Scan, spatial_dims: int, known_labels: frozenset[int], any_grid
             kind = "not finite" if not finite else "constant" if low == high else "dimensions"
             scan.findings.append(Finding(scan.image, kind, _reason(e, scan.image)))
         else:
-            _measure(scan, image)
+            _measure(scan, image, warnings)
     for file in scan.labels:
         label = _read(scan, file, spatial_dims, label=True)
         if label is None or image is None:
@@ -123,24 +142,26 @@ def _look(scan: _Scan, spatial_dims: int, known_labels: frozenset[int], any_grid
         item: dict[Hashable, Any] = {"x": scan.keypoints, "image": image}
         try:
             scan.points = load_keypoints(scan.keypoints, image.ndim - 1, np.asarray(image.affine, dtype=float))
-            LoadKeypointsd("x", "image", outside="refuse")(item)
+            LoadKeypointsd("x", "image", outside=outside)(item)
         except (ValueError, OSError) as e:
             scan.findings.append(Finding(scan.keypoints, "keypoints", _reason(e, scan.keypoints)))
     return scan
 
 
-def _measure(scan: _Scan, image: Any) -> None:
+def _measure(scan: _Scan, image: Any, warnings: bool) -> None:
     values = np.ascontiguousarray(image.numpy()[0])
     scan.digest = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).hexdigest()
+    if (grid := grid_of(image)) is not None:
+        spacing = " x ".join(f"{mm:.3f}" for mm in grid.spacing)
+        size = " x ".join(map(str, grid.size))
+        scan.grid = (f"size {size}", f"spacing {spacing} mm", f"orientation {grid.orientation}")
+    if not warnings:
+        return
     low, high = map(float, np.percentile(values, (0.1, 99.9)))
     for extreme, beyond in ((values.max(), values.max() - high), (values.min(), low - values.min())):
         if beyond > _WILD * (high - low):
             what = f"a voxel has {extreme:g}, while 99.8 % of all lie between {low:g} and {high:g}"
             scan.findings.append(Finding(scan.image, "wild voxel", what, "warning"))
-    if (grid := grid_of(image)) is not None:
-        spacing = " x ".join(f"{mm:.3f}" for mm in grid.spacing)
-        size = " x ".join(map(str, grid.size))
-        scan.grid = (f"size {size}", f"spacing {spacing} mm", f"orientation {grid.orientation}")
     scan.foreground = _foreground(values, low, high)
 
 
@@ -198,9 +219,10 @@ def _repeated(scans: Sequence[_Scan]) -> Iterator[Finding]:
         yield Finding(scan.image, "repeated", what, "error" if across else "warning")
 
 
-def _unequal_points(pairs: Sequence[Mapping[str, Any]], scans: Mapping[str, _Scan]) -> Iterator[Finding]:
+def _unequal_points(pairs: Iterable[Mapping[str, Any]], scans: Iterable[_Scan]) -> Iterator[Finding]:
+    known = {scan.image: scan.points for scan in scans if scan.points is not None}
     for pair in pairs:
-        points: dict[Hashable, Any] = {role: scans[str(pair[role])].points for role in _ROLES}
+        points: dict[Hashable, Any] = {role: known.get(str(pair.get(role))) for role in _ROLES}
         if all(p is not None for p in points.values()):
             try:
                 CheckSameKeypointsd(_ROLES)(points)
@@ -208,35 +230,87 @@ def _unequal_points(pairs: Sequence[Mapping[str, Any]], scans: Mapping[str, _Sca
                 yield Finding(str(pair["moving_keypoints"]), "keypoints", _reason(e, ""))
 
 
-def _of_subjects(found: Any, split_sizes: Sequence[int | None] | None, missing: list[str]) -> dict[str, _Scan]:
-    scans = {s["image"]: _Scan(s["image"], [s["label"]] if s["label"] else []) for s in found.subjects}
-    try:
-        split = found.split(split_sizes, require_labels=False)
-    except ValueError:
-        if split_sizes is not None:
-            raise
-        split = {}  # fewer than the paper's
-    for part, subjects in split.items():
-        for subject in subjects:
-            scans[subject["image"]].parts.append(part)
-    unlabelled = [s["image"] for s in found.subjects if s["label"] is None]
-    if len(unlabelled) < _FEW * len(scans):
-        missing += [f"{image} (its segmentation)" for image in unlabelled]
-    return scans
+def _files_of(item: Mapping[str, Any]) -> Iterator[tuple[str, list[Any], Any]]:
+    """Of a subject or of a pair the images, the label maps and masks beside each, and its keypoints."""
+    if "image" in item:
+        yield item["image"], [item["label"]], None
+        return
+    for role in _ROLES:
+        beside = [item.get(f"{role}_{kind}") for kind in ("label", "mask")]
+        yield str(item[role]), beside, item.get(f"{role}_keypoints")
 
 
-def _of_pairs(pairs: Sequence[Mapping[str, Any]], split: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, _Scan]:
+def _scans_of(items: Iterable[Mapping[str, Any]], parts: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, _Scan]:
+    """The scans of subjects or pairs, each once, with the parts of a split that it is in."""
     scans: dict[str, _Scan] = {}
-    for pair in pairs:
-        for role in _ROLES:
-            scan = scans.setdefault(str(pair[role]), _Scan(str(pair[role])))
-            files = [str(pair[key]) for kind in ("label", "mask") if (key := f"{role}_{kind}") in pair]
-            scan.labels += [file for file in files if file not in scan.labels]
-            scan.keypoints = pair.get(f"{role}_keypoints", scan.keypoints)
-    for part, items in split.items():
-        for image in {str(item[role]) for item in items for role in _ROLES}:
+    for item in items:
+        for image, labels, keypoints in _files_of(item):
+            scan = scans.setdefault(image, _Scan(image))
+            scan.labels += [str(label) for label in labels if label and str(label) not in scan.labels]
+            scan.keypoints = keypoints or scan.keypoints
+    for part, members in parts.items():
+        for image in dict.fromkeys(image for item in members for image, _, _ in _files_of(item)):
             scans[image].parts.append(part)
     return scans
+
+
+def _look_at(
+    scans: Mapping[str, _Scan], workers: int | None, progress: bool | None, spatial_dims: int, **how: Any
+) -> list[_Scan]:
+    """Read scans, several at a time; ``progress`` None: with a bar on a terminal."""
+    look: Callable[[_Scan], _Scan] = partial(_look, spatial_dims=spatial_dims, **how)
+    # threads: zlib, SHA-256 and NumPy let each other run
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        disable = None if progress is None else not progress
+        return list(tqdm(pool.map(look, scans.values()), total=len(scans), unit="scan", disable=disable))
+
+
+def usable_parts(
+    found: OasisDataset | Learn2RegDataset,
+    parts: Mapping[str, list[dict[str, Any]]],
+    check: Literal["stop", "skip", "off"] = "stop",
+    keypoints_outside: Literal["refuse", "clamp"] = "refuse",
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    Read the files of a split before a training, and refuse or leave out what is damaged, constant, not finite, on
+    another grid than most, not of its image, or the same scan in two parts: the errors of :py:func:`check_files`.
+
+    Args:
+        found: the data set.
+        parts: its split; a scan of two parts is left out of the training.
+        check: ``"stop"``: refuse; ``"skip"``: leave out, and log what; ``"off"``: do not look. Defaults to ``"stop"``.
+        keypoints_outside: see :py:class:`monai_deq.transforms.LoadKeypointsd`. Defaults to ``"refuse"``.
+
+    Raises:
+        ValueError: When something is found and is not to be left out, or nothing of a part remains.
+    """
+    if check not in ("stop", "skip", "off"):
+        raise ValueError(f'check must be "stop", "skip" or "off", got {check!r}.')
+    parts = dict(parts)
+    if check == "off":
+        return parts
+    findings: list[Finding] = []
+    if process_rank() == 0:
+        # of two equal scans the later is named: a test subject stays
+        items = [item for part in reversed(parts) for item in parts[part]]
+        dims, names = (found.spatial_dims, found.label_names) if isinstance(found, OasisDataset) else (3, {})
+        how = {"known_labels": frozenset(names), "warnings": False, "outside": keypoints_outside}
+        done = _look_at(_scans_of(items, parts), None, None, dims, **how)
+        findings = [finding for scan in done for finding in scan.findings]
+        findings += [*_other_grids(done), *_repeated(done), *_unequal_points(items, done)]
+    reasons = {f.file: f"{f.kind}: {f.file}: {f.what}" for f in gather_items(findings) if f.severity == "error"}
+    first = next(iter(reasons.values()), "")
+    for reason in reasons.values():
+        logger.warning("%s%s", reason, "; left out" if check == "skip" else "")
+    if reasons and check == "stop":
+        more = f" and {len(reasons) - 1} more, see the log" if len(reasons) > 1 else ""
+        advice = "Mend or remove what is named, leave it out by --check skip, or do not look by --check off."
+        raise ValueError(f"the data set in {found.root} has files that spoil a training: {first}{more}. {advice}")
+    for part, items in parts.items():
+        parts[part] = [item for item in items if reasons.keys().isdisjoint(map(str, item.values()))]
+        if items and not parts[part]:
+            raise ValueError(f"none of the {len(items)} of the {part} part in {found.root} is usable: {first}")
+    return parts
 
 
 def check_files(
@@ -265,33 +339,35 @@ def check_files(
         FileNotFoundError: When there is no data set or list.
         ValueError: When ``data`` is malformed, or ``spatial_dims``, ``workers`` or ``split_sizes`` does not fit.
     """
-    workers = workers if workers is not None else os.cpu_count() or 1
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
     root, missing = Path(data).expanduser(), list[str]()
-    pairs: Sequence[Mapping[str, Any]] = ()
+    items: Sequence[Mapping[str, Any]]
+    parts: Mapping[str, Sequence[Mapping[str, Any]]] = {}
     names: frozenset[int] = frozenset()
     is_list = not root.is_dir()
     if is_list:
-        pairs = read_pair_list(root, missing)
-        scans = _of_pairs(pairs, {})
+        items = read_pair_list(root, missing)
     elif any(root.glob("*_dataset.json")) and not (root / "OASIS_dataset.json").is_file():
         task = find_learn2reg(root, missing=missing)
-        pairs = task.pairs
-        scans = _of_pairs(pairs, task.split(split_sizes, require_keypoints=False))
+        items, parts = task.pairs, task.split(split_sizes, require_keypoints=False)
     else:
         found = find_oasis(root, spatial_dims, missing)
-        names = frozenset(found.label_names)
-        scans = _of_subjects(found, split_sizes, missing)
-    look: Callable[[_Scan], _Scan] = partial(_look, spatial_dims=spatial_dims, known_labels=names, any_grid=is_list)
-    # threads: zlib, SHA-256 and NumPy let each other run
-    with ThreadPoolExecutor(workers) as pool:
-        done = list(tqdm(pool.map(look, scans.values()), total=len(scans), unit="scan", disable=not progress))
+        items, names = found.subjects, frozenset(found.label_names)
+        try:
+            parts = found.split(split_sizes, require_labels=False)
+        except ValueError:
+            if split_sizes is not None:
+                raise  # else there are fewer than the paper's
+        unlabelled = [s["image"] for s in found.subjects if s["label"] is None]
+        if len(unlabelled) < _FEW * len(items):
+            missing += [f"{image} (its segmentation)" for image in unlabelled]
+    done = _look_at(_scans_of(items, parts), workers, progress, spatial_dims, known_labels=names, any_grid=is_list)
     findings = [Finding(file, "missing", "is named, or belongs to a scan, and is not there") for file in missing]
     findings += [finding for scan in done for finding in scan.findings]
     if not is_list:
         findings += [*_other_grids(done), *_astray(done)]
-    findings += [*_repeated(done), *_unequal_points(pairs, scans)]
+    findings += [*_repeated(done), *_unequal_points(items, done)]
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.file), len(done)

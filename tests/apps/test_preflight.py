@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from monai_deq.apps import check_files
+from monai_deq.apps import check_files, usable_parts
 from monai_deq.cli import main
-from monai_deq.data import write_sample_cohort, write_sample_lung_cohort
+from monai_deq.data import find_learn2reg, find_oasis, write_sample_cohort, write_sample_lung_cohort
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,45 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, *words) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def _damage(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("check", ["stop", "skip", "off"])
+def test_a_training_refuses_or_leaves_out(data: Path, check: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = find_oasis(data, 2)
+    parts = found.split((16, 4, 4))
+    assert usable_parts(found, parts) == parts  # sound
+    image, label = files(data, 3)
+    _damage(image)
+    _damage(files(data, 18)[1])
+    change(files(data, 5)[0], with_value(np.nan))
+    shutil.copy(files(data, 22)[0], files(data, 7)[0])  # of a test subject; a subject in training has it too
+    change(files(data, 9)[0], with_value(1e6))  # a warning
+    if check == "stop":
+        with pytest.raises(ValueError, match=rf"{found.root} has files.* and 3 more, see the log.*--check skip"):
+            usable_parts(found, parts, "stop")
+    else:
+        left = usable_parts(found, parts, check)
+        lost = {part: [s["subject"] for s in parts[part] if s not in left[part]] for part in parts}
+        names = [f"OASIS_OAS1_90{n:02d}_MR1" for n in (3, 5, 7, 18)]
+        skipped = {"training": names[:3], "validation": names[3:], "test": []}
+        assert lost == (skipped if check == "skip" else {part: [] for part in parts})
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(logged) == (0 if check == "off" else 4)
+    assert all(line.endswith("; left out") == (check == "skip") for line in logged)
+
+
+def test_a_part_of_which_nothing_is_usable(lungs: Path) -> None:
+    found = find_learn2reg(lungs)
+    parts = found.split((2, 1, 1), require_keypoints=False)
+    assert usable_parts(found, parts) == parts
+    _damage(Path(parts["validation"][0]["moving"]))
+    with pytest.raises(ValueError, match="none of the 1 of the validation part .* is usable: unreadable: "):
+        usable_parts(found, parts, "skip")
+    with pytest.raises(ValueError, match="check must be"):
+        usable_parts(found, parts, "none")  # type: ignore[arg-type]
