@@ -27,6 +27,15 @@ from monai_deq.utils import process_count, process_rank
 __all__ = ["RegistrationEvaluator", "RegistrationTrainer"]
 
 
+class _Statistics(StatsHandler):
+    """MONAI's, that takes the end on a signal for no error: what was said of it stays in sight, without a trace."""
+
+    def exception_raised(self, _engine: Any, e: BaseException) -> None:  # type: ignore[override]
+        if isinstance(e, SystemExit):
+            raise e
+        super().exception_raised(_engine, e)  # type: ignore[arg-type]
+
+
 class RegistrationTrainer(SupervisedTrainer):
     """:py:class:`monai.engines.SupervisedTrainer` for pairs that may stay in a pool, with the mean loss of each epoch,
     gradient clipping, progress and log: what the first of several processes shows.
@@ -55,7 +64,7 @@ class RegistrationTrainer(SupervisedTrainer):
             GradientClipping(kwargs["network"], clip_norm),
         ]
         if process_rank() == 0:
-            handlers += [ProgressBar(ncols=100), StatsHandler(iteration_log=False, tag_name="train_loss")]
+            handlers += [ProgressBar(ncols=100), _Statistics(iteration_log=False, tag_name="train_loss")]
             if log_dir is not None:
                 loss = from_engine(["loss"], first=True)
                 handlers.append(TensorBoardStatsHandler(log_dir=log_dir, tag_name="train_loss", output_transform=loss))

@@ -425,3 +425,16 @@ def test_no_batch_is_refused() -> None:
     evaluator = make_evaluator(2)
     with pytest.raises(ValueError, match="Must provide batch data for current iteration"):
         evaluator._process_function(evaluator, None)
+
+
+@pytest.mark.parametrize("error", [SystemExit(143), ValueError("a pair")])
+def test_an_end_on_a_signal_shows_no_trace(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    def end(engine: Any) -> None:
+        raise error
+
+    trainer, _, _ = make_trainer()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=2), end)
+    with pytest.raises(type(error)):
+        trainer.run()
+    traces = [record for record in caplog.records if record.exc_info]
+    assert len(traces) == isinstance(error, ValueError)
