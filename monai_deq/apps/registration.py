@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from monai_deq.certificates import Verdict
 from monai_deq.data import affine_of, image_dims, pair_items
 from monai_deq.networks import load_weights, read_record
 from monai_deq.networks.blocks import EnergyUpdate
@@ -270,7 +271,9 @@ def _register(
     kept: dict[str, Any] = {
         k: saved[k] for k in ("fixed_subject", "moving_subject", "name", "summary", "files") if k in saved
     }
-    verdict, converged = record.get("verdict", record["reason"]), bool(record["converged"])
+    verdict, converged = record["reason"], bool(record["converged"])
+    if "verdict" in record:  # of the certificate, which may find rest where the solver was stopped by its limit
+        verdict, converged = record["verdict"], record["verdict"] == Verdict.CONVERGED
     if "finish" in record:
         verdict, converged = record["finish"]["reason"], bool(record["finish"]["converged"])
     return {**kept, "verdict": verdict, "converged": converged, "seconds": time.perf_counter() - begin}
