@@ -91,6 +91,7 @@ def test_planted_faults_are_all_found(data: Path) -> None:
     image(12).unlink()
     change(image(13), lambda a: np.roll(a, 9, axis=1))
     label(14).unlink()
+    change(image(15), lambda a: np.rot90(a, 2))
     expected = {
         (image(1), "unreadable", "error"),
         (image(2), "not finite", "error"),
@@ -101,7 +102,7 @@ def test_planted_faults_are_all_found(data: Path) -> None:
         *((label(n), "label", "error") for n in (7, 8, 9, 10)),
         (image(24), "repeated", "error"),
         (image(12), "missing", "error"),
-        (image(13), "alignment", "warning"),
+        *((image(n), "alignment", "warning") for n in (13, 15)),
         (f"{image(14)} (its segmentation)", "missing", "error"),
     }
     findings, scans = check_files(data, 2, workers=3, split_sizes=(10, 2, None), progress=False)
