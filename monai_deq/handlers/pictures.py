@@ -127,7 +127,7 @@ def _drawn(batch: Mapping[str, Any], index: int) -> bytes | None:
     """The picture of an item of a batch; ``None`` where it cannot be drawn, which is logged."""
     try:
         return figure_png(plot_registration(_pair_of(batch, index)))
-    except ValueError as e:
+    except Exception as e:  # must not cost the pair its scores
         names = (batch[f"{key}_subject"][index] for key in ("moving", "fixed"))
         logging.getLogger("monai_deq").warning(f"no picture of {' to '.join(map(str, names))}: {e}")
         return None
