@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -172,13 +174,17 @@ class RegistrationEvaluator(SupervisedEvaluator):
     def _settings(self) -> dict[str, Any]:
         """What the results depend on, but for data and preprocessing."""
         weights = [handler.digest() for handler in self._handlers if isinstance(handler, WeightsLoader)]
-        parts: dict[str, Any] = {"network": self.network, "inferer": vars(self.inferer)}
         said: dict[str, Any] = {"weights": next(iter(weights), None), "amp": bool(self.amp)}
-        for name, part in parts.items():
+        for name, part in (("network", self.network), ("inferer", vars(self.inferer))):
             try:
                 said[name] = describe(part)
             except (TypeError, ValueError):  # of somebody else's
                 said[name] = type(getattr(self, name)).__name__
+        if said["weights"] and isinstance(said["network"], dict):  # long, and in their record
+            text = json.dumps(said["network"], sort_keys=True, default=str)
+            solvers = {"solver": said["network"], "coarse_solver": said["network"].get("coarse") or {}}
+            said |= {name: net["solver"] for name, net in solvers.items() if "solver" in net}
+            said["network"] = hashlib.sha256(text.encode()).hexdigest()[:12]
         return said
 
     def _report_failed(self, total: int | None) -> None:

@@ -103,7 +103,7 @@ class ExtremePairs:
         for index, score in enumerate(pair_means(scores[name]) if name else ()):
             if np.isfinite(score):
                 pair = {key: str(batch[f"{key}_subject"][index]) for key in ("fixed", "moving")}
-                self.kept.append({**pair, "order": _ORDER[str(name)] * score})
+                self.kept.append({**pair, "order": _ORDER[str(name)] * float(score)})
                 newest = self.kept[-1]
                 self._sort()
                 if any(entry is newest for entry in self.kept):

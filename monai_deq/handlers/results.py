@@ -204,9 +204,11 @@ class PairResultsSaver(PairResults):
             raise ValueError(f"pictures: expected a whole number from 0 to 9, got {pictures!r}.")
         self.extremes = ExtremePairs(pictures, self.metrics)
         self.rows: list[dict[str, Any]] = []
-        #: rows and pictures that were there before, and settings and names of the pairs, once a run has begun
+        #: rows and pictures that were there before, the pairs' places, and settings, all of them in ``used``, once a run
+        #: has begun
         self.earlier: list[dict[str, Any]] = []
         self.earlier_pictures: list[dict[str, Any]] = []
+        self.settings: dict[str, Any] = {}
         self.used: dict[str, Any] | None = None
         self.order: dict[tuple[str, str], int] = {}
         #: a whole summary, of which nothing is missing
@@ -223,7 +225,8 @@ class PairResultsSaver(PairResults):
         """See :py:meth:`PairResults.begin`."""
         asked = None if self.metrics is None else list(self.metrics)
         stated = {**self.info, "label_set": self.label_set, "labels": self.labels}
-        self.used = json_ready({**stated, "settings": {**settings, "metrics": asked}})
+        self.settings = json_ready({**settings, "metrics": asked})
+        self.used = json_ready({**stated, **self.settings})
         pairs = [(pair.get("fixed_subject", ""), pair.get("moving_subject", "")) for pair in names]
         self.order = {pair: number for number, pair in enumerate(pairs)}
         self.earlier, self.earlier_pictures, self.whole = [], [], None
@@ -265,8 +268,9 @@ class PairResultsSaver(PairResults):
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{file} is no summary to go on from ({e}): replace it with --overwrite.") from e
         used = self.used or {}
-        said = {key: content[key] for key in used if key in content} if "settings" in content else None
-        refuse_other_settings(file, said, used)
+        said = content.get("settings")
+        stated = {key: content[key] for key in used if key in content and key not in self.settings}
+        refuse_other_settings(file, {**stated, **said} if isinstance(said, dict) else None, used)
         if had != set(pairs) or not self.csv_path.is_file():
             missing = len(set(pairs) - had)
             raise ValueError(
@@ -371,7 +375,7 @@ class PairResultsSaver(PairResults):
         if lost:
             result["failed"] = lost
         if self.used is not None:
-            result["settings"] = self.used["settings"]
+            result["settings"] = self.settings
         result["summary"] = summary
         if "verdict" in columns:
             result["verdicts"] = frame["verdict"].value_counts(sort=False).to_dict()
