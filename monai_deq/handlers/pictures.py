@@ -80,6 +80,8 @@ class ExtremePairs:
     def __init__(self, most: int, metrics: Sequence[str] | None = None) -> None:
         self.most, self.metrics = most, metrics
         self.kept: list[dict[str, Any]] = []
+        #: where pairs ``(fixed, moving)`` come in the data set; those that are not here as they came
+        self.places: Mapping[tuple[str, str], int] = {}
         self.batch: Mapping[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -111,7 +113,7 @@ class ExtremePairs:
 
     def _sort(self) -> None:
         """The best first, of equals the earlier; those between the best and the worst go."""
-        self.kept.sort(key=lambda entry: -entry["order"])
+        self.kept.sort(key=lambda e: (-e["order"], self.places.get((e["fixed"], e["moving"]), 0)))
         del self.kept[self.most : -self.most]
 
     def gather(self) -> dict[str, list[dict[str, Any]]]:

@@ -204,13 +204,11 @@ class PairResultsSaver(PairResults):
             raise ValueError(f"pictures: expected a whole number from 0 to 9, got {pictures!r}.")
         self.extremes = ExtremePairs(pictures, self.metrics)
         self.rows: list[dict[str, Any]] = []
-        #: rows and pictures that were there before, the pairs' places, and settings, all of them in ``used``, once a run
-        #: has begun
+        #: rows and pictures that were there before, the places of the pairs, and the settings, once a run has begun
         self.earlier: list[dict[str, Any]] = []
         self.earlier_pictures: list[dict[str, Any]] = []
         self.settings: dict[str, Any] = {}
         self.used: dict[str, Any] | None = None
-        self.order: dict[tuple[str, str], int] = {}
         #: a whole summary, of which nothing is missing
         self.whole: dict[str, Any] | None = None
 
@@ -228,7 +226,7 @@ class PairResultsSaver(PairResults):
         self.settings = json_ready({**settings, "metrics": asked})
         self.used = json_ready({**stated, **self.settings})
         pairs = [(pair.get("fixed_subject", ""), pair.get("moving_subject", "")) for pair in names]
-        self.order = {pair: number for number, pair in enumerate(pairs)}
+        self.extremes.places = {pair: number for number, pair in enumerate(pairs)}
         self.earlier, self.earlier_pictures, self.whole = [], [], None
         if self.resume:
             self._take_over(pairs)
@@ -339,7 +337,7 @@ class PairResultsSaver(PairResults):
             known = {k: {w: np.nan if v is None else v for w, v in value.items()} for k, value in known.items()}
             print(self._table(known, str(self.whole["num_pairs"])), flush=True)
             return
-        rows.sort(key=lambda row: self.order.get((row["fixed"], row["moving"]), 0))
+        rows.sort(key=lambda row: self.extremes.places.get((row["fixed"], row["moving"]), 0))
         columns = [*self.columns, *(key for key in OPTIONAL_RECORDS if rows and all(key in row for row in rows))]
         details: dict[str, torch.Tensor] = dict(engine.state.metric_details)  # type: ignore[attr-defined]
         for name in rows[0]["scores"] if rows else ():
@@ -401,7 +399,7 @@ class PairResultsSaver(PairResults):
         texts = {key: False if key == "converged" else "failed" for key in frame if not _is_numbers(frame[key])}
         more = [{**texts, **pair, **({"reason": f"failed: {pair['reason']}"})} for pair in lost]
         both = pd.concat([frame, pd.DataFrame(more, columns=frame.columns, dtype=object)], ignore_index=True)
-        places = [self.order.get(pair, 0) for pair in zip(both["fixed"], both["moving"], strict=True)]
+        places = [self.extremes.places.get(pair, 0) for pair in zip(both["fixed"], both["moving"], strict=True)]
         return both.iloc[np.argsort(places, kind="stable")]
 
     def _write_pictures(self, extremes: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
