@@ -73,8 +73,8 @@ def write_evaluation_report(
 
     page = HTMLPage(f"Evaluation of {result.title}: {content['num_pairs']} pairs")
     if failed := content.get("failed"):
-        rows = [(f"{pair['fixed']}, {pair['moving']}", pair["reason"]) for pair in failed]
-        page.add("Failed pairs, in no mean", html_table(("fixed, moving", "reason"), rows))
+        lost = [(f"{pair['fixed']}, {pair['moving']}", pair["reason"]) for pair in failed]
+        page.add("Failed pairs, in no mean", html_table(("fixed, moving", "reason"), lost))
     page.add("Summary", *_summary_tables(content["summary"]))
     if metrics:
         boxes = plot_boxes(results, metrics)
