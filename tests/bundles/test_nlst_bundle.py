@@ -304,13 +304,11 @@ def test_a_damaged_pair_does_not_stop_the_other(
         assert all((tmp_path / one / n).read_bytes() == (tmp_path / two / n).read_bytes() for n in made)
     scan.write_bytes(b"none")
     (broken / "imagesTs" / "NLST_0005_0001.nii.gz").write_bytes(b"none")
-    complain(
-        "all 2 pairs failed, the first one was NLST_0004_0001 to",
-        run_id,
-        name,
-        tmp_path,
-        **{**given, "output_dir": "no"},
+    given |= dict.fromkeys(changed, "no")
+    message = (
+        "all 2 pairs failed, the first one was NLST_0004_0001 to NLST_0004_0000: RuntimeError: 'fixed': cannot read"
     )
+    complain(message, run_id, name, tmp_path, **given)
     assert not (tmp_path / "no").exists()
 
 
