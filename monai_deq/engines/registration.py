@@ -111,6 +111,8 @@ class RegistrationEvaluator(SupervisedEvaluator):
         #: names of the pairs of the batch under way, none where it has failed, and the handlers that have had it
         self._underway: list[dict[str, str]] = []
         self._had: list[Any] = []
+        #: number of pairs whose results are there
+        self._there = 0
         self._handlers = list(val_handlers)
         self.metric_handlers: dict[str, MetricHandler] = {
             name: metric
@@ -162,12 +164,13 @@ class RegistrationEvaluator(SupervisedEvaluator):
         # what is there with one of them may be missing with another
         mine = sorted(set().union(*found)) if process_rank() == 0 else []
         left = gather_items(mine)
-        if len(left) < len(names):
-            logger.info("%d of %d pairs are there already", len(names) - len(left), len(names))
+        self._there = len(names) - len(left)
+        if self._there:
+            logger.info("%d of %d pairs are there already", self._there, len(names))
         if isinstance(loader.sampler, ShardSampler):
             loader.sampler.share(left)
             self.state.epoch_length = len(loader)
-        elif len(left) < len(names):
+        elif self._there:
             raise ValueError("resume needs the loader of monai_deq.data.shard_loader.")
         return len(left)
 
@@ -197,7 +200,7 @@ class RegistrationEvaluator(SupervisedEvaluator):
         if process_rank() == 0:
             lines = [f"{len(failed)} of {total} pairs failed; the same with --resume true does these alone:"]
             print("\n".join([*lines, *(f"  {pair}" for pair in failed)]), flush=True)
-        if len(failed) == total:
+        if len(failed) == total and not self._there:
             raise RuntimeError(f"all {total} pairs failed, the first one was {failed[0]}")
         raise PairsFailedError(f"{len(failed)} of {total} pairs failed, see above; the others are done.")
 

@@ -38,6 +38,9 @@ __all__ = ["OutputGuard", "PairResults", "PairResultsSaver"]
 
 logger = logging.getLogger("monai_deq")
 
+#: what the solver says of every pair
+_SOLVER = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason")
+
 
 class PairResults(ABC):
     """Handler that writes results of pairs, from which a later run may go on."""
@@ -155,7 +158,6 @@ class PairResultsSaver(PairResults):
         label_set: name of the label set, put into every output.
         metrics: names of the metrics to write, as the engine knows them. Defaults to None: all that it keeps.
         prefix: start of the file names.
-        columns: further keys of ``engine.state.output`` to write, one scalar or text a pair.
         info: what else the summary should state (data set, checkpoint, ...), in types of JSON, else ``TypeError``.
         overwrite: replace existing files.
         percentiles: percentile (0 to 100) over the pairs by name of a metric, put beside its mean as
@@ -174,7 +176,6 @@ class PairResultsSaver(PairResults):
         label_set: str,
         metrics: Sequence[str] | None = None,
         prefix: str = "evaluation",
-        columns: Sequence[str] = ("steps", "evaluations", "residual", "relative_residual", "converged", "reason"),
         info: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         percentiles: Mapping[str, float] | None = None,
@@ -185,7 +186,7 @@ class PairResultsSaver(PairResults):
         self.json_path = Path(output_dir) / f"{prefix}_summary.json"
         self.labels, self.label_set = dict(labels), label_set
         self.metrics = None if metrics is None else tuple(metrics)
-        self.columns, self.percentiles = tuple(columns), dict(percentiles or {})
+        self.percentiles = dict(percentiles or {})
         known = self.percentiles if self.metrics is None else self.metrics
         wrong = {k: v for k, v in self.percentiles.items() if k not in known or not 0 <= v <= 100}
         if wrong:
@@ -269,7 +270,9 @@ class PairResultsSaver(PairResults):
         said = content.get("settings")
         stated = {key: content[key] for key in used if key in content and key not in self.settings}
         refuse_other_settings(file, {**stated, **said} if isinstance(said, dict) else None, used)
-        if had != set(pairs) or not self.csv_path.is_file():
+        if not self.csv_path.is_file():
+            raise ValueError(f"{file} has lost its {self.csv_path.name}: replace it with --overwrite.")
+        if had != set(pairs):
             missing = len(set(pairs) - had)
             raise ValueError(
                 f"{file} is of other pairs, {missing} of the {len(pairs)} here are not in it: replace it with "
@@ -301,8 +304,11 @@ class PairResultsSaver(PairResults):
     def started(self, engine: Engine) -> None:
         """Refuse to overwrite, and a folder that cannot be written to, before any work is done."""
         self.rows, self.extremes.kept[:] = list(self.earlier), self.earlier_pictures
-        if process_rank() > 0:
-            return
+        if process_rank() == 0:
+            self._prepare()
+        wait_for_all()  # what another process keeps from now on is not of an earlier run
+
+    def _prepare(self) -> None:
         check_writable(self.csv_path.parent)
         if self.overwrite:
             for path in self._unfinished():
@@ -319,7 +325,7 @@ class PairResultsSaver(PairResults):
         scores: Mapping[str, torch.Tensor] = getattr(engine.state, "batch_scores", {})
         rows = []
         for number, item in enumerate(output if isinstance(output, list) else decollate_batch(output)):
-            keys = (*self.columns, *(key for key in OPTIONAL_RECORDS if key in item))
+            keys = (*_SOLVER, *(key for key in OPTIONAL_RECORDS if key in item))
             said = {key: item[key].item() if hasattr(item[key], "item") else item[key] for key in keys}
             names = {key: str(item[f"{key}_subject"]) for key in ("fixed", "moving")}
             rows.append({**names, **said, "scores": {name: value[number].tolist() for name, value in scores.items()}})
@@ -338,7 +344,7 @@ class PairResultsSaver(PairResults):
             print(self._table(known, str(self.whole["num_pairs"])), flush=True)
             return
         rows.sort(key=lambda row: self.extremes.places.get((row["fixed"], row["moving"]), 0))
-        columns = [*self.columns, *(key for key in OPTIONAL_RECORDS if rows and all(key in row for row in rows))]
+        columns = [*_SOLVER, *(key for key in OPTIONAL_RECORDS if rows and all(key in row for row in rows))]
         details: dict[str, torch.Tensor] = dict(engine.state.metric_details)  # type: ignore[attr-defined]
         for name in rows[0]["scores"] if rows else ():
             details[name] = torch.tensor([row["scores"][name] for row in rows], dtype=torch.float64)

@@ -348,6 +348,15 @@ def test_a_pair_that_cannot_be_loaded_is_left_out(batch_size: int, tmp_path: Pat
     assert summary["failed"] == [{"fixed": "f1", "moving": "m1", "reason": "OSError: damaged"}]
 
 
+def test_what_is_left_may_fail_again(tmp_path: Path) -> None:
+    """Which is not all: the rows that are there stay, and count."""
+    for resume in (False, True):
+        handlers = [PairResultsSaver(tmp_path, {1: "slab"}, "slab", ["dice"], resume=resume)]
+        assert len(failed_of(skipping_evaluator(1, tmp_path, broken=1, val_handlers=handlers))) == 1
+        summary = json.loads((tmp_path / "evaluation_summary.json").read_text())
+        assert summary["num_pairs"] == 2 and [pair["fixed"] for pair in summary["failed"]] == ["f1"]
+
+
 def test_a_pair_that_the_network_refuses_is_left_out(tmp_path: Path) -> None:
     evaluator = skipping_evaluator(1, tmp_path, inferer=Refusing(0.3))
     assert failed_of(evaluator) == ["m1 to f1: ArithmeticError: too bright"]
