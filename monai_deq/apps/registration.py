@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +28,7 @@ from monai_deq.transforms import (
     pull_image,
     summary_lines,
 )
-from monai_deq.utils import check_writable, json_ready, local_device
+from monai_deq.utils import check_on_error, check_writable, failure_reason, json_ready, local_device
 from monai_deq.visualize import HTMLPage, RegisteredPair, new_figure, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
@@ -172,8 +170,7 @@ def register_pairs(
     settings, output_dir = settings or RegistrationSettings(), Path(output_dir).expanduser()
     if settings.overwrite and resume:
         raise ValueError("resume and overwrite exclude each other.")
-    if on_error not in ("stop", "skip"):
-        raise ValueError(f"on_error: expected stop or skip, got {on_error!r}.")
+    check_on_error(on_error)
     items = pair_items(pairs)
     if not items:
         raise ValueError("there is no pair to register.")
@@ -209,14 +206,14 @@ def register_pairs(
             n = image_dims(item["fixed"], "fixed") if n is None else n
             results.append(_register({**item, "settings": used}, settings, *transforms[n]))
         except (OSError, RuntimeError, ValueError) as e:
-            if on_error == "stop" or (isinstance(e, OSError) and e.errno == errno.ENOSPC):
+            if on_error == "stop":
                 raise
-            reason = " ".join(str(e).split())
+            reason = failure_reason(e)
             logger.error("pair %d of %d failed: %s", number, len(left), reason)
             names: dict[str, Any] = {
                 key: item[key] for key in ("fixed_subject", "moving_subject", "name") if key in item
             }
-            results.append({**names, "error": f"{type(e).__name__}: {reason}"})
+            results.append({**names, "error": reason})
     done, failed = ([r for r in results if ("error" in r) == wrong] for wrong in (False, True))
     if done:
         print("\n".join(summary_lines(done)), flush=True)
@@ -231,21 +228,8 @@ _DECISIVE = ("preset", "weights", "affine", "steps", "tolerance", "transform_for
 
 
 def _is_done(saver: SaveRegistrationd, item: Mapping[str, Any], settings: Mapping[str, Any], report: bool) -> bool:
-    """Whether a pair has all its files, the record last; ``ValueError`` where they were made with other settings."""
-    file = saver.paths(item)["record"]
-    if not file.is_file() or (report and not _report_path(saver, item).is_file()):
-        return False
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} does not say with what settings it was made: replace it with --overwrite.") from None
-    if said != settings:
-        other = [f"{k} {said.get(k)!r} (now {v!r})" for k, v in settings.items() if said.get(k) != v]
-        raise ValueError(
-            f"{file} was made with other settings, {', '.join(other)}: replace it with --overwrite, or name another "
-            "folder of results."
-        )
-    return True
+    """Whether a pair has all its files; ``ValueError`` where they were made with other settings."""
+    return (not report or _report_path(saver, item).is_file()) and saver.is_done(item, settings)
 
 
 def _register(

@@ -25,6 +25,8 @@ from .learn2reg import Learn2RegDataset, find_learn2reg, keep_annotations
 from .oasis import OasisDataset, find_oasis
 from .pair_files import PAIR_FILES, pair_items, pairs_to_register, read_pair_list, scan_names
 from .pairs import (
+    FAILED_PAIRS,
+    FailedPair,
     GivenPairDataset,
     GivenPairSampler,
     PairDataset,
@@ -32,7 +34,9 @@ from .pairs import (
     RandomPairSampler,
     ShardSampler,
     collate_annotated_pairs,
+    names_of,
     pair_indices,
+    pair_names,
     shard_loader,
 )
 from .pool import PooledDataset, PooledIndex, PooledSampler, StatePool
@@ -52,6 +56,8 @@ __all__ = [
     "PUBLIC_DATASETS",
     "SEG24_LABELS",
     "SEG35_LABELS",
+    "FAILED_PAIRS",
+    "FailedPair",
     "GivenPairDataset",
     "GivenPairSampler",
     "Grid",
@@ -85,8 +91,10 @@ __all__ = [
     "label_set",
     "load_nibabel",
     "load_simpleitk",
+    "names_of",
     "pair_indices",
     "pair_items",
+    "pair_names",
     "pairs_to_register",
     "part_of",
     "read_image",

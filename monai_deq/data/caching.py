@@ -19,6 +19,7 @@ from monai.utils import convert_to_tensor
 
 from monai_deq.data.pairs import GivenPairDataset, PairDataset
 from monai_deq.networks import load_checkpoint, save_checkpoint
+from monai_deq.utils import check_on_error
 
 __all__ = ["cached_given_pairs", "cached_pairs", "cached_subjects"]
 
@@ -104,15 +105,20 @@ class _Attempt(Transform):
 
 
 class _SubjectsInMemory(CacheDataset):
-    """MONAI's data set, which reads all subjects before it raises the error of one, and logs those of the others."""
+    """
+    MONAI's data set, which reads all subjects before it raises the error of one, and logs those of the others; with
+    ``on_error="skip"`` it logs all, and raises that of a subject where the subject is asked for.
+    """
 
-    def __init__(self, data: Sequence[Any], transform: Callable[[Any], Any], **kwargs: Any) -> None:
+    def __init__(
+        self, data: Sequence[Any], transform: Callable[[Any], Any], on_error: str = "stop", **kwargs: Any
+    ) -> None:
         attempt = _Attempt(transform)
         # not copied here: PairDataset and GivenPairDataset copy what they give out
         super().__init__(data, attempt, copy_cache=False, **kwargs)
-        if attempt.errors:
-            for error in attempt.errors[1:]:
-                logger.error("%s", error)
+        for error in attempt.errors if on_error == "skip" else attempt.errors[1:]:
+            logger.error("%s", error)
+        if attempt.errors and on_error == "stop":
             raise attempt.errors[0]
 
     def __getitem__(self, index: Any) -> Any:
@@ -128,6 +134,7 @@ def cached_subjects(
     cache_dir: str | Path | None = None,
     cache_rate: float = 1.0,
     num_workers: int = 0,
+    on_error: str = "stop",
 ) -> Dataset:
     """Loaded subjects that are not read again each epoch, by MONAI's ``CacheDataset`` or ``PersistentDataset``.
 
@@ -138,10 +145,13 @@ def cached_subjects(
             by the transforms, and by their size and date. Defaults to None: in memory.
         cache_rate: share of the subjects kept in memory. Defaults to 1.
         num_workers: threads that fill the memory, one at least. Defaults to 0.
+        on_error: where a subject cannot be read into memory: ``"stop"``, or ``"skip"``: read the others, and raise its
+            error where it is asked for. Defaults to ``"stop"``.
     """
+    check_on_error(on_error)
     if cache_dir is not None:
         return _SubjectsOnDisk(list(subjects), transform, cache_dir)
-    return _SubjectsInMemory(list(subjects), transform, cache_rate=cache_rate, num_workers=num_workers)
+    return _SubjectsInMemory(list(subjects), transform, on_error, cache_rate=cache_rate, num_workers=num_workers)
 
 
 def cached_pairs(

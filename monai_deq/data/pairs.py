@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +13,18 @@ from monai.data import DataLoader, list_data_collate
 from torch.utils.data import Dataset, Sampler
 
 from monai_deq.data.grid import check_same_grid
-from monai_deq.utils import process_count, process_rank
+from monai_deq.utils import check_on_error, failure_reason, process_count, process_rank
 
 __all__ = [
-    *("GivenPairDataset", "GivenPairSampler", "PairDataset", "PairSampler", "RandomPairSampler", "ShardSampler"),
-    *("collate_annotated_pairs", "pair_indices", "shard_loader"),
+    *("FAILED_PAIRS", "FailedPair", "GivenPairDataset", "GivenPairSampler", "PairDataset", "PairSampler"),
+    *("RandomPairSampler", "ShardSampler", "collate_annotated_pairs", "names_of", "pair_indices", "pair_names"),
+    "shard_loader",
 ]
 
 _POINTS = ("fixed_keypoints", "moving_keypoints")
+_NAMES = ("fixed_subject", "moving_subject", "name")
+#: key of a batch with its pairs that could not be loaded, see :py:func:`shard_loader`
+FAILED_PAIRS = "failed_pairs"
 
 
 class MapDataset(Sized, Protocol):
@@ -249,11 +254,16 @@ class ShardSampler(Sampler[int]):
         if num_items < 0 or batch_size < 1:
             expected = "num_items must not be negative and batch_size at least 1"
             raise ValueError(f"{expected}, got {num_items} and {batch_size}.")
-        num_replicas, rank = _replicas(num_replicas, rank)
-        each, more = divmod(-(-num_items // batch_size), num_replicas)
-        begin = rank * each + min(rank, more)
-        end = begin + each + int(rank < more)
-        self.indices = range(min(begin * batch_size, num_items), min(end * batch_size, num_items))
+        self.batch_size = batch_size
+        self.num_replicas, self.rank = _replicas(num_replicas, rank)
+        self.share(range(num_items))
+
+    def share(self, items: Sequence[int]) -> None:
+        """Divide these items of the data set from now on, in place of all."""
+        each, more = divmod(-(-len(items) // self.batch_size), self.num_replicas)
+        begin = self.rank * each + min(self.rank, more)
+        end = begin + each + int(self.rank < more)
+        self.indices = items[begin * self.batch_size : end * self.batch_size]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -262,7 +272,84 @@ class ShardSampler(Sampler[int]):
         return iter(self.indices)
 
 
-def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0) -> DataLoader:
-    """MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`."""
+@dataclass(frozen=True)
+class FailedPair:
+    """A pair that was left out.
+
+    Args:
+        names: its names, see :py:func:`pair_names`.
+        reason: why, in one line.
+    """
+
+    names: Mapping[str, str]
+    reason: str
+
+    def __str__(self) -> str:
+        if {*_NAMES[:2]} <= set(self.names):
+            return f"{self.names['moving_subject']} to {self.names['fixed_subject']}: {self.reason}"
+        return f"{' '.join(self.names.values())}: {self.reason}"
+
+
+def names_of(pair: Mapping[str, Any]) -> dict[str, str]:
+    """The names that an item of a pair has."""
+    return {key: str(pair[key]) for key in _NAMES if key in pair}
+
+
+def pair_names(dataset: Any) -> list[dict[str, str]]:
+    """``"fixed_subject"``, ``"moving_subject"`` and, where it has one, ``"name"`` of each pair of a data set of this
+    package or of MONAI's, of which none is loaded."""
+    if isinstance(dataset, _LoadedOrNot):
+        return pair_names(dataset.dataset)
+    inner = dataset.dataset if isinstance(dataset, (PairDataset, GivenPairDataset)) else dataset
+    items: Any = getattr(inner, "data", inner)
+    if isinstance(dataset, PairDataset):
+        names = [str(subject.get("subject", i)) for i, subject in enumerate(items)]
+        return [{"fixed_subject": names[fixed], "moving_subject": names[moving]} for fixed, moving in dataset.pairs]
+    return [names_of(item) or {"name": f"pair {i}"} for i, item in enumerate(items)]
+
+
+class _LoadedOrNot(Dataset):
+    """The items of a data set of pairs, a :py:class:`FailedPair` in the place of one that cannot be loaded."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.names = dataset, pair_names(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as e:
+            return FailedPair(self.names[index], failure_reason(e))
+
+
+def _collate_loaded(batch: Sequence[Any]) -> dict[str, Any]:
+    """A batch of the pairs that were loaded, those that were not under :py:data:`FAILED_PAIRS`."""
+    failed = [pair for pair in batch if isinstance(pair, FailedPair)]
+    loaded = [pair for pair in batch if not isinstance(pair, FailedPair)]
+    collated: dict[str, Any] = {}
+    try:
+        collated = list_data_collate(loaded) if loaded else {}
+    except Exception as e:
+        failed += [FailedPair(names_of(pair), failure_reason(e)) for pair in loaded]
+    return {**collated, FAILED_PAIRS: failed} if failed else collated
+
+
+def shard_loader(dataset: Dataset, batch_size: int = 1, num_workers: int = 0, on_error: str = "stop") -> DataLoader:
+    """MONAI's loader of this process's share of a data set, see :py:class:`ShardSampler`.
+
+    Args:
+        dataset: of pairs.
+        batch_size: number of pairs in a batch. Defaults to 1.
+        num_workers: processes that load. Defaults to 0.
+        on_error: where a pair cannot be loaded: ``"stop"``, or ``"skip"``: it is left out of its batch, which has such
+            ones listed under :py:data:`FAILED_PAIRS`, for :py:class:`monai_deq.engines.RegistrationEvaluator`.
+            Defaults to ``"stop"``.
+    """
+    check_on_error(on_error)
     sampler = ShardSampler(len(dataset), batch_size)  # type: ignore[arg-type]
-    return DataLoader(dataset, sampler=sampler, batch_size=batch_size, num_workers=num_workers)
+    given: dict[str, Any] = dict(sampler=sampler, batch_size=batch_size, num_workers=num_workers)
+    if on_error == "stop":
+        return DataLoader(dataset, **given)
+    return DataLoader(_LoadedOrNot(dataset), collate_fn=_collate_loaded, **given)

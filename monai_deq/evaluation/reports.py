@@ -28,7 +28,7 @@ __all__ = ["write_evaluation_report"]
 
 _HEADINGS = {"mean": "mean", "std": "std", "median": "median", "pairs": "pairs"}
 #: what an evaluation says besides how it was made
-_SCORES = ("labels", "num_pairs", "summary", "verdicts", "per_label", "pairs", "pictures")
+_SCORES = ("labels", "num_pairs", "failed", "summary", "verdicts", "per_label", "pairs", "pictures")
 #: of best and of worst pairs
 _SHOWN = 3
 
@@ -72,6 +72,9 @@ def write_evaluation_report(
     metrics = [column for key, column in METRIC_COLUMNS.items() if any(key in r.scores for r in results)]
 
     page = HTMLPage(f"Evaluation of {result.title}: {content['num_pairs']} pairs")
+    if failed := content.get("failed"):
+        lost = [(f"{pair['fixed']}, {pair['moving']}", pair["reason"]) for pair in failed]
+        page.add("Failed pairs, in no mean", html_table(("fixed, moving", "reason"), lost))
     page.add("Summary", *_summary_tables(content["summary"]))
     if metrics:
         boxes = plot_boxes(results, metrics)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -377,15 +378,24 @@ def _pairs_behind(weights: str | Path) -> int:
 
 
 class WeightsLoader:
-    """Load the weights of a network when an engine starts; a checkpoint of another architecture is a clear error."""
+    """
+    Load the weights of a network when an engine starts, where ``path`` names some; a checkpoint of another architecture
+    is a clear error.
+    """
 
-    def __init__(self, network: torch.nn.Module, path: str | Path) -> None:
-        self.network, self.path = network, Path(path)
+    def __init__(self, network: torch.nn.Module, path: str | Path | None) -> None:
+        self.network, self.path = network, None if path is None else Path(path)
 
     def attach(self, engine: Engine) -> None:
         """Attach to the engine that uses the network."""
         engine.add_event_handler(Events.STARTED, self)
 
+    def digest(self) -> str | None:
+        """Twelve digits of what is in the file."""
+        return None if self.path is None else hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
+
     def __call__(self, engine: Engine) -> None:
+        if self.path is None:
+            return
         load_weights(self.network, self.path)
         logging.getLogger("monai_deq").info(f"loaded the weights in {self.path}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class MetricHandler(IgniteMetricHandler):
         self.keys = (keys,) if isinstance(keys, str) else tuple(keys)
         if all(key is None for key in self.keys) or not all(key is None or isinstance(key, str) for key in self.keys):
             raise TypeError(f"keys: expected one key or more of the output, or None for no value, got {keys!r}.")
+        #: scores to begin with, of pairs that an earlier run has measured
+        self.earlier: torch.Tensor | None = None
+        self.scored: list[torch.Tensor] = []
         super().__init__(metric_fn=metric, save_details=save_details)
 
     def attach(self, engine: Engine, name: str) -> None:  # type: ignore[override]
@@ -67,7 +70,28 @@ class MetricHandler(IgniteMetricHandler):
         values: list[Any] = [None if key is None else [item[key] for item in items] for key in self.keys]
         if not isinstance(output, list):
             values = [None if value is None else value[0] for value in values]
-        self.latest = self.metric_fn(*values)
+        self.latest = cast(torch.Tensor, self.metric_fn(*values))
+        self.scored.append(self.latest)
+
+    def reset(self) -> None:
+        """Forget all scores but the earlier ones."""
+        super().reset()
+        self.scored = [] if self.earlier is None else [self.earlier]
+        self._give()
+
+    def undo(self) -> None:
+        """Forget the scores of the latest iteration, whose pairs failed behind."""
+        self.scored.pop()
+        self.metric_fn.reset()
+        self._give()
+
+    def _give(self) -> None:
+        if self.scored:
+            self.metric_fn.extend(torch.cat(self.scored))
+
+    def compute(self) -> Any:
+        """The reduced score; NaN where all pairs failed."""
+        return super().compute() if self.metric_fn.get_buffer() is not None else float("nan")
 
 
 def pair_means(scores: torch.Tensor) -> np.ndarray:

@@ -80,6 +80,8 @@ class ExtremePairs:
     def __init__(self, most: int, metrics: Sequence[str] | None = None) -> None:
         self.most, self.metrics = most, metrics
         self.kept: list[dict[str, Any]] = []
+        #: where pairs ``(fixed, moving)`` come in the data set; those that are not here as they came
+        self.places: Mapping[tuple[str, str], int] = {}
         self.batch: Mapping[str, Any] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -103,7 +105,7 @@ class ExtremePairs:
         for index, score in enumerate(pair_means(scores[name]) if name else ()):
             if np.isfinite(score):
                 pair = {key: str(batch[f"{key}_subject"][index]) for key in ("fixed", "moving")}
-                self.kept.append({**pair, "order": _ORDER[str(name)] * score})
+                self.kept.append({**pair, "order": _ORDER[str(name)] * float(score)})
                 newest = self.kept[-1]
                 self._sort()
                 if any(entry is newest for entry in self.kept):
@@ -111,7 +113,7 @@ class ExtremePairs:
 
     def _sort(self) -> None:
         """The best first, of equals the earlier; those between the best and the worst go."""
-        self.kept.sort(key=lambda entry: -entry["order"])
+        self.kept.sort(key=lambda e: (-e["order"], self.places.get((e["fixed"], e["moving"]), 0)))
         del self.kept[self.most : -self.most]
 
     def gather(self) -> dict[str, list[dict[str, Any]]]:
@@ -127,7 +129,7 @@ def _drawn(batch: Mapping[str, Any], index: int) -> bytes | None:
     """The picture of an item of a batch; ``None`` where it cannot be drawn, which is logged."""
     try:
         return figure_png(plot_registration(_pair_of(batch, index)))
-    except ValueError as e:
+    except Exception as e:  # must not cost the pair its scores
         names = (batch[f"{key}_subject"][index] for key in ("moving", "fixed"))
         logging.getLogger("monai_deq").warning(f"no picture of {' to '.join(map(str, names))}: {e}")
         return None

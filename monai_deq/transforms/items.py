@@ -12,6 +12,8 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform
 from monai.utils import ensure_tuple
 
+from monai_deq.utils import root_error
+
 __all__ = ["CheckedCompose", "PerKeyOfImaged", "PerKeyd", "on_grid_of", "require_keys"]
 
 
@@ -71,9 +73,7 @@ class CheckedCompose(Compose):
         try:
             return super().__call__(input_, *args, **kwargs)
         except RuntimeError as e:
-            error: BaseException = e
-            while str(error).startswith("applying transform") and error.__cause__ is not None:
-                error = error.__cause__
+            error = root_error(e)
             if error is e:
                 raise
             raise error from error.__cause__

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,7 +19,7 @@ from monai.utils import convert_to_numpy, convert_to_tensor
 
 from monai_deq.certificates import OPTIONAL_RECORDS
 from monai_deq.data import affine_of, load_simpleitk, save_nifti
-from monai_deq.utils import refuse_existing, write_json
+from monai_deq.utils import refuse_existing, refuse_other_settings, write_json
 
 from .geometry import chain_matrix, is_matrix
 from .items import require_keys
@@ -133,6 +134,10 @@ class _PairSaver(MapTransform):
         """Files of an item with the names, by what is in them."""
         raise NotImplementedError
 
+    def is_done(self, data: Mapping[Any, Any], settings: Mapping[str, Any]) -> bool:
+        """Whether the results of an item are there, whole and made with these settings."""
+        return all(path.is_file() for path in self.paths(data).values())
+
     def refuse_existing(self, data: Mapping[Any, Any]) -> None:
         """Raise ``FileExistsError`` when a file of the item is there already and must not be replaced."""
         if not self.overwrite:
@@ -162,6 +167,9 @@ class SaveRegistrationd(_PairSaver):
         name_keys: names of the moving and the fixed scan.
     """
 
+    #: what the results depend on, for the records of items that do not have their own
+    settings: Mapping[str, Any] | None = None
+
     def __init__(
         self,
         output_dir: str | Path,
@@ -185,13 +193,27 @@ class SaveRegistrationd(_PairSaver):
         ends |= {"affine": "affine.tfm"} if _affine_alone(data) is not None and self.transform_format else {}
         return {what: self.output_dir / f"{name}_{end}" for what, end in ends.items()}
 
+    def is_done(self, data: Mapping[Any, Any], settings: Mapping[str, Any]) -> bool:
+        """Whether an item has all its files, the record last; ``ValueError`` where they were made with other settings
+        than these, as JSON has them."""
+        file = self.paths(data)["record"]
+        if not file.is_file():
+            return False
+        try:
+            said = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            said = None
+        refuse_other_settings(file, said, settings)
+        return True
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         self.refuse_existing(d)
         paths, known = self.paths(d), {**d.get("record", {}), **d}
         require_keys(known, ("warped", "ddf", *_SOLVER), "SaveRegistrationd")
         warped = d.get("warped_scan", d["warped"])
-        record = {key: str(d[key]) for key in self.name_keys}
+        record: dict[str, Any] = {key: str(d[key]) for key in self.name_keys}
+        record |= {} if self.settings is None else {"settings": self.settings}
         record |= {k: known[k] for k in (*_SOLVER, *_MAYBE) if k in known}
         ddf = d["ddf"]
         affine, dims = _affine_of(ddf), ddf.ndim - 1

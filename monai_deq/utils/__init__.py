@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .errors import PairsFailedError, check_on_error, failure_reason, root_error
 from .files import check_writable, json_ready, lock_folder, refuse_existing, replace_file, unlock_folder, write_json
 from .processes import (
     end_processes,
@@ -15,12 +16,15 @@ from .processes import (
     process_rank,
     wait_for_all,
 )
-from .settings import as_flag, refuse_unknown_settings
+from .settings import as_flag, refuse_other_settings, refuse_unknown_settings
 
 __all__ = [
+    "PairsFailedError",
     "as_flag",
+    "check_on_error",
     "check_writable",
     "end_processes",
+    "failure_reason",
     "gather_items",
     "gather_to_first",
     "init_processes",
@@ -31,8 +35,10 @@ __all__ = [
     "process_count",
     "process_rank",
     "refuse_existing",
+    "refuse_other_settings",
     "refuse_unknown_settings",
     "replace_file",
+    "root_error",
     "unlock_folder",
     "wait_for_all",
     "write_json",

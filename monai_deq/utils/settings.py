@@ -20,7 +20,9 @@ from fire import parser
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-__all__ = ["as_flag", "refuse_unknown_settings"]
+from monai_deq.utils.errors import PairsFailedError
+
+__all__ = ["as_flag", "refuse_other_settings", "refuse_unknown_settings"]
 
 #: the last frame of a traceback: the file, and what was said there
 _RAISED = re.compile(r'^  File "([^"]*)", line .*\n(?:  (?!File ).*\n)*(\S.*)', re.MULTILINE)
@@ -37,6 +39,33 @@ def as_flag(value: Any, name: str) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise ValueError(f"{name} must be true or false, got {value!r}.")
+
+
+def refuse_other_settings(file: Path, said: Any, now: Mapping[str, Any]) -> None:
+    """Refuse (ValueError) to go on from a file that was made with other settings, nested, as JSON has them, than these.
+
+    Args:
+        file: what to call it.
+        said: its settings; anything but a mapping is none.
+        now: the settings of this run.
+    """
+    advice = "replace it with --overwrite, or name another folder of results."
+    if not isinstance(said, Mapping):
+        raise ValueError(f"{file} does not say with what settings it was made: {advice}")
+    before, after = _flat(said), _flat(now)
+    other = [k for k in {**after, **before} if (k in before, before.get(k)) != (k in after, after.get(k))]
+    if other:
+        words = [f"{k} {before.get(k)!r} (now {after.get(k)!r})" for k in other[:5]]
+        words += [f"and {len(other) - 5} more"] if len(other) > 5 else []
+        raise ValueError(f"{file} was made with other settings, {', '.join(words)}: {advice}")
+
+
+def _flat(content: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """What is in nested mappings, by the names joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{name}{key}.") if isinstance(value, Mapping) and value else {f"{name}{key}": value}
+    return flat
 
 
 def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
@@ -111,7 +140,11 @@ def _report(
     before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """Report an error as the hook before does, and its reason on one line behind that."""
-    before(kind, error, trace)
+    failed: BaseException | None = error
+    while failed is not None and not isinstance(failed, PairsFailedError):
+        failed = failed.__cause__ or failed.__context__
+    if failed is None:  # else all has been said, and nothing went wrong in the program
+        before(kind, error, trace)
     if isinstance(error, Exception):
         print(f"Error: {_reason(error)}", file=sys.stderr, flush=True)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,4 +191,28 @@ def test_inference_writes_each_pair_once(brain_cohort: Path, trained: Path, tmp_
     files = {p.name for p in (tmp_path / "one").iterdir()}
     assert files == {p.name for p in (tmp_path / "two").iterdir()} and len(files) == 3 * 5
     for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("run_id, files", [("evaluating", EVALUATE), ("inference", INFERENCE)])
+def test_pairs_that_fail_in_one_process(
+    run_id: str, files: list[str], brain_cohort: Path, trained: Path, tmp_path: Path
+) -> None:
+    """No process waits for another, and one that goes on from two does what is missing."""
+    broken = shutil.copytree(brain_cohort, tmp_path / "broken")
+    scan = broken / "OASIS_OAS1_9007_MR1" / "slice_norm.nii.gz"
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:-50])
+    settings = {"dataset_dir": broken, "bundle_root": trained, "split_sizes": [1, 1, 5]}
+    parallel = [*files, str(Path(files[0]).with_name(f"multi_gpu_{Path(files[0]).name}"))]
+    results = run_bundle_in_two(run_id, parallel, tmp_path, **settings, output_dir="two", on_error="skip", device="cpu")
+    assert [result.returncode for result in results] == [1, 1]
+    assert sorted("2 of 5 pairs failed; the same" in result.stdout for result in results) == [False, True]
+    assert all("2 of 5 pairs failed, see above" in result.stderr for result in results)
+    scan.write_bytes(whole)
+    assert "3 of 5 pairs are there already" in two(run_id, files, tmp_path, **settings, output_dir="two", resume="true")
+    output_of(run_bundle(run_id, files, tmp_path, **settings, output_dir="one"))
+    names = {p.name for p in (tmp_path / "one").iterdir()}
+    assert names == {p.name for p in (tmp_path / "two").iterdir()}
+    for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

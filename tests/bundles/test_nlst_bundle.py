@@ -278,6 +278,40 @@ def test_pairs_without_masks_or_keypoints(broken: Path, trained: Path, tmp_path:
     assert len(list((tmp_path / "out").glob("*_warped.nii.gz"))) == 2
 
 
+@pytest.mark.parametrize("run_id, name", [("evaluating", "evaluate"), ("inference", "inference")])
+def test_a_damaged_pair_does_not_stop_the_other(
+    run_id: str, name: str, broken: Path, trained: Path, tmp_path: Path
+) -> None:
+    scan = broken / "imagesTs" / "NLST_0004_0000.nii.gz"
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:-50])
+    given = {"dataset_dir": broken, "bundle_root": trained, "output_dir": "out", "on_error": "skip"}
+    given |= {"submission_dir": "submission"} if name == "inference" else {}
+    result = run_bundle(run_id, configs("nlst", name), tmp_path, **given)
+    assert result.returncode == 1 and "1 of 2 pairs failed" in result.stdout
+    assert f"  NLST_0004_0001 to NLST_0004_0000: RuntimeError: 'fixed': cannot read '{scan}'" in result.stdout
+    scan.write_bytes(whole)
+    if name == "inference":  # a pair is done with all that is asked for
+        (tmp_path / "submission" / "disp_0005_0005.nii.gz").unlink()
+        assert "already" not in bundle(run_id, name, tmp_path, **given, resume="true")
+    else:
+        assert "1 of 2 pairs are there already" in bundle(run_id, name, tmp_path, **given, resume="true")
+    changed = {"output_dir": "once", **({"submission_dir": "submission_once"} if name == "inference" else {})}
+    bundle(run_id, name, tmp_path, **{**given, **changed})
+    for one, two in (("out", "once"), ("submission", "submission_once"))[: len(changed)]:
+        made = sorted(p.name for p in (tmp_path / one).iterdir())
+        assert made == sorted(p.name for p in (tmp_path / two).iterdir())
+        assert all((tmp_path / one / n).read_bytes() == (tmp_path / two / n).read_bytes() for n in made)
+    scan.write_bytes(b"none")
+    (broken / "imagesTs" / "NLST_0005_0001.nii.gz").write_bytes(b"none")
+    given |= dict.fromkeys(changed, "no")
+    message = (
+        "all 2 pairs failed, the first one was NLST_0004_0001 to NLST_0004_0000: RuntimeError: 'fixed': cannot read"
+    )
+    complain(message, run_id, name, tmp_path, **given)
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_the_bundles_share_is_the_same() -> None:
     ours, theirs = (BUNDLES / name for name in ("nlst", "oasis"))
     shared = [f"methods/{p.name}" for p in (theirs / "methods").glob("*.json")]

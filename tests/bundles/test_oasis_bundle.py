@@ -203,6 +203,50 @@ def test_inference_over_a_list(trained: tuple[int, Path], brain_cohort: Path, tm
             np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(field.dataobj))
 
 
+@pytest.mark.parametrize("run_id, name", [("evaluating", "evaluate"), ("inference", "inference")])
+def test_damaged_scans_do_not_stop_the_others(
+    run_id: str, name: str, trained: tuple[int, Path], brain_cohort: Path, tmp_path: Path
+) -> None:
+    spatial_dims, folder = trained
+    broken = shutil.copytree(brain_cohort, tmp_path / "broken")
+    scan = broken / "OASIS_OAS1_9004_MR1" / IMAGES[spatial_dims][0]
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:-50])
+    common = {"bundle_root": folder, "split_sizes": "[1,1,5]", "solver_steps": 2, "finish_steps": 0}
+    given = {**common, "dataset_dir": broken, "output_dir": "out"}
+    command = files(name, spatial_dims)
+    assert f"cannot read '{scan}'" in error_of(run_bundle(run_id, command, tmp_path, **given))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    run = run_bundle_in_shell if spatial_dims == 2 else run_bundle
+    result = run(run_id, command, tmp_path, **given, on_error="skip", num_workers=2)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.endswith("Error: 2 of 5 pairs failed, see above; the others are done.\n")
+    pairs = [f"OASIS_OAS1_900{m}_MR1 to OASIS_OAS1_900{f}_MR1" for f, m in ((3, 4), (4, 5))]
+    log, listed = result.stdout.split("2 of 5 pairs failed; the same with --resume true does these alone:\n")
+    for pair, line in zip(pairs, listed.splitlines(), strict=True):
+        assert line.startswith(f"  {pair}: RuntimeError: ") and f"cannot read '{scan}'" in line
+        assert f"pair failed: {line.strip()}" in log
+    if name == "evaluate":
+        summary = json.loads((tmp_path / "out" / "evaluation_summary.json").read_text())
+        assert [f"{pair['moving']} to {pair['fixed']}" for pair in summary["failed"]] == pairs
+        frame = monai_deq.evaluation.read_pair_results(tmp_path / "out" / "evaluation_pairs.csv")
+        assert frame["dice"].isna().tolist() == [True, True, False, False, False]
+        assert summary["num_pairs"] == 3 and summary["summary"]["dice"]["mean"] == pytest.approx(frame["dice"].mean())
+    else:
+        assert len(list((tmp_path / "out").glob("*_record.json"))) == 3
+    # as if it had been whole from the beginning
+    scan.write_bytes(whole)
+    other = error_of(run_bundle(run_id, command, tmp_path, **{**given, "solver_steps": 1}, resume="true"))
+    assert "was made with other settings, inferer.changes.max_steps 2 (now 1)" in other
+    assert "3 of 5 pairs are there already" in bundle(run_id, name, spatial_dims, tmp_path, **given, resume="true")
+    bundle(run_id, name, spatial_dims, tmp_path, **{**given, "output_dir": "once"})
+    made = {p.name for p in (tmp_path / "once").iterdir()}
+    assert made == {p.name for p in (tmp_path / "out").iterdir()}
+    for file in made:
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
+    assert "5 of 5 pairs are there already" in bundle(run_id, name, spatial_dims, tmp_path, **given, resume="true")
+
+
 def test_training_is_reproducible(trainings: dict[int, tuple[Path, str]], brain_cohort: Path, tmp_path: Path) -> None:
     folder, out = trainings[3]
     again = bundle("training", "train", 3, tmp_path, dataset_dir=brain_cohort, bundle_root=tmp_path, **TINY)

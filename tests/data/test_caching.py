@@ -18,7 +18,7 @@ import torch
 from monai.data import CacheDataset, MetaTensor
 from monai.transforms import MapTransform
 
-from monai_deq.data import PairDataset, cached_subjects, grid_of
+from monai_deq.data import PairDataset, cached_pairs, cached_subjects, grid_of
 from monai_deq.networks import load_checkpoint
 from monai_deq.transforms import LoadRegistrationImaged, load_subject_transforms
 
@@ -224,3 +224,17 @@ def test_threads_end_before_an_error_is_raised(tmp_path: Path, caplog: pytest.Lo
         cached_subjects(subjects, load_subject_transforms(3), num_workers=3)
     assert "image1" in caplog.text or "image4" in caplog.text  # the other one
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_bad_subject_costs_its_own_pairs(tmp_path: Path, on_disk: bool, caplog: pytest.LogCaptureFixture) -> None:
+    subjects = make_subjects(tmp_path, 2, 4)
+    Path(subjects[1]["image"]).write_bytes(b"none")
+    cache = {"cache_dir": tmp_path / "cache" if on_disk else None, "num_workers": 2, "on_error": "skip"}
+    pairs = cached_pairs(subjects, load_subject_transforms(2), cache)
+    assert on_disk or "image1.nii.gz" in caplog.text  # while the others are still read
+    for number in (0, 1):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"image1.nii.gz"):
+                pairs[number]
+    assert [pairs[number]["fixed_subject"] for number in (2, 3)] == [subjects[n]["subject"] for n in (2, 3)]

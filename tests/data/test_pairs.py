@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, MetaTensor
+from monai.data import CacheDataset, Dataset, MetaTensor
 from monai.transforms import Compose, Identityd
 from torch.utils.data import DataLoader
 
 from monai_deq.data import (
+    FAILED_PAIRS,
     GivenPairDataset,
     GivenPairSampler,
     PairDataset,
@@ -21,6 +22,8 @@ from monai_deq.data import (
     ShardSampler,
     collate_annotated_pairs,
     pair_indices,
+    pair_names,
+    shard_loader,
 )
 
 
@@ -215,3 +218,52 @@ def test_batches_are_those_of_one_process(num_items: int, replicas: int, batch_s
         sizes.append(len(own))
     assert found == whole
     assert max(sizes) - min(sizes) <= 1
+
+
+class Broken(Dataset):
+    """Items of one number each, one of which cannot be loaded."""
+
+    data = [{"fixed_subject": f"f{i}", "moving_subject": f"m{i}"} for i in range(5)]
+
+    def __init__(self) -> None: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 3:
+            raise OSError("not\n  there")
+        return {**self.data[index], "value": torch.full((1, 3 if index == 4 else 2), float(index))}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_cannot_be_loaded_is_left_out_of_its_batch(num_workers: int) -> None:
+    dataset = Broken()
+    with pytest.raises(OSError, match="not"):
+        list(shard_loader(dataset, 2, num_workers))
+    first, second, third = shard_loader(dataset, 2, num_workers, on_error="skip")
+    assert first["value"].flatten().tolist() == [0, 0, 1, 1] and FAILED_PAIRS not in first
+    assert second["value"].flatten().tolist() == [2, 2] and second["moving_subject"] == ["m2"]
+    assert list(map(str, second[FAILED_PAIRS])) == ["m3 to f3: OSError: not there"]
+    assert third["fixed_subject"] == ["f4"]
+    # nor what makes no batch with the others
+    failed = list(shard_loader(dataset, 5, num_workers, on_error="skip"))[0]
+    assert set(failed) == {FAILED_PAIRS} and len(failed[FAILED_PAIRS]) == 5
+    with pytest.raises(ValueError, match="on_error: expected stop or skip, got 'no'"):
+        shard_loader(dataset, on_error="no")
+
+
+def test_names_without_loading() -> None:
+    subjects = [{"subject": name, "image": "absent.nii.gz"} for name in "abc"]
+    names = pair_names(PairDataset(subjects, "cyclic"))
+    assert names == [{"fixed_subject": f, "moving_subject": m} for f, m in ("ab", "bc", "ca")]
+    assert pair_names(Broken()) == Broken.data
+    named = [{"fixed_subject": 1, "moving_subject": "m", "name": "n", "fixed": "absent.nii.gz"}, {"fixed": "x"}]
+    found = [{"fixed_subject": "1", "moving_subject": "m", "name": "n"}, {"name": "pair 1"}]
+    assert pair_names(Dataset(named)) == pair_names(GivenPairDataset(named)) == found
+
+
+def test_a_sampler_shares_what_is_left() -> None:
+    samplers = [ShardSampler(9, 2, 2, rank) for rank in range(2)]
+    for sampler in samplers:
+        sampler.share([1, 4, 5, 8])
+    assert [list(sampler) for sampler in samplers] == [[1, 4], [5, 8]] and len(samplers[0]) == 2
+    samplers[1].share([])
+    assert list(samplers[1]) == []

@@ -173,7 +173,7 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
         options["--certificate"] = options["--certificate"].replace("40", "4")
     if "--train#handlers#1#interval" in options:
         options["--train#handlers#1#interval"] = "1"
-    if options.get("--resume") == "true":
+    if options.get("--resume") == "true" and run_id == "training":
         options["--max_epochs"] = "2"
     if overlay == "elastix":
         options["--network_def#iterations"] = "2"

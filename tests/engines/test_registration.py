@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,15 @@ from monai.transforms import Compose, Lambdad
 from nets import IMAGE_SIZES, SHIFTS, deq_net, pair_items, rest_settings, slice_affine, tiny_update
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from monai_deq.data import PairDataset, PooledDataset, PooledSampler, RandomPairSampler, StatePool
+from monai_deq.data import PairDataset, PooledDataset, PooledSampler, RandomPairSampler, StatePool, shard_loader
 from monai_deq.engines import PreparePairBatch, PreparePooledPairBatch, RegistrationEvaluator, RegistrationTrainer
-from monai_deq.handlers import MetricHandler, StatePoolUpdater
+from monai_deq.handlers import MetricHandler, PairResultsSaver, StatePoolUpdater
 from monai_deq.inferers import FixedPointInferer
 from monai_deq.losses import KeypointSupervisedLoss, MaskedSimilarityLoss, RegistrationLoss, StatesLoss
 from monai_deq.metrics import FoldedVoxelsMetric, LabelDiceMetric, LabelHausdorffMetric
 from monai_deq.networks.nets import RestSettings
 from monai_deq.transforms import ResampleDDFd, WarpByDDFd
+from monai_deq.utils import PairsFailedError
 
 
 class ShiftByBrightness(torch.nn.Module):
@@ -271,6 +274,172 @@ def test_output_of_a_trainer(ndim: int) -> None:
     expected = loss(network.train()(moving, fixed), {"moving": moving, "fixed": fixed})
     assert output["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert any(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+
+
+# --- pairs that fail --------------------------------------------------------------------------------------------------
+
+
+class Refusing(FixedPointInferer):
+    """Fails where a fixed image has a certain brightness."""
+
+    def __init__(self, brightness: float) -> None:
+        super().__init__(max_steps=20)
+        self.brightness = brightness
+
+    def __call__(self, inputs: torch.Tensor, network: Any, fixed: torch.Tensor, *args: Any) -> dict[str, Any]:
+        if (fixed.flatten(1).amax(1) - self.brightness).abs().min() < 1e-6:
+            raise ArithmeticError("too\nbright")
+        return super().__call__(inputs, network, fixed, *args)
+
+
+class FoldsRefused(FoldedVoxelsMetric):
+    """Fails for a displacement of three voxels, behind other metrics."""
+
+    def compute_scores(self, y_pred: torch.Tensor, y: Any = None, **kwargs: Any) -> torch.Tensor:
+        if y_pred.max() > 2.5:
+            raise ValueError("too far")
+        return super().compute_scores(y_pred)
+
+
+def skipping_evaluator(batch_size: int, folder: Path, broken: int | None = None, **kwargs: Any) -> Any:
+    """Three pairs, Dice before 0.5, 0 and 0; one of them may be one that cannot be loaded."""
+    items = pair_items(2)
+    if broken is not None:
+        items[broken]["fixed"] = None
+    given: dict[str, Any] = {
+        "inferer": FixedPointInferer(max_steps=20),
+        "postprocessing": WarpByDDFd("moving_label", output_keys="warped_label", mode="nearest"),
+        "key_val_metric": {"dice": MetricHandler(LabelDiceMetric([1]), ["moving_label", "fixed_label"])},
+        "val_handlers": [PairResultsSaver(folder, {1: "slab"}, "slab", ["dice"])],
+        **kwargs,
+    }
+
+    def load(item: dict[str, Any]) -> dict[str, Any]:
+        if item["fixed"] is None:
+            raise OSError("damaged")
+        return item
+
+    return RegistrationEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=shard_loader(Dataset(items, load), batch_size, on_error="skip"),
+        network=deq_net(ShiftByBrightness(), num_states=0, tolerance=0.05),
+        on_error="skip",
+        **given,
+    )
+
+
+def failed_of(evaluator: Any, error: type[Exception] = PairsFailedError) -> list[str]:
+    with pytest.raises(error) as raised:
+        evaluator.run()
+    assert type(raised.value) is error
+    return [str(pair) for pair in evaluator.failed]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_pair_that_cannot_be_loaded_is_left_out(batch_size: int, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    evaluator = skipping_evaluator(batch_size, tmp_path, broken=1)
+    assert failed_of(evaluator) == ["m1 to f1: OSError: damaged"]
+    assert "1 of 3 pairs failed" in (said := capsys.readouterr().out) and "  m1 to f1: OSError: damaged" in said
+    assert "pair failed: m1 to f1: OSError: damaged" in caplog.text
+    # the others of its batch are not lost, and the means are over them
+    assert evaluator.state.metrics["dice"] == pytest.approx((0.5 + 0) / 2)
+    summary = json.loads((tmp_path / "evaluation_summary.json").read_text())
+    assert summary["num_pairs"] == 2 and summary["summary"]["dice"]["mean"] == pytest.approx(0.25)
+    assert summary["failed"] == [{"fixed": "f1", "moving": "m1", "reason": "OSError: damaged"}]
+
+
+def test_what_is_left_may_fail_again(tmp_path: Path) -> None:
+    """Which is not all: the rows that are there stay, and count."""
+    for resume in (False, True):
+        handlers = [PairResultsSaver(tmp_path, {1: "slab"}, "slab", ["dice"], resume=resume)]
+        assert len(failed_of(skipping_evaluator(1, tmp_path, broken=1, val_handlers=handlers))) == 1
+        summary = json.loads((tmp_path / "evaluation_summary.json").read_text())
+        assert summary["num_pairs"] == 2 and [pair["fixed"] for pair in summary["failed"]] == ["f1"]
+
+
+def test_a_pair_that_the_network_refuses_is_left_out(tmp_path: Path) -> None:
+    evaluator = skipping_evaluator(1, tmp_path, inferer=Refusing(0.3))
+    assert failed_of(evaluator) == ["m1 to f1: ArithmeticError: too bright"]
+    assert evaluator.state.metrics["dice"] == pytest.approx(0.25)
+    # with a batch all of its pairs
+    evaluator = skipping_evaluator(2, tmp_path / "two", inferer=Refusing(0.3))
+    more = " (in a batch of 2: --batch_size 1 tells which)"
+    reasons = [f"m{i} to f{i}: ArithmeticError: too bright{more}" for i in (0, 1)]
+    assert failed_of(evaluator) == reasons and evaluator.state.metrics["dice"] == 0
+
+
+def test_a_pair_that_a_metric_refuses_counts_in_none(tmp_path: Path) -> None:
+    evaluator = skipping_evaluator(1, tmp_path, additional_metrics={"folds": MetricHandler(FoldsRefused())})
+    assert failed_of(evaluator) == ["m1 to f1: ValueError: too far"]
+    assert evaluator.state.metrics == {"dice": pytest.approx(0.25), "folds": 0}
+    assert len(evaluator.state.metric_details["dice"]) == len(evaluator.state.metric_details["folds"]) == 2
+
+
+def test_when_all_pairs_fail_or_the_disk_is_full(tmp_path: Path) -> None:
+    def full(item: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    def broken(item: Any) -> Any:
+        raise KeyError("nothing there")
+
+    assert len(failed_of(skipping_evaluator(1, tmp_path, postprocessing=broken), RuntimeError)) == 3
+    with pytest.raises(RuntimeError, match="all 3 pairs failed, the first one was m0 to f0: KeyError: nothing there"):
+        skipping_evaluator(1, tmp_path, postprocessing=broken).run()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="no space left"):
+        skipping_evaluator(1, tmp_path, postprocessing=full).run()
+    with pytest.raises(ValueError, match="on_error: expected stop or skip, got 'go on'"):
+        RegistrationEvaluator(on_error="go on")
+
+
+@pytest.mark.parametrize("stopped", ["failed", "killed"])
+def test_an_evaluation_goes_on(tmp_path: Path, stopped: str) -> None:
+    """The files of one that went on are those of one that was not stopped, bit by bit."""
+
+    def make(folder: Path, **changes: Any) -> Any:
+        given: dict[str, Any] = {"pictures": 1, **changes}
+        saver = PairResultsSaver(folder, {1: "slab"}, "slab", ["dice", "folds"], **given)
+        metrics = {"folds": MetricHandler(FoldedVoxelsMetric())}
+        handlers: list[Any] = [saver]
+        if folder.name == "parts" and not changes and stopped == "killed":
+            handlers.append(Kill())
+        broken = 1 if folder.name == "parts" and not changes and stopped == "failed" else None
+        return skipping_evaluator(1, folder, broken, val_handlers=handlers, additional_metrics=metrics)
+
+    class Kill:
+        def attach(self, engine: Any) -> None:
+            engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+        def __call__(self, engine: Any) -> None:
+            if engine.state.iteration == 3:
+                raise KeyboardInterrupt
+
+    make(tmp_path / "whole").run()
+    with pytest.raises(PairsFailedError if stopped == "failed" else KeyboardInterrupt):
+        make(tmp_path / "parts").run()
+    assert (tmp_path / "parts" / "evaluation_unfinished_0.pt").is_file()
+    assert (tmp_path / "parts" / "evaluation_summary.json").is_file() == (stopped == "failed")
+    with pytest.raises(FileExistsError, match="unfinished_0.pt.* exists already.*--resume true.*--overwrite true"):
+        make(tmp_path / "parts", overwrite=False).run()
+    with pytest.raises(ValueError, match=r"unfinished_0.pt was made with other settings, size None \(now 3\)"):
+        make(tmp_path / "parts", resume=True, info={"size": 3}).run()
+    evaluator = make(tmp_path / "parts", resume=True)
+    done: list[str] = []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: done.append(e.state.output[0]["fixed_subject"]))
+    evaluator.run()
+    assert done == [{"failed": "f1", "killed": "f2"}[stopped]]
+    assert evaluator.state.metrics["dice"] == pytest.approx(0.5 / 3)
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {"evaluation_pairs.csv", "evaluation_summary.json"} <= names
+    assert names == {p.name for p in (tmp_path / "parts").iterdir()}
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    # nothing is left to do
+    again = make(tmp_path / "parts", resume=True)
+    again.run()
+    assert again.state.iteration == 0
+    with pytest.raises(ValueError, match="evaluation_summary.json was made with other settings, size None"):
+        make(tmp_path / "parts", resume=True, info={"size": 3}).run()
 
 
 # --- RegistrationTrainer ----------------------------------------------------------------------------------------------

@@ -56,6 +56,13 @@ def test_report_of_one(tmp_path: Path) -> None:
     assert "Against the reference" not in page.headings()
 
 
+def test_pairs_that_failed_are_listed(tmp_path: Path) -> None:
+    failed = [{"fixed": "f9", "moving": "m9", "reason": "OSError: <damaged>"}]
+    write_evaluation_report(tmp_path / "a.html", write_summary(tmp_path, DICE, failed=failed))
+    page = Page(tmp_path / "a.html")
+    assert "Failed pairs, in no mean" in page.headings() and page.row("f9, m9") == ["OSError: <damaged>"]
+
+
 def test_against_a_reference(tmp_path: Path) -> None:
     other = [score and round(score - 0.01 * (i + 1), 3) for i, score in enumerate(DICE)]
     files = write_summary(tmp_path, DICE), write_summary(tmp_path, other, "B")
