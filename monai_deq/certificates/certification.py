@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from monai_deq.certificates.answers import HARMLESS_CHANGES, harmless_answers
 from monai_deq.certificates.spectrum import spectral_radius
 from monai_deq.networks.nets import EnergyRegistrationNet, IteratedNet, RegistrationNet
 from monai_deq.solvers import MEASURES, SolverRecord, StopReason, random_smooth_ddf, residual_norms
@@ -18,12 +19,16 @@ __all__ = ["OPTIONAL_RECORDS", "Certificate", "Verdict", "certified_solve", "cer
 __all__ += ["starting_point", "verdict"]
 
 #: what a certificate, the energy and a finish say of a pair beside what every solver says
-OPTIONAL_RECORDS = ("verdict", "spectral_radius", "start_distance", *MEASURES)
+OPTIONAL_RECORDS: tuple[str, ...] = ("verdict", "spectral_radius", "start_distance", "sensitive_to")
+OPTIONAL_RECORDS += tuple(f"answer_{name}_{what}" for name in HARMLESS_CHANGES for what in ("max", "mean"))
+OPTIONAL_RECORDS += MEASURES
 
 #: a residual that falls by less than this over a quarter of the steps does not fall
 _FALLING = 0.95
 #: a residual that grows by more than this over a quarter of the steps grows
 _GROWING = 1.5
+#: an answer to a harmless change that is larger than this, in voxels, is named
+_SENSITIVE = 1.0
 #: with fewer steps the residuals say nothing of where they go
 _LEAST_STEPS = 8
 
@@ -50,6 +55,8 @@ class Certificate:
         spectral_radius: of the Jacobian of ``g`` at the solution, see :py:func:`spectral_radius`. Below 1 the solution
             attracts all states near it; a step shrinks their distance by that factor in the long run.
         start_distance: RMS distance in voxels between the solution and that from a random smooth start, the largest.
+        answers: by each of :py:data:`HARMLESS_CHANGES` of the images the largest and the mean difference of the
+            displacement, in voxels, see :py:func:`harmless_answers`.
     """
 
     verdict: str
@@ -58,10 +65,24 @@ class Certificate:
     steps: int
     spectral_radius: float | None = None
     start_distance: float | None = None
+    answers: Mapping[str, tuple[float, float]] | None = None
+
+    @property
+    def sensitive_to(self) -> list[str]:
+        """Harmless changes to which the displacement does not answer to within a voxel, on the mean of the voxels."""
+        return [name for name, (_, mean) in (self.answers or {}).items() if not mean <= _SENSITIVE]
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, NaN for what was not asked for, which data loaders take and ``None`` they do not."""
-        return {name: math.nan if value is None else value for name, value in asdict(self).items()}
+        """The fields by name, NaN for what was not asked for, which data loaders take and ``None`` they do not. Answers
+        that were asked for are ``"answer_flip_max"``, ``"answer_flip_mean"`` and so on, with ``"sensitive_to"``, the
+        names in one text or ``"nothing"``.
+        """
+        fields = asdict(self)
+        answers = fields.pop("answers") or {}
+        words = {name: math.nan if value is None else value for name, value in fields.items()}
+        for name, (largest, mean) in answers.items():
+            words |= {f"answer_{name}_max": largest, f"answer_{name}_mean": mean}
+        return words | ({"sensitive_to": ", ".join(self.sensitive_to) or "nothing"} if answers else {})
 
 
 def verdict(residuals: Sequence[float], residual: float, at_rest: bool, reason: str = StopReason.STEP_LIMIT) -> str:
@@ -101,6 +122,7 @@ def verdict(residuals: Sequence[float], residual: float, at_rest: bool, reason: 
 
 #: what a certificate looks at unless it is told otherwise
 _DEFAULTS = {"spectral_iterations": 0, "random_starts": 0, "start_rms": 3.0, "start_smoothness": 8.0, "seed": 0}
+_DEFAULTS |= {"answers": False}
 
 
 def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -112,7 +134,8 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
             :py:func:`spectral_radius` (default 0: not computed); ``random_starts``: number of random smooth
             displacements, the same for all pairs, to solve from anew (default 0), and their ``start_rms`` and
             ``start_smoothness``, see :py:func:`monai_deq.solvers.random_smooth_ddf` (default 3 and 8 voxels); ``seed``
-            of all random numbers (default 0).
+            of all random numbers (default 0); ``answers``: whether to solve anew with the images changed as
+            :py:func:`harmless_answers` says (default False).
 
     Raises:
         TypeError: When there is no such option.
@@ -123,6 +146,8 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
     for name, value in certificate.items():
         if name not in _DEFAULTS and name != "tolerance":
             raise TypeError(f"certificate takes tolerance, {', '.join(_DEFAULTS)}, got {name}.")
+        if name == "answers" and not isinstance(value, bool):
+            raise ValueError(f"certificate: answers: expected True or False, got {value!r}.")
         lowest = 1e-6 if name == "start_smoothness" else 0
         if not value >= lowest or (name == "spectral_iterations" and value == 1):
             raise ValueError(f"certificate: {name} is out of its range, got {value}.")
@@ -157,11 +182,12 @@ def certify(
     certificate: Mapping[str, Any] | None = None,
     solver: Mapping[str, Any] | None = None,
     given: Mapping[str, torch.Tensor] | None = None,
+    initial_ddf: torch.Tensor | None = None,
 ) -> list[Certificate]:
     """Examine the solutions of a batch of pairs ``(B, 1, *spatial)``: one certificate a pair.
 
     Costs one evaluation of the map; with ``spectral_iterations`` one more that keeps its backward memory and as many
-    backward passes; with ``random_starts`` as many further solves.
+    backward passes; with ``random_starts`` as many further solves; with ``answers`` four more than there are axes.
 
     Args:
         network: the network.
@@ -173,6 +199,7 @@ def certify(
         solver: settings of these solves in place of the network's own. Defaults to none.
         given: what ``network.solve_state`` and ``fixed_point_map`` take by keyword: ``"proximal_center"``, what the
             proximal term pulls to, ``(B, ndim, *spatial)``, else it is solved for here; of the energy ``"mask"``.
+        initial_ddf: what the solve started from, ``(B, ndim, *spatial)``. For the answers; defaults to its own.
 
     Raises:
         TypeError: When there is no such option.
@@ -209,6 +236,11 @@ def certify(
             # torch.maximum keeps a NaN
             largest = torch.maximum(largest, (square / other[0, 0].numel()).sqrt().cpu())
         distances = list(largest.tolist())
+    answers = dict[str, tuple[torch.Tensor, torch.Tensor]]()
+    if options["answers"]:
+        # what a proximal term pulls to is another for other images
+        own = {name: value for name, value in given.items() if name != "proximal_center"}
+        answers = harmless_answers(network, moving, fixed, state[:, :ndim], initial_ddf, **own, **changes)
     return [
         Certificate(
             verdict=verdict(
@@ -222,6 +254,7 @@ def certify(
             steps=int(record.steps[i]),
             spectral_radius=radii[i],
             start_distance=distances[i],
+            answers={name: (float(a[i]), float(b[i])) for name, (a, b) in answers.items()} or None,
         )
         for i in range(batch)
     ]
@@ -288,7 +321,7 @@ def _certified(
         state, record = network.solve_state(moving, fixed, initial_ddf, **given, **changes)
         if coarse_steps is not None:
             record = replace(record, coarse_steps=coarse_steps)
-        certificates = certify(network, moving, fixed, state, record, certificate, changes, given)
+        certificates = certify(network, moving, fixed, state, record, certificate, changes, given, initial_ddf)
         ndim = fixed.ndim - 2
         # without the hidden state, which a view would keep in memory
         return state if state.shape[1] == ndim else state[:, :ndim].clone(), record, certificates

@@ -383,6 +383,8 @@ class PairResultsSaver(PairResults):
         result["summary"] = summary
         if "verdict" in columns:
             result["verdicts"] = frame["verdict"].value_counts(sort=False).to_dict()
+        if "sensitive_to" in columns:
+            result["sensitive_to"] = frame["sensitive_to"].value_counts(sort=False).to_dict()
         result.update(per_label=per_label, pairs=frame.to_dict("records"))
         for path in self._pictures():  # of the files that are replaced
             path.unlink()

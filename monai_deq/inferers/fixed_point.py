@@ -66,7 +66,8 @@ class FixedPointInferer(Inferer):
             share of the voxels), ``residual``, ``relative_residual`` (at the last step) and ``converged``, and the list
             ``reason``. With a certificate the residuals are those at the solution itself, and there are the list
             ``verdict`` (of a classical method its ``reason``) and, where asked for, the tensors ``spectral_radius`` and
-            ``start_distance``. What else the method measured is there by name, see
+            ``start_distance``, and of the answers what :py:meth:`monai_deq.certificates.Certificate.as_dict` calls so.
+            What else the method measured is there by name, see
             :py:meth:`monai_deq.solvers.SolverRecord.measured`.
         """
         module: Any = network.module if isinstance(network, DistributedDataParallel) else network
@@ -91,4 +92,10 @@ class FixedPointInferer(Inferer):
             values = [getattr(c, name) for c in certificates or ()]
             if values and values[0] is not None:
                 output[name] = torch.tensor(values)
+        answered = [c.as_dict() for c in certificates or () if c.answers]
+        for name in answered[0] if answered else ():
+            if name == "sensitive_to":
+                output[name] = [words[name] for words in answered]
+            elif name.startswith("answer_"):
+                output[name] = torch.tensor([words[name] for words in answered])
         return output

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from monai_deq.certificates import HARMLESS_CHANGES
 from monai_deq.utils import json_ready
 from monai_deq.visualize.pages import HTMLPage, data_uri, flattened, gray_jpeg, html_picture, html_table
 from monai_deq.visualize.pairs import PLANES, OrientedPair, RegisteredPair, oriented
@@ -42,6 +43,9 @@ _RECORDED = {
     "relative_residual": "the same as a share of the displacement",
     "spectral_radius": "below 1 the solution attracts what is near it, and by this factor a step",
     "start_distance": "voxels between this solution and that from a random start: near 0 where there is one alone",
+    "sensitive_to": "harmless changes of the images that move the displacement by more than a voxel on the mean",
+    **{f"answer_{name}_mean": "voxels" for name in HARMLESS_CHANGES},
+    **{f"answer_{name}_max": "voxels" for name in HARMLESS_CHANGES},
     "energy": "dissimilarity and roughness together, which the method makes small",
     "slope": "how steeply the energy still falls, per voxel",
     "unfolded": "voxels whose displacement was changed to take folds away",

@@ -183,8 +183,14 @@ def test_no_score_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
     verdicts = ["cycling", "converged", "cycling"]
     items = [
-        {**item, "verdict": v, "spectral_radius": torch.tensor(0.25 * i)}
-        for i, (item, v) in enumerate(zip(ITEMS, verdicts, strict=True))
+        {
+            **item,
+            "verdict": v,
+            "spectral_radius": torch.tensor(0.25 * i),
+            "answer_flip_max": 2.0 * i,
+            "sensitive_to": to,
+        }
+        for i, (item, v, to) in enumerate(zip(ITEMS, verdicts, ("nothing", "flip", "flip"), strict=True))
     ]
     saver = PairResultsSaver(tmp_path, LABELS, "two")  # all metrics that the engine keeps
     evaluate(saver, [items[:2], items[2:]])
@@ -194,6 +200,8 @@ def test_certificates_are_written_where_there_are_some(tmp_path: Path) -> None:
     assert "start_distance" not in read_csv(saver.csv_path)[0]
     summary = read_json(saver.json_path)["summary"]
     assert summary["spectral_radius"]["mean"] == pytest.approx(0.25) and "verdict" not in summary
+    assert read_json(saver.json_path)["sensitive_to"] == {"nothing": 1, "flip": 2}
+    assert summary["answer_flip_max"]["mean"] == pytest.approx(2.0) and "sensitive_to" not in summary
 
 
 def test_energies_are_written_where_all_pairs_have_them(tmp_path: Path) -> None:

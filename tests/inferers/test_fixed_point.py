@@ -147,6 +147,19 @@ def test_certificate_of_each_item() -> None:
     assert FixedPointInferer({"tolerance": 1.0}, max_steps=11)(moving, network, fixed)["verdict"] == ["converged"] * 2
 
 
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_answers_of_each_item(ndim: int) -> None:
+    moving, fixed = make_batch(ndim, (0.5, 3.0))
+    out = FixedPointInferer({"answers": True}, max_steps=40, tolerance=1e-6)(moving, make_network(), fixed)
+    # the field is as long in each component as the fixed image is bright: where a component is flipped it comes back
+    # twice, and 0.1 more of intensity is 0.1 more of each
+    np.testing.assert_allclose(out["answer_flip_max"], [1.0, 6.0], rtol=1e-4)
+    np.testing.assert_allclose(out["answer_offset_mean"], [0.1 * ndim**0.5] * 2, rtol=1e-3)
+    np.testing.assert_allclose(out["answer_scale_mean"], [0.05 * ndim**0.5, 0.3 * ndim**0.5], rtol=1e-3)
+    assert out["answer_swap_mean"].shape == (2,) and "flip" in out["sensitive_to"][1]
+    assert "answer_flip_max" not in FixedPointInferer({})(moving, make_network(), fixed)
+
+
 def test_measures_of_the_energy() -> None:
     moving, fixed = torch.rand(2, 3, 1, 12, 10, generator=torch.Generator().manual_seed(0))
     fixed[1] = moving[1]

@@ -292,6 +292,8 @@ def test_certificate_in_the_record() -> None:
     torch.testing.assert_close(certified, ddf)
     assert record["verdict"] == "converged" and record["spectral_radius"] == pytest.approx(0.5, rel=1e-5)
     assert record["residual"] == pytest.approx(plain["residual"] / 2, rel=1e-3) and record["start_distance"] < 0.01
+    answered = FixedPointSolver(network, certificate={"answers": True})(moving, fixed)[2]
+    assert answered["answer_offset_max"] >= answered["answer_offset_mean"] >= 0 and answered["sensitive_to"]
     # not asked for: named all the same, and no number
     _, _, cheap = FixedPointSolver(network, certificate={})(moving, fixed)
     assert cheap["verdict"] == "converged" and math.isnan(cheap["spectral_radius"])
