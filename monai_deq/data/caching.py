@@ -78,7 +78,10 @@ class _SubjectsOnDisk(Dataset):
         file = self._file(self.data[index])
         if file.is_file():
             try:
-                return load_checkpoint(file)
+                item = load_checkpoint(file)
+                if lost := [key for key, value in self.data[index].items() if value is not None and key not in item]:
+                    raise ValueError(f"it has no {lost}")
+                return item
             except ValueError as e:
                 logger.warning("%s is damaged and is made anew: %s", file, e)
         item = convert_to_tensor(super().__getitem__(index), convert_numeric=False, track_meta=True)

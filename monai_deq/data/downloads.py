@@ -9,6 +9,7 @@ neurite-oasis-2d by one. None of it was tried against the servers when it was wr
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import os
 import re
@@ -249,6 +250,10 @@ def _check(archive: Path, expected: tuple[str, str] | None, skipped: bool) -> No
                 raise tarfile.ReadError("no list of members found")
             with tarfile.open(archive) as file:
                 file.getmembers()
+            if archive.name.endswith(".gz"):  # at whose end is a checksum, behind the last member
+                with gzip.open(archive) as unpacked:
+                    while unpacked.read(1 << 20):
+                        pass
     except (*_DAMAGED, OSError) as e:
         raise RuntimeError(f"{archive} is no zip or tar archive, or is damaged ({e}). {again}.") from e
 

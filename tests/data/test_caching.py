@@ -224,3 +224,11 @@ def test_threads_end_before_an_error_is_raised(tmp_path: Path, caplog: pytest.Lo
         cached_subjects(subjects, load_subject_transforms(3), num_workers=3)
     assert "image1" in caplog.text or "image4" in caplog.text  # the other one
     assert not [thread for thread in threading.enumerate() if "Pool" in thread.name]
+
+
+def test_another_file_in_the_place_of_a_cache_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = cached_subjects(make_subjects(tmp_path, 3), load_subject_transforms(3), tmp_path / "cache")
+    first = dataset[0]["image"]
+    (file,) = (tmp_path / "cache").iterdir()
+    torch.save({"weights": torch.zeros(3)}, file)
+    assert torch.equal(dataset[0]["image"], first) and f"{file} is damaged and is made anew" in caplog.text
