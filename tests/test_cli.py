@@ -137,7 +137,10 @@ def test_download_and_zoo(given: dict[str, Any]) -> None:
     ("words", "message"),
     [
         (["compare", "--bundle-dir", "b", "--results-dir", "r", "--set", "split"], "ValueError: --set: expected name="),
-        (["memory", "--bundle-dir", "b", "--output-dir", "o", "--steps", "six"], "ValueError: expected whole numbers"),
+        (
+            ["memory", "--bundle-dir", "b", "--output-dir", "o", "--steps", "six"],
+            "ValueError: --steps: expected whole numbers",
+        ),
         (["scaling", "--bundle-dir", "b", "--output-dir", "o", "--cases", "absent.json"], "FileNotFoundError: "),
         (
             ["speed", "--bundle-dir", "b", "--results-dir", "r", "--output-dir", "o", "--cases", "{]"],

@@ -26,6 +26,7 @@ from monai_deq.transforms import (
     LoadKeypointsd,
     load_keypoints,
 )
+from monai_deq.utils import expand_user
 
 __all__ = ["Finding", "check_files"]
 
@@ -270,7 +271,7 @@ def check_files(
         raise ValueError(f"workers must be at least 1, got {workers}.")
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-    root, missing = Path(data).expanduser(), list[str]()
+    root, missing = expand_user(data), list[str]()
     pairs: Sequence[Mapping[str, Any]] = ()
     names: frozenset[int] = frozenset()
     is_list = not root.is_dir()

@@ -20,6 +20,7 @@ from monai_deq.networks import load_weights, read_record
 from monai_deq.networks.blocks import EnergyUpdate
 from monai_deq.networks.nets import EnergyRegistrationNet, RegistrationNet, energy_finish
 from monai_deq.transforms import (
+    FIELD_FORMATS,
     AffineKind,
     CheckedCompose,
     FixedPointSolverd,
@@ -29,7 +30,7 @@ from monai_deq.transforms import (
     pull_image,
     summary_lines,
 )
-from monai_deq.utils import check_writable, json_ready, local_device
+from monai_deq.utils import check_device, check_writable, expand_user, json_ready, local_device
 from monai_deq.visualize import HTMLPage, RegisteredPair, new_figure, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
@@ -92,6 +93,11 @@ class RegistrationSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        if self.affine not in (None, "rigid", "affine"):
+            raise ValueError(f"affine: expected rigid, affine or None, got {self.affine!r}.")
+        if self.transform_format.lower() not in (*FIELD_FORMATS, ".h5"):
+            formats = ", ".join((*FIELD_FORMATS, ".h5"))
+            raise ValueError(f"transform_format: expected one of {formats}, got {self.transform_format!r}.")
         if self.tolerance is not None and not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
         if self.weights is not None and self.steps is not None and len(self.steps) != 1:
@@ -121,7 +127,7 @@ def _transforms(
 ) -> tuple[CheckedCompose, FixedPointSolverd, CheckedCompose, SaveRegistrationd]:
     """What loads a pair, solves it, and makes of the solution what is written."""
     network, solver, scans = _method(settings, dims)
-    device = str(local_device()) if settings.device is None else settings.device
+    device = str(local_device() if settings.device is None else check_device(settings.device))
     network.to(device)
     if solver.get("finish") is not None:
         solver["finish"].to(device)
@@ -168,7 +174,7 @@ def register_pairs(
         FileExistsError: When a result is there already and is not to be replaced; before anything is done.
         OSError: When the folder cannot be written to; before anything is done too.
     """
-    settings, output_dir = settings or RegistrationSettings(), Path(output_dir).expanduser()
+    settings, output_dir = settings or RegistrationSettings(), expand_user(output_dir)
     if settings.overwrite and resume:
         raise ValueError("resume and overwrite exclude each other.")
     if on_error not in ("stop", "skip"):
@@ -231,14 +237,17 @@ _DECISIVE = ("preset", "weights", "affine", "steps", "tolerance", "transform_for
 
 def _is_done(saver: SaveRegistrationd, item: Mapping[str, Any], settings: Mapping[str, Any], report: bool) -> bool:
     """Whether a pair has all its files, the record last; ``ValueError`` where they were made with other settings."""
-    file = saver.paths(item)["record"]
-    if not file.is_file() or (report and not _report_path(saver, item).is_file()):
+    files = saver.paths(item)
+    file = files["record"]
+    always = [path for what, path in files.items() if what not in ("label", "affine")]
+    if not all(path.is_file() for path in always) or (report and not _report_path(saver, item).is_file()):
         return False
     try:
         said = json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{file} does not say with what settings it was made: replace it with --overwrite.") from None
-    if said != settings:
+    if not isinstance(said, dict) or said != settings:
+        said = said if isinstance(said, dict) else {}
         other = [f"{k} {said.get(k)!r} (now {v!r})" for k, v in settings.items() if said.get(k) != v]
         raise ValueError(
             f"{file} was made with other settings, {', '.join(other)}: replace it with --overwrite, or name another "

@@ -19,6 +19,7 @@ from monai.utils import convert_to_tensor
 
 from monai_deq.data.pairs import GivenPairDataset, PairDataset
 from monai_deq.networks import load_checkpoint, save_checkpoint
+from monai_deq.utils import expand_user
 
 __all__ = ["cached_given_pairs", "cached_pairs", "cached_subjects"]
 
@@ -63,7 +64,7 @@ class _SubjectsOnDisk(Dataset):
         compose = copy.copy(transform) if isinstance(transform, Compose) else Compose(transform)
         compose.transforms = (*compose.transforms, _PlainMetadata())
         super().__init__(data, compose)
-        self.folder = Path(cache_dir).expanduser()
+        self.folder = expand_user(cache_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.transform_hash = pickle_hashing(list(compose.flatten().transforms)).decode()
 

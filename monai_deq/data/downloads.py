@@ -25,6 +25,8 @@ from urllib.parse import unquote, urlparse
 
 from monai.apps.utils import HashCheckError, extractall
 
+from monai_deq.utils import expand_user
+
 __all__ = ["PUBLIC_DATASETS", "PublicDataset", "download_dataset"]
 
 logger = logging.getLogger("monai_deq")
@@ -137,7 +139,7 @@ def download_dataset(
     if source and not re.match(r"https?://[^/]", source):
         raise ValueError(f"url must begin with https:// or http:// and name a host, got {source!r}.")
     expected = _parse_checksum(checksum or dataset.checksum) if checksum != "skip" else None
-    folder = Path(output_dir).expanduser() / name
+    folder = expand_user(output_dir) / name
     if folder.exists() and not overwrite:
         if not any(folder.glob(dataset.holds)):
             message = f"{folder} is there already and is not {name} (it has no {dataset.holds})."

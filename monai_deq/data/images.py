@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 
-from monai_deq.utils import replace_file
+from monai_deq.utils import expand_user, replace_file
 
 __all__ = ["IMAGE_FORMATS", "LPS", "check_affine", "existing_file", "image_dims", "image_stem", "is_planar"]
 __all__ += ["load_nibabel", "load_simpleitk", "read_image", "refuse_damaged", "save_nifti", "simpleitk_affine"]
@@ -55,7 +55,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 def existing_file(path: str | Path, name: str) -> Path:
     """The path, its ``~`` resolved; ``FileNotFoundError``, in which it is called ``name``, where there is no file."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(f"{name}: the file {str(path)!r} does not exist.")
     return path
@@ -226,7 +226,7 @@ def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
         RuntimeError: When it cannot be read.
         OptionalImportError: When SimpleITK is needed and not installed.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     path = path if path.is_dir() else existing_file(path, name)
     _refuse_unreadable(path, name)
     try:
@@ -268,7 +268,7 @@ def check_affine(affine: np.ndarray, spatial_dims: int, name: str) -> None:
 
 def image_dims(path: str | Path, name: str) -> int:
     """Whether a file is of slices, 2, or of volumes, 3, by its header; errors as of :py:func:`read_image`."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     path = path if path.is_dir() else existing_file(path, name)
     _refuse_unreadable(path, name)
     if path.is_dir():

@@ -246,9 +246,9 @@ class ShardSampler(Sampler[int]):
     """
 
     def __init__(self, num_items: int, batch_size: int = 1, num_replicas: Count = None, rank: Count = None) -> None:
-        if num_items < 0 or batch_size < 1:
-            expected = "num_items must not be negative and batch_size at least 1"
-            raise ValueError(f"{expected}, got {num_items} and {batch_size}.")
+        if not isinstance(batch_size, int) or num_items < 0 or batch_size < 1:
+            expected = "num_items must not be negative and batch_size a whole number of at least 1"
+            raise ValueError(f"{expected}, got {num_items} and {batch_size!r}.")
         num_replicas, rank = _replicas(num_replicas, rank)
         each, more = divmod(-(-num_items // batch_size), num_replicas)
         begin = rank * each + min(rank, more)

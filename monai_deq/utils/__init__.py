@@ -3,8 +3,19 @@
 
 from __future__ import annotations
 
-from .files import check_writable, json_ready, lock_folder, refuse_existing, replace_file, unlock_folder, write_json
+from .files import (
+    check_writable,
+    expand_user,
+    json_ready,
+    lock_folder,
+    read_json,
+    refuse_existing,
+    replace_file,
+    unlock_folder,
+    write_json,
+)
 from .processes import (
+    check_device,
     end_processes,
     gather_items,
     gather_to_first,
@@ -19,8 +30,10 @@ from .settings import as_flag, refuse_unknown_settings
 
 __all__ = [
     "as_flag",
+    "check_device",
     "check_writable",
     "end_processes",
+    "expand_user",
     "gather_items",
     "gather_to_first",
     "init_processes",
@@ -30,6 +43,7 @@ __all__ = [
     "mean_over_processes",
     "process_count",
     "process_rank",
+    "read_json",
     "refuse_existing",
     "refuse_unknown_settings",
     "replace_file",

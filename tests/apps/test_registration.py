@@ -554,6 +554,10 @@ def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"):
         register_pairs(pairs, tmp_path / "out", RegistrationSettings(steps=(4, 4), device="cpu"), resume=True)
     assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True) == []
+    lost = next((tmp_path / "out").glob("*_transform.nii.gz"))
+    lost.unlink()
+    assert len(register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True)) == 1
+    assert lost.is_file()
 
 
 def test_ways_that_do_not_go(tmp_path: Path) -> None:

@@ -572,7 +572,7 @@ def check_label(rng: Rng, folder: Path) -> Case:
 
 MATRIX_SHAPE = MATRIX.shape
 
-KINDS: dict[str, tuple[Kind, int]] = {
+KINDS: dict[str, tuple[Kind, float]] = {
     "image, one bit": (_bits_of("fixed.nii.gz"), 5),
     "volume, one bit": (_bits_of("volume.nii.gz"), 3),
     "label map, one bit": (_bits_of("label.nii.gz"), 5),

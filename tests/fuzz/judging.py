@@ -139,7 +139,7 @@ def judge(kind: str, number: int, case: Case, folder: Path) -> Outcome:
             if isinstance(e, KeyboardInterrupt):
                 raise
         else:
-            right = case.right is not None and case.right(got)
+            right = _is_right(case, got)
             outcome, said = "correct" if right else "other", "" if right else f"taken in silence: {str(got)[:300]}"
         finally:
             signal.alarm(0)
@@ -153,6 +153,13 @@ def judge(kind: str, number: int, case: Case, folder: Path) -> Outcome:
     return Outcome(kind, number, case.what, outcome, said)
 
 
+def _is_right(case: Case, got: Any) -> bool:
+    try:
+        return case.right is not None and case.right(got)
+    except Exception:  # it is something that has no meaning
+        return False
+
+
 def _of_error(case: Case, error: Exception) -> str:
     text = str(error)
     named = any(str(name) in text or Path(name).name in text for name in case.named)
@@ -163,7 +170,7 @@ def _files(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
 
 
-def run_cases(kinds: Mapping[str, tuple[Kind, int]], cases: int, seed: int, one: int | None = None) -> list[Outcome]:
+def run_cases(kinds: Mapping[str, tuple[Kind, float]], cases: int, seed: int, one: int | None = None) -> list[Outcome]:
     """
     Run so many cases, of each kind by its share. A case depends on the seed, its kind and its number alone.
 

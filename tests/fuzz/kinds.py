@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import files
+from . import commands, files, lists
 from .judging import Kind
 
-KINDS: dict[str, tuple[Kind, int]] = {**files.KINDS}
+KINDS: dict[str, tuple[Kind, float]] = {**files.KINDS, **lists.KINDS, **commands.KINDS}
