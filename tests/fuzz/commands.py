@@ -82,7 +82,7 @@ _COMMANDS: dict[str, dict[str, tuple[Any, Any]]] = {
         "--on-error": (_of("stop", "skip"), _of("", "go", "Skip")),
     },
     "apply": {
-        "moving": (_of(""), _NO_SCAN),
+        "moving": (_of(""), _NO_SCAN[:-1]),  # points go into .csv
         "--transform": ((_file("field.nii.gz"),), _NO_TRANSFORM),
         "--output": (_of("out.nii.gz", "out.nii"), _of("out.png", "", "out", "x" * 300)),
         "--reference": ((_file("volume.nii.gz"),), _NO_SCAN),

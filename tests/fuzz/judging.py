@@ -13,8 +13,9 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def _heard() -> Iterator[list[str]]:
     logger, root = logging.getLogger("monai_deq"), logging.getLogger()
     handler, before = _Handler(lines), (logger.level, list(root.handlers))
     kept = [os.dup(1), os.dup(2)]
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file, ExitStack() as stack:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(file.fileno(), 1)
@@ -102,11 +103,15 @@ def _heard() -> Iterator[list[str]]:
         root.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         try:
+            text = stack.enter_context(open(file.fileno(), "w", closefd=False, encoding="utf-8"))
+            stack.enter_context(redirect_stdout(text))
+            stack.enter_context(redirect_stderr(text))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("default")
                 warnings.simplefilter("ignore", DeprecationWarning)
                 yield lines
         finally:
+            stack.close()
             logger.setLevel(before[0])
             root.handlers[:] = before[1]
             sys.stdout.flush()
@@ -255,16 +260,13 @@ def command(*words: str | Path) -> dict[str, Any]:
     ``monai-deq`` in this process: exit code and what it printed. Exit code 2 is a :py:class:`CommandError` of the line
     on stderr; more than one line, but for the usage, is an ``AssertionError``.
     """
-    import contextlib
-    import io
-
     from monai_deq.cli import main
 
     argv, handlers = list(sys.argv), {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err, code = StringIO(), StringIO(), 0
     sys.argv[:] = ["monai-deq", *map(str, words)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with redirect_stdout(out), redirect_stderr(err):
             main()
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
