@@ -94,7 +94,7 @@ class RegistrationSettings:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
         if self.affine not in (None, "rigid", "affine"):
-            raise ValueError(f"affine: expected rigid, affine or None, got {self.affine!r}.")
+            raise ValueError(f"affine: expected 'rigid' or 'affine', or None, got {self.affine!r}.")
         if self.transform_format.lower() not in (*FIELD_FORMATS, ".h5"):
             formats = ", ".join((*FIELD_FORMATS, ".h5"))
             raise ValueError(f"transform_format: expected one of {formats}, got {self.transform_format!r}.")

@@ -241,6 +241,8 @@ class StatePool:
         states = state["states"]
         if len(states) and not (len(states) == total and states.ndim - 2 == states.shape[1] in (2, 3)):
             raise ValueError(f"the checkpoint has states {tuple(states.shape)} of {total} slots.")
+        if not torch.isfinite(states).all():
+            raise ValueError("the checkpoint has states that are not finite, NaN or infinity.")
         own = slice(process_rank() * self.slots, (process_rank() + 1) * self.slots)
         self.tickets, self._states = tickets[own], None
         if len(states):

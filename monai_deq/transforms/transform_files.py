@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,6 +243,18 @@ def _refuse_incomplete(path: Path, transform: Any) -> None:
                 raise ValueError(f"transform {number}, {part.GetName()}, needs {wanted}, got {str(line)[:60]!r}")
 
 
+def _refuse_cut(content: bytes) -> None:
+    """``ValueError`` for a MATLAB file, version 4, that ends before its numbers do: SimpleITK makes up the rest."""
+    at = 0
+    while at < len(content):
+        kind, rows, columns, imaginary, name = struct.unpack_from("<5i", content, at)
+        if not 0 <= kind < 1000:
+            return  # of another byte order, or none: SimpleITK has read it
+        at += 20 + name + rows * columns * (1 + imaginary) * (8, 4, 4, 2, 2, 1)[kind // 10 % 10]
+    if at != len(content):
+        raise ValueError(f"it has {len(content)} of {at} bytes")
+
+
 def _leaves(transform: Any) -> list[Any]:
     """A transform of SimpleITK, or those of a composite one."""
     if transform.GetName() != "CompositeTransform":
@@ -298,6 +311,8 @@ def load_transform(path: str | Path) -> list[ChainPart]:
         content = sitk.ReadImage(str(path)) if image else sitk.ReadTransform(str(path))
         if name.endswith((".tfm", ".txt", ".xfm")):
             _refuse_incomplete(path, content)
+        elif name.endswith(".mat"):
+            _refuse_cut(path.read_bytes())
     return [_sitk_field(content, path)] if image else _from_sitk(content, path)
 
 

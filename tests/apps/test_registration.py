@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -582,3 +583,16 @@ def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Sig
     assert done.returncode == 128 + number, done.stderr
     assert f"stopped by {number.name}: what was written before is whole; register goes on with --resume" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"affine": ""}, "affine: expected 'rigid' or 'affine', or None, got ''"),
+        ({"transform_format": ""}, "transform_format: expected one of .nii, .nii.gz, .mha, .nrrd, .h5, got ''"),
+        ({"transform_format": ".tfm"}, "transform_format: expected one of"),
+    ],
+)
+def test_settings_that_are_none(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RegistrationSettings(**changes)

@@ -246,16 +246,17 @@ def _kind_of(name: str) -> Kind:
     def kind(rng: Rng, folder: Path) -> Case:
         words, named, bad = _words(name, rng, folder)
         os.chdir(folder)
-        right = None if bad else _did(name, words)
-        if "--on-error=skip" in words:  # the only pair failed, and it is said why
-            right = right or (lambda got: got["code"] == 1 and any(n in got["out"] for n in named))
+        right = _did(name, words, named if bad else [])
         return Case(f"{bad or 'right'}: {' '.join(words)}", lambda: command(*words), named, right, not bad, _OUT)
 
     return kind
 
 
-def _did(name: str, words: list[str]) -> Callable[[Any], bool]:
-    """Whether a command has done what it says, by the files it wrote."""
+def _did(name: str, words: list[str], named: list[str]) -> Callable[[Any], bool] | None:
+    """Whether a command has done what it says, by the files it wrote; of a wrong one what is bad is named, if any."""
+    if named:  # the only pair may fail and be skipped
+        skipped = "--on-error=skip" in words
+        return (lambda got: got["code"] == 1 and any(n in got["out"] for n in named)) if skipped else None
     outputs = [word.partition("=")[2] for word in words if word.startswith("--output")]
 
     def check(got: dict[str, Any]) -> bool:
@@ -379,7 +380,7 @@ def in_a_process(rng: Rng, folder: Path) -> Case:
         return ended(done.returncode, done.stdout, done.stderr)
 
     os.chdir(folder)
-    right = None if bad else _did(name, words)
+    right = _did(name, words, named if bad else [])
     return Case(f"{bad or 'right'}: {' '.join(words)}", run, named, right, not bad, _OUT)
 
 

@@ -449,24 +449,28 @@ def pool_states(rng: Rng, folder: Path) -> Case:
 # -- caches
 
 
-def cache_file(rng: Rng, folder: Path) -> Case:
+def _cache_file(bits: bool) -> Kind:
     """A file of a cache that is damaged is made anew, and gives what is read without a cache."""
-    subject = {"subject": "a", "image": str(originals() / "fixed.nii.gz"), "label": str(originals() / "label.nii.gz")}
-    data = cached_subjects([subject], load_subject_transforms(2), folder / "cache")
-    item = data[0]
-    (file,) = (folder / "cache").iterdir()
-    whole = file.read_bytes()
-    content, what = flip(whole, rng) if rng.random() < 0.6 else spoil(whole, rng)
-    if rng.random() < 0.1:
-        content, what = _bytes("model.pt"), "weights in its place"
-    file.write_bytes(content)
-    want = {key: placed(item[key]) for key in ("image", "label")}
 
-    def run() -> Any:
-        got = data[0]
-        return {key: placed(got[key]) for key in ("image", "label")}
+    def kind(rng: Rng, folder: Path) -> Case:
+        files = {"image": originals() / "fixed.nii.gz", "label": originals() / "label.nii.gz"}
+        subject = {"subject": "a", **{key: str(file) for key, file in files.items()}}
+        data = cached_subjects([subject], load_subject_transforms(2), folder / "cache")
+        item = data[0]
+        (file,) = (folder / "cache").iterdir()
+        content, what = (flip if bits else spoil)(file.read_bytes(), rng)
+        if not bits and rng.random() < 0.2:
+            content, what = _bytes("model.pt"), "weights in its place"
+        file.write_bytes(content)
+        want = {key: placed(item[key]) for key in files}
 
-    return Case(what, run, [file], same(want), strict=True)
+        def run() -> Any:
+            got = data[0]
+            return {key: placed(got[key]) for key in files}
+
+        return Case(what, run, [file], same(want), strict=True)
+
+    return kind
 
 
 # -- archives
@@ -573,12 +577,12 @@ def check_label(rng: Rng, folder: Path) -> Case:
 MATRIX_SHAPE = MATRIX.shape
 
 KINDS: dict[str, tuple[Kind, float]] = {
-    "image, one bit": (_bits_of("fixed.nii.gz"), 5),
+    "image, one bit": (_bits_of("fixed.nii.gz"), 6),
     "volume, one bit": (_bits_of("volume.nii.gz"), 3),
-    "label map, one bit": (_bits_of("label.nii.gz"), 5),
+    "label map, one bit": (_bits_of("label.nii.gz"), 6),
     "transform, one bit": (transform_bits, 8),
-    "checkpoint, one bit": (checkpoint_bits, 5),
-    "last.pt with a pool, one bit": (last_bits, 4),
+    "checkpoint, one bit": (checkpoint_bits, 6),
+    "last.pt with a pool, one bit": (last_bits, 6),
     "scan, cut or replaced": (scan_spoilt, 8),
     "NIfTI header": (scan_header, 14),
     "voxels": (scan_voxels, 6),
@@ -592,6 +596,7 @@ KINDS: dict[str, tuple[Kind, float]] = {
     "last.pt, cut or replaced": (last_spoilt, 3),
     "last.pt, its content": (last_content, 5),
     "states of a pool": (pool_states, 2),
-    "cache file": (cache_file, 6),
+    "cache file, one bit": (_cache_file(True), 6),
+    "cache file, cut or replaced": (_cache_file(False), 3),
     "archive": (archive, 6),
 }

@@ -379,3 +379,16 @@ def test_matrices_and_grids_that_are_not_finite(tmp_path):
         image.set_sform(AFFINE * [0, 1, 1, 1], code=1)
         nib.save(image, tmp_path / "flat.nii.gz")
         refused(tmp_path / "flat.nii.gz", "does not say where its voxels lie")
+
+
+@pytest.mark.parametrize("lost", [1, 8, 30])
+def test_a_matrix_of_matlab_that_is_cut(lost, tmp_path):
+    """SimpleITK takes what is in its memory for the numbers that are lost."""
+    turned = sitk.AffineTransform(3)
+    turned.SetCenter((11.0, 12.0, 13.0))
+    turned.Rotate(0, 1, 0.3)
+    sitk.WriteTransform(turned, str(tmp_path / "a.mat"))
+    whole = (tmp_path / "a.mat").read_bytes()
+    load_transform(tmp_path / "a.mat")
+    (tmp_path / "b.mat").write_bytes(whole[:-lost])
+    refused(tmp_path / "b.mat", "cannot read the transform")

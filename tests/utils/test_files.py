@@ -18,6 +18,7 @@ import torch
 
 from monai_deq.utils import (
     check_writable,
+    expand_user,
     json_ready,
     lock_folder,
     read_json,
@@ -227,3 +228,9 @@ def test_json_that_is_none(content: bytes, tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")  # as Windows writes it
     assert read_json(tmp_path / "a.json") == [1]
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expand_user("~/a") == Path("/somewhere/a") and expand_user("b") == Path("b")
+    assert expand_user("~there-is-no-such-user/a") == Path("~there-is-no-such-user/a")
