@@ -73,7 +73,7 @@ setup(
         "mlflow": ["mlflow-skinny", "sqlalchemy", "alembic", "sqlparse"],  # what --tracking mlflow needs of MLflow
         "figures": ["matplotlib>=3.10"],
         "itk": ["SimpleITK>=2.4"],  # its formats, its transforms, affine alignment
-        "test": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", *EXTRAS, *DOCS],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", *EXTRAS, *DOCS],
         "docs": DOCS,
     },
 )

@@ -31,7 +31,7 @@ def _value(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return text
 
@@ -46,17 +46,21 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in _names(text)]
     except ValueError:
-        raise ValueError(f"expected whole numbers with commas between them, got {text!r}.") from None
+        raise ValueError(f"{option}: expected whole numbers with commas between them, got {text!r}.") from None
 
 
 def _cases(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
-    cases = _value(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    try:
+        cases = _value(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        kind = type(e) if isinstance(e, OSError) else ValueError
+        raise kind(f"--cases: cannot read the file {text!r} ({e}).") from e
     if not isinstance(cases, dict):
         raise ValueError(f"--cases: expected a dictionary of cases, or a JSON file of one, got {text!r}.")
     return cases
@@ -152,7 +156,7 @@ def register_scans(
         preset=preset,
         weights=weights,
         affine=affine,  # type: ignore[arg-type]
-        steps=_numbers(steps) or None,
+        steps=_numbers(steps, "--steps") or None,
         tolerance=tolerance,
         device=device,
         transform_format=transform_format,
@@ -235,7 +239,7 @@ def check_data(
 
     if json_file is not None and not overwrite:
         refuse_existing([json_file], "Give --overwrite, or another file.")
-    findings, scans = check_files(data, spatial_dims, workers, _numbers(split_sizes) or None)
+    findings, scans = check_files(data, spatial_dims, workers, _numbers(split_sizes, "--split-sizes") or None)
     for file, of_file in groupby(findings, lambda finding: finding.file):
         print(file)
         for finding in of_file:
@@ -312,7 +316,7 @@ def iterate_methods(
     from monai_deq.evaluation import ITERATED_METHODS, converge
 
     names, files, given = _names(methods) or ITERATED_METHODS, _names(overlays), _settings(settings)
-    steps = (max_steps, random_start_rms, _numbers(table_steps))
+    steps = (max_steps, random_start_rms, _numbers(table_steps, "--table-steps"))
     converge(bundle_dir, results_dir, names, files, given, *steps, output_dir, overwrite)
 
 
@@ -354,7 +358,8 @@ def memory_of_training(
     """
     from monai_deq.evaluation import measure_memory
 
-    numbers = (_numbers(spatial_size), _numbers(steps), _numbers(unrolled_steps))
+    size, unrolled = _numbers(spatial_size, "--spatial-size"), _numbers(unrolled_steps, "--unrolled-steps")
+    numbers = (size, _numbers(steps, "--steps"), unrolled)
     measure_memory(bundle_dir, output_dir, *numbers, _cases(cases), rounds, _settings(settings), overwrite)
 
 
@@ -375,7 +380,9 @@ def scaling_with_size(
     from monai_deq.evaluation import measure_scaling
     from monai_deq.evaluation.benchmarks import SIZES
 
-    shapes = [_numbers(size.replace("x", ",")) for size in _names(sizes)] or SIZES
+    if wrong := [size for size in _names(sizes) if not all(part.isdecimal() for part in size.split("x"))]:
+        raise ValueError(f"--sizes: expected sizes such as 64x64x64, got {wrong[0]!r}.")
+    shapes = [[int(number) for number in size.split("x")] for size in _names(sizes)] or SIZES
     measure_scaling(bundle_dir, output_dir, shapes, _cases(cases), rounds, _settings(settings), overwrite)
 
 

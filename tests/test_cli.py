@@ -137,12 +137,23 @@ def test_download_and_zoo(given: dict[str, Any]) -> None:
     ("words", "message"),
     [
         (["compare", "--bundle-dir", "b", "--results-dir", "r", "--set", "split"], "ValueError: --set: expected name="),
-        (["memory", "--bundle-dir", "b", "--output-dir", "o", "--steps", "six"], "ValueError: expected whole numbers"),
+        (
+            ["memory", "--bundle-dir", "b", "--output-dir", "o", "--steps", "six"],
+            "ValueError: --steps: expected whole numbers",
+        ),
         (["scaling", "--bundle-dir", "b", "--output-dir", "o", "--cases", "absent.json"], "FileNotFoundError: "),
         (
             ["speed", "--bundle-dir", "b", "--results-dir", "r", "--output-dir", "o", "--cases", "{]"],
             "ValueError: --cases",
         ),
+        (
+            ["scaling", "--bundle-dir", "b", "--output-dir", "o", "--sizes", "8x8xx"],
+            "ValueError: --sizes: expected sizes such as 64x64x64, got '8x8xx'",
+        ),
+        (["memory", "--bundle-dir", "b", "--output-dir", "o"], "FileNotFoundError: bundle_dir 'b' is no bundle"),
+        (["compare", "--bundle-dir", "b", "--results-dir", "r"], "FileNotFoundError: bundle_dir 'b' is no bundle"),
+        (["apply", "~nobody-there/a.nii", "-t", "t.tfm", "-o", "b.nii"], "the file 't.tfm' does not exist"),
+        (["check", "~nobody-there/a.csv"], "list of pairs '~nobody-there/a.csv' does not exist"),
         (["download", "--name", "nothing", "--output-dir", "o"], "ValueError: Unknown data set 'nothing'"),
         (["compare", "--bundle-dir", "b"], "Missing option '--results-dir'"),
         (["report", "absent.json", "-o", "r.html"], "FileNotFoundError: absent.json is not there. Run the evaluation"),

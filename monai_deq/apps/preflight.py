@@ -35,7 +35,7 @@ from monai_deq.transforms import (
     LoadKeypointsd,
     load_keypoints,
 )
-from monai_deq.utils import gather_items, process_rank
+from monai_deq.utils import expand_user, gather_items, process_rank
 
 __all__ = ["Finding", "check_files", "usable_parts"]
 
@@ -345,7 +345,7 @@ def check_files(
         raise ValueError(f"workers must be at least 1, got {workers}.")
     if spatial_dims not in (2, 3):
         raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims}.")
-    root, missing = Path(data).expanduser(), list[str]()
+    root, missing = expand_user(data), list[str]()
     items: Sequence[Mapping[str, Any]]
     parts: Mapping[str, Sequence[Mapping[str, Any]]] = {}
     names: frozenset[int] = frozenset()

@@ -19,6 +19,7 @@ from monai_deq.networks import load_weights, read_record
 from monai_deq.networks.blocks import EnergyUpdate
 from monai_deq.networks.nets import EnergyRegistrationNet, RegistrationNet, energy_finish
 from monai_deq.transforms import (
+    FIELD_FORMATS,
     AffineKind,
     CheckedCompose,
     FixedPointSolverd,
@@ -28,7 +29,15 @@ from monai_deq.transforms import (
     pull_image,
     summary_lines,
 )
-from monai_deq.utils import check_on_error, check_writable, failure_reason, json_ready, local_device
+from monai_deq.utils import (
+    check_device,
+    check_on_error,
+    check_writable,
+    expand_user,
+    failure_reason,
+    json_ready,
+    local_device,
+)
 from monai_deq.visualize import HTMLPage, RegisteredPair, new_figure, write_pair_report
 
 __all__ = ["PRESETS", "RegistrationSettings", "register_pairs"]
@@ -91,6 +100,11 @@ class RegistrationSettings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        if self.affine not in (None, "rigid", "affine"):
+            raise ValueError(f"affine: expected 'rigid' or 'affine', or None, got {self.affine!r}.")
+        if self.transform_format.lower() not in (*FIELD_FORMATS, ".h5"):
+            formats = ", ".join((*FIELD_FORMATS, ".h5"))
+            raise ValueError(f"transform_format: expected one of {formats}, got {self.transform_format!r}.")
         if self.tolerance is not None and not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
         if self.weights is not None and self.steps is not None and len(self.steps) != 1:
@@ -120,7 +134,7 @@ def _transforms(
 ) -> tuple[CheckedCompose, FixedPointSolverd, CheckedCompose, SaveRegistrationd]:
     """What loads a pair, solves it, and makes of the solution what is written."""
     network, solver, scans = _method(settings, dims)
-    device = str(local_device()) if settings.device is None else settings.device
+    device = str(local_device() if settings.device is None else check_device(settings.device))
     network.to(device)
     if solver.get("finish") is not None:
         solver["finish"].to(device)
@@ -167,7 +181,7 @@ def register_pairs(
         FileExistsError: When a result is there already and is not to be replaced; before anything is done.
         OSError: When the folder cannot be written to; before anything is done too.
     """
-    settings, output_dir = settings or RegistrationSettings(), Path(output_dir).expanduser()
+    settings, output_dir = settings or RegistrationSettings(), expand_user(output_dir)
     if settings.overwrite and resume:
         raise ValueError("resume and overwrite exclude each other.")
     check_on_error(on_error)

@@ -29,7 +29,7 @@ from monai_deq.transforms import (
     read_world_points,
     save_transform,
 )
-from monai_deq.utils import refuse_existing, replace_file
+from monai_deq.utils import expand_user, refuse_existing, replace_file
 
 __all__ = ["apply_transforms", "invert_transform"]
 
@@ -74,7 +74,7 @@ def apply_transforms(
     Returns:
         ``output``.
     """
-    output = Path(output).expanduser()
+    output = expand_user(output)
     points = str(moving).lower().endswith(_POINTS)
     endings = (".csv",) if points else (".nii", ".nii.gz")
     if not output.name.lower().endswith(endings):
@@ -163,7 +163,7 @@ def invert_transform(
     Returns:
         ``output``.
     """
-    output, chain = Path(output).expanduser(), _chain(transforms)
+    output, chain = expand_user(output), _chain(transforms)
     affine = all(map(is_matrix, chain))
     check_transform_format(output, affine)
     if not overwrite:

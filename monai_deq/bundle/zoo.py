@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -78,6 +79,10 @@ def write_zoo_package(
     metadata = _metadata(bundle_dir, overlay_files)
     _check_dimensions(weights, network, metadata)
     name = f"{bundle_dir.resolve().name}_deq_registration" if name is None else name
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ValueError(f"name: expected that of a folder, got {name!r}.")
+    if weights_url is not None and not re.match(r"https?://[^/]", weights_url):
+        raise ValueError(f"weights_url: expected an address that begins with https:// or http://, got {weights_url!r}.")
     package, archive = output_dir / name, output_dir / f"{name}_v{metadata['version']}.zip"
     if not overwrite:
         refuse_existing([package, archive], "Replace it with --overwrite, or name another --output-dir.")

@@ -143,6 +143,8 @@ def check_certificate(certificate: Mapping[str, Any] | None) -> dict[str, Any] |
     """
     if certificate is None:
         return None
+    if not isinstance(certificate, Mapping):
+        raise ValueError(f"certificate must be a dictionary of options or None, got {certificate!r}.")
     for name, value in certificate.items():
         if name not in _DEFAULTS and name != "tolerance":
             raise TypeError(f"certificate takes tolerance, {', '.join(_DEFAULTS)}, got {name}.")

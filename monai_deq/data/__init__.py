@@ -9,6 +9,7 @@ from .grid import Grid, affine_of, check_same_grid, grid_distance, grid_of, same
 from .images import (
     IMAGE_FORMATS,
     LPS,
+    check_affine,
     existing_file,
     image_dims,
     image_stem,
@@ -75,6 +76,7 @@ __all__ = [
     "cached_given_pairs",
     "cached_pairs",
     "cached_subjects",
+    "check_affine",
     "check_same_grid",
     "download_dataset",
     "collate_annotated_pairs",

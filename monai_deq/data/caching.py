@@ -19,7 +19,7 @@ from monai.utils import convert_to_tensor
 
 from monai_deq.data.pairs import GivenPairDataset, PairDataset
 from monai_deq.networks import load_checkpoint, save_checkpoint
-from monai_deq.utils import check_on_error
+from monai_deq.utils import check_on_error, expand_user
 
 __all__ = ["cached_given_pairs", "cached_pairs", "cached_subjects"]
 
@@ -64,7 +64,7 @@ class _SubjectsOnDisk(Dataset):
         compose = copy.copy(transform) if isinstance(transform, Compose) else Compose(transform)
         compose.transforms = (*compose.transforms, _PlainMetadata())
         super().__init__(data, compose)
-        self.folder = Path(cache_dir).expanduser()
+        self.folder = expand_user(cache_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.transform_hash = pickle_hashing(list(compose.flatten().transforms)).decode()
 
@@ -79,7 +79,10 @@ class _SubjectsOnDisk(Dataset):
         file = self._file(self.data[index])
         if file.is_file():
             try:
-                return load_checkpoint(file)
+                item = load_checkpoint(file)
+                if lost := [key for key, value in self.data[index].items() if value is not None and key not in item]:
+                    raise ValueError(f"it has no {lost}")
+                return item
             except ValueError as e:
                 logger.warning("%s is damaged and is made anew: %s", file, e)
         item = convert_to_tensor(super().__getitem__(index), convert_numeric=False, track_meta=True)

@@ -9,6 +9,7 @@ neurite-oasis-2d by one. None of it was tried against the servers when it was wr
 from __future__ import annotations
 
 import errno
+import gzip
 import logging
 import os
 import re
@@ -23,6 +24,8 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from monai.apps.utils import HashCheckError, extractall
+
+from monai_deq.utils import expand_user
 
 __all__ = ["PUBLIC_DATASETS", "PublicDataset", "download_dataset"]
 
@@ -136,7 +139,7 @@ def download_dataset(
     if source and not re.match(r"https?://[^/]", source):
         raise ValueError(f"url must begin with https:// or http:// and name a host, got {source!r}.")
     expected = _parse_checksum(checksum or dataset.checksum) if checksum != "skip" else None
-    folder = Path(output_dir).expanduser() / name
+    folder = expand_user(output_dir) / name
     if folder.exists() and not overwrite:
         if not any(folder.glob(dataset.holds)):
             message = f"{folder} is there already and is not {name} (it has no {dataset.holds})."
@@ -249,6 +252,10 @@ def _check(archive: Path, expected: tuple[str, str] | None, skipped: bool) -> No
                 raise tarfile.ReadError("no list of members found")
             with tarfile.open(archive) as file:
                 file.getmembers()
+            if archive.name.endswith(".gz"):  # at whose end is a checksum, behind the last member
+                with gzip.open(archive) as unpacked:
+                    while unpacked.read(1 << 20):
+                        pass
     except (*_DAMAGED, OSError) as e:
         raise RuntimeError(f"{archive} is no zip or tar archive, or is damaged ({e}). {again}.") from e
 

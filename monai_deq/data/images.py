@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.utils import OptionalImportError, convert_to_numpy, optional_import
 
-from monai_deq.utils import replace_file
+from monai_deq.utils import expand_user, replace_file
 
-__all__ = ["IMAGE_FORMATS", "LPS", "existing_file", "image_dims", "image_stem", "is_planar", "load_nibabel"]
-__all__ += ["load_simpleitk", "read_image", "refuse_damaged", "save_nifti", "simpleitk_affine"]
+__all__ = ["IMAGE_FORMATS", "LPS", "check_affine", "existing_file", "image_dims", "image_stem", "is_planar"]
+__all__ += ["load_nibabel", "load_simpleitk", "read_image", "refuse_damaged", "save_nifti", "simpleitk_affine"]
 
 _NIBABEL = (".nii", ".nii.gz", ".mgz", ".mgh")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".ima")
@@ -44,13 +46,16 @@ _FITS: dict[str, tuple[tuple[str, ...], str]] = {
     "Analyze": ((), "it does not say how the scan is oriented; convert it to NIfTI where that is known"),
     "HTML or XML": ((), "it may be the error page of a download"),
 }
+#: bytes of a number in a MetaImage
+_METAIMAGE_BYTES = {b"MET_CHAR": 1, b"MET_UCHAR": 1, b"MET_SHORT": 2, b"MET_USHORT": 2, b"MET_INT": 4, b"MET_UINT": 4}
+_METAIMAGE_BYTES |= {b"MET_LONG_LONG": 8, b"MET_ULONG_LONG": 8, b"MET_FLOAT": 4, b"MET_DOUBLE": 8}
 #: RAS, of nibabel and MONAI, to LPS, of ITK and DICOM, and back
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def existing_file(path: str | Path, name: str) -> Path:
     """The path, its ``~`` resolved; ``FileNotFoundError``, in which it is called ``name``, where there is no file."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(f"{name}: the file {str(path)!r} does not exist.")
     return path
@@ -105,9 +110,11 @@ def _content(path: Path) -> str | None:
 def load_nibabel(path: Path) -> Any:
     """
     The image of a file that nibabel reads. A compressed one is read to its end, where gzip has the checksum: nibabel
-    stops behind the last voxel, and never compares it.
+    stops behind the last voxel, and never compares it. ``ValueError`` for a header of NIfTI that nibabel would mend.
     """
     image: Any = nib.load(path)  # type: ignore[attr-defined]
+    if isinstance(image, nib.Nifti1Image):
+        _refuse_header(image, path)
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     if not packed:
@@ -116,18 +123,46 @@ def load_nibabel(path: Path) -> Any:
         return type(image).from_bytes(unpacked.read())
 
 
+def _refuse_header(image: nib.Nifti1Image, path: Path) -> None:
+    """``ValueError`` where voxels would be read out of the header, or the affine it gives be dropped."""
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:
+        header = type(image.header).from_fileobj(file, check=False)
+    if header["magic"].item()[:2] == b"n+" and header["vox_offset"] < header.single_vox_offset:
+        raise ValueError(f"vox_offset {header['vox_offset']:g} is inside of the header")
+    if wrong := [f"{name} {header[name]}" for name in ("qform_code", "sform_code") if not 0 <= header[name] <= 5]:
+        raise ValueError(f"{wrong[0]} is none of 0 to 5, so that it is not known where the image lies")
+
+
 def refuse_damaged(path: Path) -> None:
     """
     An error for what is compressed in a MetaImage or NRRD file and does not fit its checksum (``zlib.error``,
-    ``gzip.BadGzipFile``, ``EOFError``): SimpleITK's readers do not compare it.
+    ``gzip.BadGzipFile``, ``EOFError``): SimpleITK's readers do not compare it. ``ValueError`` as of
+    :py:func:`_refuse_axes`.
     """
+    _refuse_axes(path)
     content = path.read_bytes() if path.name.lower().endswith((".mha", ".nrrd")) else b""
     ends = b"\n\n" if content[:4] == b"NRRD" else b"ElementDataFile = LOCAL\n"
     header, _, body = content.partition(ends)
     if b"encoding: gz" in header:
         gzip.decompress(body)
     elif b"CompressedData = True" in header:
-        zlib.decompress(body)
+        said = {key: value.split() for key, _, value in (line.partition(b" = ") for line in header.splitlines())}
+        if said.get(b"CompressedDataSize") != [str(len(body)).encode()]:
+            raise ValueError(f"its CompressedDataSize is not that of the voxels, {len(body)} bytes")
+        count = math.prod(map(int, (*said[b"DimSize"], *said.get(b"ElementNumberOfChannels", [b"1"]))))
+        size = _METAIMAGE_BYTES.get(said[b"ElementType"][0].removesuffix(b"_ARRAY"))
+        if size is not None and len(zlib.decompress(body)) != count * size:
+            raise ValueError("its voxels are not as many as its DimSize says")
+
+
+def _refuse_axes(path: Path) -> None:
+    """``ValueError`` for a number of axes in a MetaImage or NRRD file at which SimpleITK's readers end the process."""
+    if not path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
+        return
+    with open(path, "rb") as file:
+        axes = re.search(rb"^(?:NDims *=|dimension:) *(.*?)\s*$", file.read(4096), re.MULTILINE)
+    if axes and axes[1] not in (b"2", b"3", b"4"):
+        raise ValueError(f"{axes[0].decode(errors='replace').strip()!r} is none of 2, 3 and 4 axes")
 
 
 def _by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
@@ -191,7 +226,7 @@ def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
         RuntimeError: When it cannot be read.
         OptionalImportError: When SimpleITK is needed and not installed.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     path = path if path.is_dir() else existing_file(path, name)
     _refuse_unreadable(path, name)
     try:
@@ -203,11 +238,14 @@ def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
         raise RuntimeError(_damaged(path, name, e)) from e
     except Exception as e:  # readers raise whatever their file format's library does: EOFError, zlib.error, ...
         raise RuntimeError(_damaged(path, name, e)) from e
+    if not array.size:
+        raise ValueError(f"{name}: {str(path)!r} has no voxels, its size is {array.shape}; export it again.")
     if array.dtype.names or array.dtype.kind == "c" or array.ndim not in (2, 3, 4):
         what = "colour or complex voxels" if array.dtype.names or array.dtype.kind == "c" else f"{array.ndim} axes"
         raise ValueError(f"{name}: {str(path)!r} has {what}; expected one image of plain numbers.")
     array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
     shape = array.shape[1:]
+    check_affine(affine, len(shape), f"{name}: {str(path)!r}")
     tensor = torch.from_numpy(np.ascontiguousarray(_whole(array, path, name) if label else array.astype(np.float32)))
     meta: dict[str, Any] = {"filename_or_obj": str(path), "spatial_shape": list(shape)}
     meta |= {"original_affine": affine, "space": "RAS"}
@@ -217,9 +255,20 @@ def read_image(path: str | Path, name: str, label: bool = False) -> MetaTensor:
     return MetaTensor(tensor, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=len(shape))
 
 
+def check_affine(affine: np.ndarray, spatial_dims: int, name: str) -> None:
+    """``ValueError`` where an affine ``(4, 4)`` is not finite, or gives an axis of so many no room of its own."""
+    columns = affine[:3, :spatial_dims]
+    sides = np.abs(columns).max(axis=0)
+    if not (np.isfinite(affine).all() and sides.all() and np.linalg.matrix_rank(columns / sides) == spatial_dims):
+        raise ValueError(
+            f"{name} does not say where its voxels lie: the affine of its header is {affine[:3].round(4).tolist()}. "
+            "Correct the header, or export it again."
+        )
+
+
 def image_dims(path: str | Path, name: str) -> int:
     """Whether a file is of slices, 2, or of volumes, 3, by its header; errors as of :py:func:`read_image`."""
-    path = Path(path).expanduser()
+    path = expand_user(path)
     path = path if path.is_dir() else existing_file(path, name)
     _refuse_unreadable(path, name)
     if path.is_dir():
@@ -228,6 +277,7 @@ def image_dims(path: str | Path, name: str) -> int:
         if path.name.lower().endswith(_NIBABEL):
             shape = nib.load(path).shape  # type: ignore[attr-defined]
         else:
+            _refuse_axes(path)
             reader = load_simpleitk(f"{name}: to read {str(path)!r}").ImageFileReader()
             reader.SetFileName(str(path))
             reader.ReadImageInformation()

@@ -211,7 +211,7 @@ class Learn2RegLists:
         self.missing: list[str] = []
         try:
             self.content = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{file} is not valid JSON ({e}); download it again.") from e
         if not isinstance(self.content, dict):
             expected = f"an object with the lists {_PAIR_LISTS}"

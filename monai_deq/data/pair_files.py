@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from monai_deq.data.images import image_stem
+from monai_deq.utils import expand_user, read_json
 
 __all__ = ["PAIR_FILES", "pair_items", "pairs_to_register", "read_pair_list", "scan_names"]
 
@@ -25,7 +24,7 @@ def scan_names(files: Sequence[str | Path]) -> list[str]:
     A name for each scan, the same for the same file and another for another: that of the file without its ending,
     behind as many folders that tell it from others of that name as are needed: ``bert_norm`` of ``bert/mri/norm.mgz``.
     """
-    paths = [Path(file).expanduser().resolve() for file in files]
+    paths = [expand_user(file).resolve() for file in files]
     names: dict[Path, str] = {}
     for stem in {image_stem(path) for path in paths}:
         group = sorted({path for path in paths if image_stem(path) == stem})
@@ -70,10 +69,10 @@ def pair_items(
     items = [{key: value for key, value in pair.items() if value is not None} for pair in pairs]
     for item, place in zip(items, where, strict=True):
         for key in filter(item.__contains__, PAIR_FILES):
-            files = [Path(file).expanduser() for file in _several(item[key])]
+            files = [expand_user(file) for file in _several(item[key])]
             for file in files:
                 # a DICOM series is a folder
-                if not (file.is_file() or (file.is_dir() and key in (*_SCANS, *PAIR_FILES[2:5]) and file.name)):
+                if not (_is(file.is_file) or (_is(file.is_dir) and key in (*_SCANS, *PAIR_FILES[2:5]) and file.name)):
                     if missing is None:
                         raise FileNotFoundError(f"{place}: the file {key} {str(file)!r} does not exist.")
                     missing.append(str(file))
@@ -94,8 +93,33 @@ def pair_items(
     return items
 
 
+def _is(there: Callable[[], bool]) -> bool:
+    """Whether a file is there; a name that no file can have is not."""
+    try:
+        return there()
+    except (OSError, ValueError):
+        return False
+
+
 def _several(files: Any) -> list[Any]:
     return list(files) if isinstance(files, (list, tuple)) else [files]
+
+
+def _csv_rows(path: Path) -> list[dict[str, str | None]]:
+    """The lines of a CSV file by the names in its first one. pandas takes what is in front for an index where all lines
+    have more cells than names, and so shifts the columns.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file, skipinitialspace=True, strict=True) if row]
+    if not rows:
+        raise ValueError("it is empty")
+    names = rows[0]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a column is there twice in {names}")
+    for i, row in enumerate(rows[1:]):
+        if len(row) != len(names):
+            raise ValueError(f"pair {i} has {len(row)} cells, the first line has {len(names)}: {names}")
+    return [{name: cell or None for name, cell in zip(names, row, strict=True)} for row in rows[1:]]
 
 
 def read_pair_list(path: str | Path, missing: list[str] | None = None) -> list[dict[str, Any]]:
@@ -108,19 +132,15 @@ def read_pair_list(path: str | Path, missing: list[str] | None = None) -> list[d
         FileNotFoundError: When a file does not exist.
         ValueError: When the list is malformed, or has one name twice.
     """
-    path = Path(path).expanduser()
+    path = expand_user(path)
     if not path.is_file():
         raise FileNotFoundError(f"list of pairs {str(path)!r} does not exist.")
     try:
-        if path.suffix.lower() == ".csv":
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig")
-            rows = frame.to_dict("records")
-            entries: Any = [{k.strip(): v.strip() or None for k, v in row.items()} for row in rows]
-        else:
-            entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, AttributeError) as e:
-        kind = "CSV" if path.suffix.lower() == ".csv" else "JSON"
-        raise ValueError(f"{path} is not valid {kind}: {' '.join(str(e).split())}.") from e
+        entries = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json(path)
+    except (ValueError, csv.Error) as e:
+        if str(path) in str(e):
+            raise
+        raise ValueError(f"{path} is not valid CSV: {' '.join(str(e).split())}.") from e
     if not isinstance(entries, list) or not entries:
         came = "an empty one" if isinstance(entries, list) else type(entries).__name__
         raise ValueError(f'{path} must hold a list of {{"fixed": file, "moving": file}}, got {came}.')
@@ -133,7 +153,7 @@ def read_pair_list(path: str | Path, missing: list[str] | None = None) -> list[d
         named = {key: name for key, name in entry.items() if name is not None or key in _SCANS}
         if not all(isinstance(name, str) for name in named.values()):
             raise ValueError(f"{place}: expected the names of files, got {entry!r}.")
-        pairs.append({k: v if k == "name" else str(path.parent / Path(v).expanduser()) for k, v in named.items()})
+        pairs.append({k: v if k == "name" else str(path.parent / expand_user(v)) for k, v in named.items()})
         if empty := [key for key in named if not named[key]]:
             raise FileNotFoundError(f"{place}: the file {empty[0]} '' does not exist.")
     return pair_items(pairs, where, missing)

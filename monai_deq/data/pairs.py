@@ -251,9 +251,9 @@ class ShardSampler(Sampler[int]):
     """
 
     def __init__(self, num_items: int, batch_size: int = 1, num_replicas: Count = None, rank: Count = None) -> None:
-        if num_items < 0 or batch_size < 1:
-            expected = "num_items must not be negative and batch_size at least 1"
-            raise ValueError(f"{expected}, got {num_items} and {batch_size}.")
+        if not isinstance(batch_size, int) or num_items < 0 or batch_size < 1:
+            expected = "num_items must not be negative and batch_size a whole number of at least 1"
+            raise ValueError(f"{expected}, got {num_items} and {batch_size!r}.")
         self.batch_size = batch_size
         self.num_replicas, self.rank = _replicas(num_replicas, rank)
         self.share(range(num_items))

@@ -238,8 +238,13 @@ class StatePool:
         tickets = [int(t) for t in state["tickets"]]
         if len(tickets) != (total := self.slots * process_count()):
             raise ValueError(f"the checkpoint has a pool of {len(tickets)} slots, this one has {total}.")
+        states = state["states"]
+        if len(states) and not (len(states) == total and states.ndim - 2 == states.shape[1] in (2, 3)):
+            raise ValueError(f"the checkpoint has states {tuple(states.shape)} of {total} slots.")
+        if not torch.isfinite(states).all():
+            raise ValueError("the checkpoint has states that are not finite, NaN or infinity.")
         own = slice(process_rank() * self.slots, (process_rank() + 1) * self.slots)
         self.tickets, self._states = tickets[own], None
-        if len(state["states"]):
-            self._states = self._allocate(state["states"].shape[1:])
-            self._states.copy_(state["states"][own])
+        if len(states):
+            self._states = self._allocate(states.shape[1:])
+            self._states.copy_(states[own])

@@ -16,6 +16,7 @@ import numpy as np
 
 from monai_deq.data.labels import SEG24_LABELS, SEG35_LABELS
 from monai_deq.data.sample_images import BrainShape, brain_affine, brain_images, lung_affine, lung_pair
+from monai_deq.utils import expand_user
 
 __all__ = [
     *("is_sample", "sample_dataset_dir", "sample_lung_dataset_dir", "write_sample_cohort", "write_sample_lung_cohort"),
@@ -174,7 +175,7 @@ def _write_text(file: Path, lines: Sequence[str]) -> None:
 
 def _write_folder(output_dir: str | Path, parameters: dict[str, Any], write: Callable[[Path], None]) -> Path:
     """Write a cohort under a temporary name and move it into place when it is whole, with its parameters in it."""
-    output = Path(output_dir).expanduser()
+    output = expand_user(output_dir)
     content = {"generator": "monai_deq", **parameters}
     if _holds(output, content):
         return output
@@ -219,7 +220,7 @@ def _holds(output: Path, content: dict[str, Any]) -> bool:
 
 def is_sample(path: str | Path) -> bool:
     """Whether a folder is a synthetic cohort of this package; results on it can be marked so."""
-    return _parameters(Path(path).expanduser()) is not None
+    return _parameters(expand_user(path)) is not None
 
 
 def sample_dataset_dir() -> Path:
@@ -234,5 +235,5 @@ def sample_lung_dataset_dir() -> Path:
 
 def _cache_dir(name: str) -> Path:
     if data_directory := os.environ.get("MONAI_DATA_DIRECTORY"):
-        return Path(data_directory).expanduser() / f"monai_deq_{name.replace('-', '_')}"
+        return expand_user(data_directory) / f"monai_deq_{name.replace('-', '_')}"
     return Path.home() / ".cache" / "monai_deq" / f"{name}-{VERSION}"

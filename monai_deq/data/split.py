@@ -11,6 +11,8 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
+from monai_deq.utils import expand_user
+
 __all__ = ["dataset_folder", "listing", "part_of", "refuse_lacking", "shorten", "split_items"]
 
 logger = logging.getLogger("monai_deq")
@@ -40,7 +42,7 @@ def dataset_folder(dataset_dir: str | Path | None, expected: str, write_sample: 
         message = "no data set given: using the SYNTHETIC sample cohort in %s; for real data give --dataset_dir (%s)"
         logger.info(message, root, expected)
         return root
-    root = Path(dataset_dir).expanduser()
+    root = expand_user(dataset_dir)
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(

@@ -24,6 +24,7 @@ from monai_deq.evaluation.methods import (
     BundleMethod,
     FirstPair,
     as_list,
+    check_bundle,
     check_count,
     evaluate_method,
     new_files,
@@ -85,6 +86,7 @@ def _checked(
             raise ValueError(f"cases: {title!r} must be a dictionary with the name of an overlay under 'method'.")
     if not cases:
         raise ValueError("cases must not be empty.")
+    check_bundle(bundle_dir)
     refuse_unknown((BundleMethod(c["method"], Path(bundle_dir), Path(".")) for c in cases.values()), overrides or {})
     return {title: dict(json_ready(case)) for title, case in cases.items()}, dict(overrides or {})
 

@@ -64,6 +64,11 @@ def _rms(ddf: torch.Tensor) -> float:
     return float(ddf.double().square().sum(dim=1).mean().sqrt())
 
 
+def _check_start(random_start_rms: float) -> None:
+    if not random_start_rms >= 0:  # nor NaN
+        raise ValueError(f"random_start_rms must not be negative, got {random_start_rms}.")
+
+
 def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_rms: float = 0.0) -> pd.DataFrame:
     """
     Iterate a trained method's map on each pair of the bundle's ``evaluate.json``, by plain iteration without a
@@ -97,8 +102,7 @@ def score_steps(method: bundle.BundleMethod, steps: Sequence[int], random_start_
         load_weights(network, checkpoint)
     if config.get_parsed_content("batch_size") != 1 or as_flag(config.get_parsed_content("amp"), "amp"):
         raise ValueError("steps are scored with batch_size 1 and amp false.")
-    if not random_start_rms >= 0:
-        raise ValueError(f"random_start_rms must not be negative, got {random_start_rms}.")
+    _check_start(random_start_rms)
 
     def begin(initial_ddf: torch.Tensor | None = None) -> tuple[Callable[..., torch.Tensor], torch.Tensor, bool]:
         """The map, the state after the levels before the finest and its first step, and whether that was taken."""
@@ -248,6 +252,7 @@ def converge(
     steps, table_steps = default_steps(max_steps), bundle.as_list(table_steps)
     if not set(table_steps) <= set(steps):
         raise ValueError(f"table_steps must be among the steps that are scored, {steps}, got {table_steps}.")
+    _check_start(random_start_rms)
     overrides = {"split": "validation", **(overrides or {})}
     entries = bundle.bundle_methods(methods, bundle_dir, results_dir, overlays, overrides)
     output_dir = Path(results_dir if output_dir is None else output_dir)

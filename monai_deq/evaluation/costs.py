@@ -19,7 +19,7 @@ from monai_deq.evaluation.measurements import time_side_by_side, training_memory
 from monai_deq.evaluation.methods import BundleMethod, FirstPair, already_there, noted_failure
 from monai_deq.networks import build_component, load_weights
 from monai_deq.networks.nets import DEQRegistrationNet
-from monai_deq.utils import as_flag, write_json
+from monai_deq.utils import as_flag, read_json, write_json
 
 __all__ = ["gradient_step", "kept_costs", "measure_costs"]
 
@@ -113,7 +113,7 @@ def kept_costs(folder: Path, methods: Mapping[str, BundleMethod], rounds: int) -
         key += [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}.json"
     if already_there("costs", path):
-        return json.loads(path.read_text())
+        return dict(read_json(path))
     measured = measure_costs(methods, rounds)
     # what failed for a passing reason, such as memory, is tried again
     if not any(str(v).startswith("failed") for cost in measured.values() for v in cost.values()):

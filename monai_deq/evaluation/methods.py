@@ -23,7 +23,7 @@ from monai_deq.data import collate_annotated_pairs, keep_annotations
 from monai_deq.engines import PreparePairBatch
 from monai_deq.evaluation.scores import MethodResult, read_pair_results
 from monai_deq.networks import NetworkRecord, load_weights, read_record
-from monai_deq.utils import as_flag, refuse_existing
+from monai_deq.utils import as_flag, read_json, refuse_existing
 
 __all__ = ["BundleMethod", "FirstPair", "evaluate_method"]
 
@@ -124,7 +124,7 @@ class BundleMethod:
         return self.bundle_dir / "methods" / f"{self.name}.json"
 
     def _overlay_entry(self, key: str, default: Any) -> Any:
-        return json.loads(self.overlay.read_text()).get(key, default) if self.overlay.is_file() else default
+        return read_json(self.overlay).get(key, default) if self.overlay.is_file() else default
 
     @property
     def is_trained(self) -> bool:
@@ -197,6 +197,15 @@ class BundleMethod:
         return digest.hexdigest()[:12]
 
 
+def check_bundle(bundle_dir: str | Path, overlays: Iterable[str | Path] = ()) -> None:
+    """``FileNotFoundError`` for what is no folder of a bundle, and for overlays that are not there."""
+    root = Path(bundle_dir)
+    if not (root / "train.json").is_file():
+        raise FileNotFoundError(f"bundle_dir {str(root)!r} is no bundle: it has no train.json.")
+    if lost := [str(file) for file in overlays if not ((root / file).is_file() or Path(file).is_file())]:
+        raise FileNotFoundError(f"overlays: {lost[0]!r} is not there, neither in {root} nor here.")
+
+
 def refuse_unknown(methods: Iterable[BundleMethod], overrides: Mapping[str, Any]) -> None:
     """Refuse overrides that no configuration of the methods has: nothing would read them."""
     known: set[str] = set()
@@ -221,6 +230,7 @@ def bundle_methods(
 ) -> dict[str, BundleMethod]:
     """Methods by name; each has an overlay or a folder of results, and the overrides are known."""
     names, bundle_dir, overrides = as_list(names), Path(bundle_dir), dict(overrides or {})
+    check_bundle(bundle_dir, as_list(overlays))
     if not names or len(set(names)) != len(names):
         raise ValueError(f"methods must be names, each once, got {names}.")
     entries = {n: BundleMethod(n, bundle_dir, Path(results_dir) / n, as_list(overlays), overrides) for n in names}
@@ -255,7 +265,7 @@ def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodRe
             workflow.initialize()
             workflow.run()
             workflow.finalize()
-        summary = json.loads(summary_path.read_text())
+        summary = read_json(summary_path)
         return MethodResult(method.name, title, read_pair_results(pairs_path), ranked=ranked), summary
     return MethodResult(method.name, title, failure=failed["failure"], ranked=ranked), {}
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from monai_deq.evaluation.scores import (
     holm_correction,
     paired_wilcoxon,
 )
+from monai_deq.utils import read_json
 from monai_deq.visualize import HTMLPage, RegisteredPair, html_picture, html_table, plot_registration
 
 __all__ = ["write_evaluation_report"]
@@ -108,12 +108,36 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there. Run the evaluation first, it writes <prefix>_summary.json.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if not {"summary", "num_pairs", "pairs"} <= set(content) or not set(PAIR) <= set(*content["pairs"][:1]):
             raise ValueError("expected summary, num_pairs and pairs")
-    except (ValueError, TypeError) as e:
+        _check(content)
+    except (AttributeError, ValueError, TypeError) as e:
         raise ValueError(f"{path} is no summary of an evaluation ({e}). Evaluate again.") from e
     return dict(content)
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    """``ValueError`` or ``AttributeError`` for parts of another kind."""
+
+    def refuse(name: str, right: bool) -> None:
+        if not right:
+            raise ValueError(f"its {name} are none")
+
+    def is_number(value: Any) -> bool:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+    pairs, labels = content["pairs"], content.get("per_label") or {}
+    refuse("num_pairs", isinstance(content["num_pairs"], int) and not isinstance(content["num_pairs"], bool))
+    refuse("pairs", isinstance(pairs, list) and len(pairs) == content["num_pairs"])
+    refuse("pairs", all(isinstance(pair[name], str) if name in pair else False for pair in pairs for name in PAIR))
+    refuse("pairs", not any(isinstance(v, (dict, list)) for pair in pairs for v in pair.values()))
+    known = [pair[key] for pair in pairs for key in pair if key in METRIC_COLUMNS]
+    refuse("pairs", all(map(is_number, known)))
+    refuse("summary", all(is_number(v) for values in content["summary"].values() for v in values.values()))
+    refuse("verdicts", all(is_number(count) for count in (content.get("verdicts") or {}).values()))
+    of_labels = [of for values in labels.values() for of in values.values()]
+    refuse("per_label", all(is_number(v) for of in of_labels for k, v in of.items() if k != "name"))
 
 
 def _result(content: Mapping[str, Any], name: str) -> MethodResult:

@@ -173,6 +173,17 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         checkpoint = load_checkpoint(self.last_path)
+        try:
+            self._go_on(engine, checkpoint)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            if str(self.last_path) in str(e):
+                raise
+            said = " ".join(str(e).split())
+            words = "cannot be resumed from: a part of it is not what a training writes"
+            raise ValueError(f"{self.last_path} {words} ({type(e).__name__}: {said}).") from e
+
+    def _go_on(self, engine: Engine, checkpoint: Mapping[str, Any]) -> None:
+        """Give everything the state it has in a checkpoint."""
         if absent := (_OWN | set(self.objects)) - set(checkpoint):
             raise ValueError(f"{self.last_path} cannot be resumed from: it has no {sorted(absent)}.")
         training = checkpoint["training"]

@@ -264,7 +264,7 @@ class PairResultsSaver(PairResults):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             had = {(pair["fixed"], pair["moving"]) for pair in content["pairs"]}
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise ValueError(f"{file} is no summary to go on from ({e}): replace it with --overwrite.") from e
         used = self.used or {}
         said = content.get("settings")

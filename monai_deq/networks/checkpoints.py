@@ -117,14 +117,21 @@ def _without_prefix(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {".".join(parts[n:]): v for parts, v in zip(names, state.values(), strict=True)}
 
 
+def _shown(value: Any) -> str:
+    """The shape of a tensor of real numbers, else what it is."""
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{'complex ' * value.is_complex()}{tuple(value.shape)}"
+
+
 def _differences(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, list[str]]:
     """What is wrong with a state for a network of its ``own`` weights, each kind as a list."""
     return {
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
         "of another shape": [
-            f"{k}: expected {tuple(v.shape)}, got {tuple(state[k].shape)}"
+            f"{k}: expected {tuple(v.shape)}, got {_shown(state[k])}"
             for k, v in own.items()
-            if k in state and v.shape != state[k].shape
+            if k in state and (_shown(state[k]) != str(tuple(v.shape)))
         ],
     }

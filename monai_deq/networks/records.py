@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from pydoc import locate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -157,6 +157,9 @@ class NetworkRecord:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
+    #: file that it was read from
+    file: ClassVar[Path | None] = None
+
     def build(
         self,
         coarse_solver: str | None = "plain",
@@ -173,12 +176,21 @@ class NetworkRecord:
         Raises:
             ValueError: When the record has no network, or one that is not to be built.
         """
+        if autocast_dtype not in (None, "bfloat16", "float16"):
+            raise ValueError(f'autocast_dtype must be None, "bfloat16" or "float16", got {autocast_dtype!r}.')
         if self.network is None:
-            raise ValueError("there is no record of the network: name a checkpoint (ckpt_path) or give network_def.")
-        network = build_component(self.network)
-        if not isinstance(network, RegistrationNet):
-            raise ValueError(f"the record describes a {type(network).__name__}, expected a registration network.")
-        network.solver = network.solver.changed(max_steps=self.steps)
+            where = f" in {self.file}" if self.file else ""
+            raise ValueError(
+                f"there is no record of the network{where}: name a checkpoint (ckpt_path) or give network_def."
+            )
+        try:
+            network = build_component(self.network)
+            if not isinstance(network, RegistrationNet):
+                raise ValueError(f"the record describes a {type(network).__name__}, expected a registration network.")
+            network.solver = network.solver.changed(max_steps=self.steps)
+        except Exception as e:  # what the classes make of their arguments
+            said = " ".join(str(e).split())
+            raise ValueError(f"{self.file or 'the record'} describes no network: {said}") from e
         for module in network.modules():
             if isinstance(module, RegistrationUpdate):
                 module.autocast_dtype = autocast_dtype
@@ -220,7 +232,7 @@ def read_record(path: str | Path | None, spatial_dims: int | None = None) -> Net
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not readable JSON ({e}): restore it.") from e
     if isinstance(content, dict) and "network" not in content and "max_steps" in content:
         record = _from_settings(content)
@@ -229,6 +241,8 @@ def read_record(path: str | Path | None, spatial_dims: int | None = None) -> Net
         record = NetworkRecord(**{k: v for k, v in content.items() if k in known})
     else:
         raise ValueError(f"{file} holds no record of a network.")
+    _check_fields(record, file)
+    object.__setattr__(record, "file", file)
     own = _spatial_dims(record.network)
     if spatial_dims is not None and own not in (None, spatial_dims):
         raise ValueError(
@@ -236,6 +250,27 @@ def read_record(path: str | Path | None, spatial_dims: int | None = None) -> Net
             "with, for slices with slices.json, for volumes without."
         )
     return record
+
+
+def _check_fields(record: NetworkRecord, file: Path) -> None:
+    """Refuse what no record has in its fields."""
+
+    def are_numbers(values: Any, *kinds: type) -> bool:
+        return isinstance(values, list) and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values)
+
+    size, steps, dims = record.spatial_size, record.steps, _spatial_dims(record.network)
+    right = {name: isinstance(getattr(record, name), dict) for name in ("preprocessing", "training")}
+    right |= {"method": isinstance(record.method, str), "steps": are_numbers([steps], int) and steps > 0}
+    right["spatial_size"] = size is None or (are_numbers(size, int) and min(size, default=0) > 1)
+    if right["preprocessing"]:
+        window: Any = record.preprocessing.get("window")
+        letters = record.preprocessing.get("orientation")
+        of_window = are_numbers(window, int, float) and len(window) == 2 and window[0] < window[1]
+        axes = {axis for axis in ("RL", "AP", "SI") for letter in str(letters) if letter in axis}
+        of_axes = isinstance(letters, str) and len(letters) == len(axes) == (dims or len(letters))
+        right["preprocessing"] = (window is None or of_window) and (letters is None or of_axes)
+    if wrong := [name for name, is_right in right.items() if not is_right]:
+        raise ValueError(f"{file}: no record has the {wrong[0]} {getattr(record, wrong[0])!r}: restore it.")
 
 
 def _spatial_dims(description: Any) -> int | None:

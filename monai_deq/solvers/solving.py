@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ class SolverSettings:
     options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if int(self.max_steps) != self.max_steps or self.max_steps < 1:
-            raise ValueError(f"max_steps must be a whole number of at least 1, got {self.max_steps}.")
+        steps = self.max_steps
+        if not isinstance(steps, Real) or not steps >= 1 or int(steps) != steps:
+            raise ValueError(f"max_steps must be a whole number of at least 1, got {steps!r}.")
         for name in ("tolerance", "relative_tolerance"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
             if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         object.__setattr__(self, "max_steps", int(self.max_steps))

@@ -137,7 +137,9 @@ class CheckLabeld(PerKeyOfImaged):
                 f"{name}: a segmentation must have the shape of its image, {tuple(image.shape)} ({image_name}), "
                 f"got {tuple(label.shape)}."
             )
-        wrong = ~((label >= 0) & (label == label.round() if label.is_floating_point() else True))  # NaN is wrong
+        wrong = ~(label >= 0)  # NaN is wrong
+        if label.is_floating_point():
+            wrong |= (label != label.round()) | (label >= 2.0**63)
         if wrong.any():
             raise ValueError(
                 f"{name}: a segmentation must hold label numbers 0, 1, 2, ..., but {int(wrong.sum())} voxels have "

@@ -19,7 +19,7 @@ from monai.utils import convert_to_numpy, convert_to_tensor
 
 from monai_deq.certificates import OPTIONAL_RECORDS
 from monai_deq.data import affine_of, load_simpleitk, save_nifti
-from monai_deq.utils import refuse_existing, refuse_other_settings, write_json
+from monai_deq.utils import expand_user, refuse_existing, refuse_other_settings, write_json
 
 from .geometry import chain_matrix, is_matrix
 from .items import require_keys
@@ -76,7 +76,7 @@ def load_learn2reg_ddf(output_dir: str | Path, fixed: str | Path, moving: str | 
     of the fixed scan. The name that Learn2Reg expects is looked for first, then the other of the short and the long
     one; for scans and errors see :py:func:`learn2reg_ddf_name` and :py:func:`load_ddf`.
     """
-    folder, names = Path(output_dir).expanduser(), _learn2reg_names(fixed, moving)
+    folder, names = expand_user(output_dir), _learn2reg_names(fixed, moving)
     for name in names:
         if (folder / name).is_file():
             return load_ddf(folder / name, spatial_dims=3)
@@ -201,7 +201,7 @@ class SaveRegistrationd(_PairSaver):
             return False
         try:
             said = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             said = None
         refuse_other_settings(file, said, settings)
         return True

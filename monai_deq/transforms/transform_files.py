@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from monai.data import MetaTensor
 from monai_deq.data import (
     LPS,
     affine_of,
+    check_affine,
     existing_file,
     is_planar,
     load_nibabel,
@@ -40,6 +42,8 @@ TRANSFORM_FORMATS = (".h5", ".tfm", ".txt", ".mat")
 _DISPLACEMENT, _VECTOR = 1006, 1007
 #: intent name of a slice that is written twice, as ITK takes NIfTI vectors on (H, W, 1) for two-dimensional ones
 _SLICE = "slice"
+#: classes of SimpleITK that are made with a number of dimensions
+_OF_ANY_DIMENSION = ("AffineTransform", "ScaleTransform", "TranslationTransform")
 
 
 def check_transform_format(path: str | Path, affine: bool = False) -> str:
@@ -167,6 +171,7 @@ def _field_from_lps(vectors: np.ndarray, affine: np.ndarray, path: Path, flip: b
     dims = vectors.shape[-1]
     if not np.isfinite(vectors).all():
         raise ValueError(f"{path}: the displacement field must be finite, it has NaN or infinity.")
+    check_affine(affine, dims, str(path))
     millimetres = vectors * np.diag(LPS)[:dims] if flip else vectors
     inverse = np.linalg.inv(affine)[:dims, :dims]
     field = np.moveaxis(millimetres.astype(np.float64) @ inverse.T, -1, 0).astype(np.float32)
@@ -198,6 +203,7 @@ def _read_nifti_field(path: Path) -> MetaTensor:
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: the displacement field must be finite, it has NaN or infinity.")
         field = np.moveaxis(array[:, :, 0] if array.shape[-1] == 2 else array, -1, 0)
+        check_affine(affine, field.ndim - 1, str(path))
         tensor = torch.from_numpy(np.ascontiguousarray(field))
         meta = {"filename_or_obj": str(path), "spatial_shape": list(array.shape[:3])}
         return MetaTensor(tensor, affine=torch.from_numpy(affine), meta=meta, spatial_ndim=field.ndim - 1)
@@ -219,6 +225,44 @@ def _sitk_field(image: Any, path: Path) -> MetaTensor:
     return _field_from_lps(vectors, simpleitk_affine(image), path)
 
 
+def _refuse_incomplete(path: Path, transform: Any) -> None:
+    """``ValueError`` for a text file of ITK's whose numbers are not those of its transforms: without a line of them
+    SimpleITK takes one for the identity, of too many it takes the first ones, and of ``1,5`` the ``1``.
+    """
+    blocks = [b for b in path.read_text(encoding="utf-8").split("Transform:")[1:] if "CompositeTransform" not in b[:60]]
+    for number, (block, part) in enumerate(zip(blocks, _leaves(transform.Downcast()), strict=True)):
+        if not part.IsLinear():
+            continue  # refused as such, or of any size
+        kind = type(part)
+        made = kind(part.GetDimension()) if kind.__name__ in _OF_ANY_DIMENSION else kind()
+        of_centre = {made.GetNumberOfFixedParameters(), *([3] if kind.__name__ == "Euler3DTransform" else [])}
+        for name, counts in (("Parameters", {made.GetNumberOfParameters()}), ("FixedParameters", of_centre)):
+            line = next((line for line in block.splitlines() if line.startswith(f"{name}:")), None)
+            if line is None or len([float(text) for text in line.partition(":")[2].split()]) not in counts:
+                wanted = f"a line '{name}:' of {max(counts)} numbers"
+                raise ValueError(f"transform {number}, {part.GetName()}, needs {wanted}, got {str(line)[:60]!r}")
+
+
+def _refuse_cut(content: bytes) -> None:
+    """``ValueError`` for a MATLAB file, version 4, that ends before its numbers do: SimpleITK makes up the rest."""
+    at = 0
+    while at < len(content):
+        kind, rows, columns, imaginary, name = struct.unpack_from("<5i", content, at)
+        if not 0 <= kind < 1000:
+            return  # of another byte order, or none: SimpleITK has read it
+        at += 20 + name + rows * columns * (1 + imaginary) * (8, 4, 4, 2, 2, 1)[kind // 10 % 10]
+    if at != len(content):
+        raise ValueError(f"it has {len(content)} of {at} bytes")
+
+
+def _leaves(transform: Any) -> list[Any]:
+    """A transform of SimpleITK, or those of a composite one."""
+    if transform.GetName() != "CompositeTransform":
+        return [transform]
+    parts = (transform.GetNthTransform(i).Downcast() for i in range(transform.GetNumberOfTransforms()))
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
 def _from_sitk(transform: Any, path: Path) -> list[ChainPart]:
     sitk = load_simpleitk(f"to read {str(path)!r}")
     kind, dims = transform.GetName(), transform.GetDimension()
@@ -238,6 +282,8 @@ def _from_sitk(transform: Any, path: Path) -> list[ChainPart]:
     lps[:dims, 3] = origin
     for axis in range(dims):
         lps[:dims, axis] = np.asarray(transform.TransformPoint(np.eye(dims)[axis].tolist())) - origin
+    if not np.isfinite(lps).all():
+        raise ValueError(f"{path}: a transform must be finite, it has NaN or infinity.")
     return [LPS @ lps @ LPS]
 
 
@@ -263,6 +309,10 @@ def load_transform(path: str | Path) -> list[ChainPart]:
     with _reading(path):
         refuse_damaged(path)
         content = sitk.ReadImage(str(path)) if image else sitk.ReadTransform(str(path))
+        if name.endswith((".tfm", ".txt", ".xfm")):
+            _refuse_incomplete(path, content)
+        elif name.endswith(".mat"):
+            _refuse_cut(path.read_bytes())
     return [_sitk_field(content, path)] if image else _from_sitk(content, path)
 
 

@@ -4,8 +4,19 @@
 from __future__ import annotations
 
 from .errors import PairsFailedError, check_on_error, failure_reason, root_error
-from .files import check_writable, json_ready, lock_folder, refuse_existing, replace_file, unlock_folder, write_json
+from .files import (
+    check_writable,
+    expand_user,
+    json_ready,
+    lock_folder,
+    read_json,
+    refuse_existing,
+    replace_file,
+    unlock_folder,
+    write_json,
+)
 from .processes import (
+    check_device,
     end_processes,
     gather_items,
     gather_to_first,
@@ -21,9 +32,11 @@ from .settings import as_flag, refuse_other_settings, refuse_unknown_settings
 __all__ = [
     "PairsFailedError",
     "as_flag",
+    "check_device",
     "check_on_error",
     "check_writable",
     "end_processes",
+    "expand_user",
     "failure_reason",
     "gather_items",
     "gather_to_first",
@@ -34,6 +47,7 @@ __all__ = [
     "mean_over_processes",
     "process_count",
     "process_rank",
+    "read_json",
     "refuse_existing",
     "refuse_other_settings",
     "refuse_unknown_settings",

@@ -19,8 +19,16 @@ from typing import IO, Any
 
 from monai.utils import OptionalImportError, optional_import
 
-__all__ = ["check_writable", "json_ready", "lock_folder", "refuse_existing", "replace_file", "unlock_folder"]
-__all__ += ["write_json"]
+__all__ = [
+    "check_writable",
+    "expand_user",
+    "json_ready",
+    "lock_folder",
+    "refuse_existing",
+    "replace_file",
+    "unlock_folder",
+]
+__all__ += ["read_json", "write_json"]
 
 fcntl, _ = optional_import("fcntl")  # not on Windows
 
@@ -104,6 +112,11 @@ def _disk_is_full(error: Exception, folder: Path) -> bool:
         chain = chain.__cause__ or chain.__context__
     # what is written last may still have fitted
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 1 << 16
+
+
+def expand_user(path: str | Path) -> Path:
+    """The path with a ``~`` in front resolved, and as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
 
 
 def check_writable(folder: str | Path) -> None:
@@ -198,6 +211,14 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     raise TypeError(f"JSON knows no {type(value).__name__}, got {value!r}.")
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ``ValueError``, which names it, where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {' '.join(str(e).split())}.") from e
 
 
 def write_json(path: str | Path, content: Any, indent: int = 2) -> None:

@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
-    *("end_processes", "gather_items", "gather_to_first", "init_processes", "local_device", "mean_over_processes"),
+    *(
+        "check_device",
+        "end_processes",
+        "gather_items",
+        "gather_to_first",
+        "init_processes",
+        "local_device",
+        "mean_over_processes",
+    ),
     *("process_count", "process_rank", "wait_for_all"),
 ]
 
@@ -42,6 +50,15 @@ def local_device() -> torch.device:
         advice = "start torchrun with --nproc_per_node of at most that, or give --device cpu."
         raise ValueError(f"process {number} of this node has no GPU, there are {count}: {advice}")
     return torch.device("cuda", number)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of a name; ``ValueError`` where there is none."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as e:  # PyTorch asserts that it was built with CUDA
+        reason = str(e).strip().partition("\n")[0]
+        raise ValueError(f"device: expected cpu or a GPU that is there, got {str(device)!r} ({reason}).") from e
 
 
 def init_processes(device: torch.device | str) -> None:

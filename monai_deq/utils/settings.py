@@ -20,7 +20,8 @@ from fire import parser
 from monai.bundle import ConfigParser, run
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 
-from monai_deq.utils.errors import PairsFailedError
+from .errors import PairsFailedError
+from .processes import check_device
 
 __all__ = ["as_flag", "refuse_other_settings", "refuse_unknown_settings"]
 
@@ -114,6 +115,8 @@ def refuse_unknown_settings(argv: Sequence[str] | None = None) -> None:
     if unknown:
         said = (n + "".join(f" (is it {m}?)" for m in get_close_matches(n, sorted(known), 1)) for n in sorted(unknown))
         raise ValueError(f"{files} has no setting {', '.join(said)}.")
+    if "device" in given and not given["device"].startswith(("$", "@", "%")):
+        check_device(given["device"])
     if unused:
         user = config.get("method", files)
         raise ValueError(f"{user} has no use for {', '.join(sorted(unused))}: leave it out, or take another method.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -554,6 +555,10 @@ def test_one_bad_pair_does_not_stop_the_others(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(ValueError, match=r"made with other settings, steps \[5, 5\] \(now \[4, 4\]"):
         register_pairs(pairs, tmp_path / "out", RegistrationSettings(steps=(4, 4), device="cpu"), resume=True)
     assert register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True) == []
+    lost = next((tmp_path / "out").glob("*_transform.nii.gz"))
+    lost.unlink()
+    assert len(register_pairs(pairs, tmp_path / "out", RegistrationSettings(**QUICK), resume=True)) == 1
+    assert lost.is_file()
 
 
 def test_ways_that_do_not_go(tmp_path: Path) -> None:
@@ -578,3 +583,16 @@ def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Sig
     assert done.returncode == 128 + number, done.stderr
     assert f"stopped by {number.name}: what was written before is whole; register goes on with --resume" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"affine": ""}, "affine: expected 'rigid' or 'affine', or None, got ''"),
+        ({"transform_format": ""}, "transform_format: expected one of .nii, .nii.gz, .mha, .nrrd, .h5, got ''"),
+        ({"transform_format": ".tfm"}, "transform_format: expected one of"),
+    ],
+)
+def test_settings_that_are_none(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RegistrationSettings(**changes)

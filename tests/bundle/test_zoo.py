@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -203,4 +204,20 @@ def test_what_is_absent_is_named(weights: Path, volume_weights: Path, tmp_path: 
     (other / "metadata.json").write_text(json.dumps({k: v for k, v in metadata.items() if k != "authors"}))
     with pytest.raises(ValueError, match="lacks 'authors'"):
         write_zoo_package(other, volume_weights, tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": ""}, "name: expected that of a folder, got ''"),
+        ({"name": ".."}, "name: expected that of a folder, got '..'"),
+        ({"name": "a/b"}, "name: expected that of a folder, got 'a/b'"),
+        ({"weights_url": "banana"}, "weights_url: expected an address that begins with https://"),
+    ],
+)
+def test_names_and_addresses_that_are_none(changes: dict[str, str], words: str, tmp_path: Path) -> None:
+    weights = BUNDLES / "oasis" / "models" / "slices" / "model.pt"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        write_zoo_package(BUNDLES / "oasis", weights, tmp_path / "zoo", overlays=["slices.json"], **changes)
     assert not (tmp_path / "zoo").exists()

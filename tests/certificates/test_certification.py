@@ -198,6 +198,8 @@ def test_certificate_settings() -> None:
     assert check_certificate(None) is None
     given = {"spectral_iterations": 0, "random_starts": 2}
     assert check_certificate(given) == given and check_certificate(given) is not given
+    with pytest.raises(ValueError, match="certificate must be a dictionary of options or None, got 'perhaps'"):
+        check_certificate("perhaps")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="certificate takes tolerance, .* got spectral_iteration"):
         check_certificate({"spectral_iteration": 40})
     for name, value in {"spectral_iterations": 1, "random_starts": -1, "tolerance": math.nan, "start_rms": -1}.items():

@@ -238,3 +238,11 @@ def test_a_bad_subject_costs_its_own_pairs(tmp_path: Path, on_disk: bool, caplog
             with pytest.raises(RuntimeError, match=r"image1.nii.gz"):
                 pairs[number]
     assert [pairs[number]["fixed_subject"] for number in (2, 3)] == [subjects[n]["subject"] for n in (2, 3)]
+
+
+def test_another_file_in_the_place_of_a_cache_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = cached_subjects(make_subjects(tmp_path, 3), load_subject_transforms(3), tmp_path / "cache")
+    first = dataset[0]["image"]
+    (file,) = (tmp_path / "cache").iterdir()
+    torch.save({"weights": torch.zeros(3)}, file)
+    assert torch.equal(dataset[0]["image"], first) and f"{file} is damaged and is made anew" in caplog.text

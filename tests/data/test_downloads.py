@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gzip
 import hashlib
 import io
 import logging
@@ -430,6 +431,16 @@ def test_damaged_inside(tmp_path):
     with pytest.raises(RuntimeError, match="cannot be unpacked.*Delete"):
         nlst(tmp_path, bytes(data))
     assert names(tmp_path) == [ZIP]
+
+
+def test_damaged_behind_the_last_member(tmp_path):
+    # where tar does not look any more; a checksum of the whole is not known
+    whole = gzip.compress(tar_of(FILES))
+    for name, content in (("a.tar.gz", whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]), ("b.tar.gz", whole[:-8])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RuntimeError, match=rf"{name} is no zip or tar archive, or is damaged"):
+            nlst(tmp_path, url=f"https://nowhere.invalid/{name}")
+    assert names(tmp_path) == ["a.tar.gz", "b.tar.gz"]
 
 
 def test_another_archive(tmp_path):

@@ -444,3 +444,52 @@ def test_a_flipped_bit_of_a_compressed_file_is_refused_or_harmless(tmp_path: Pat
             np.testing.assert_array_equal(image.as_tensor()[0], voxels)
             np.testing.assert_array_equal(image.affine, np.diag([1.0, 2.0, 3.0, 1.0]))
     assert refused > 40
+
+
+@pytest.mark.parametrize(
+    ("offset", "number", "reason"),
+    [
+        (108, np.float32(0), "vox_offset 0 is inside of the header"),  # the header would be read as voxels
+        (252, np.int16(64), "qform_code 64 is none of 0 to 5"),  # nibabel drops what it does not know
+        (254, np.int16(-1), "sform_code -1 is none of 0 to 5"),
+        (280, np.float32("nan"), "does not say where its voxels lie"),
+        (292, np.float32("inf"), "does not say where its voxels lie"),
+        (42, np.int16(0), "has no voxels, its size is "),
+    ],
+)
+def test_headers_without_a_meaning_are_refused(offset, number, reason, tmp_path):
+    nib.save(nib.Nifti1Image(VALUES, AFFINE), tmp_path / "a.nii")
+    whole = bytearray((tmp_path / "a.nii").read_bytes())
+    whole[offset : offset + number.nbytes] = number.tobytes()
+    for name in ("b.nii", "b.nii.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(whole) if name.endswith(".gz") else whole)
+        assert reason in error_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("column", [0, 2])
+def test_a_grid_without_extent_is_refused(column, tmp_path):
+    affine = AFFINE.copy()
+    affine[:3, column] = 0
+    image = nib.Nifti1Image(VALUES, AFFINE)
+    image.set_sform(affine, code=1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    assert "does not say where its voxels lie" in error_of(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "reason"),
+    [
+        (b"NDims = 3", b"NDims = -3", "'NDims = -3' is none of 2, 3 and 4 axes"),  # ends the process
+        (b"DimSize = 7 6 5", b"DimSize = 9 6 5", "its voxels are not as many as its DimSize says"),
+        (b"CompressedDataSize = ", b"Comment = ", "its CompressedDataSize is not that of the voxels"),
+    ],
+)
+def test_a_header_of_metaimage_that_does_not_fit_is_refused(line, changed, reason, tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((5, 6, 7), np.int16)), tmp_path / "a.mha", useCompression=True)
+    whole = (tmp_path / "a.mha").read_bytes()
+    assert line in whole
+    (tmp_path / "b.mha").write_bytes(whole.replace(line, changed))
+    assert reason in error_of(tmp_path / "b.mha")
+    if b"NDims" in line:
+        with pytest.raises(RuntimeError, match="none of 2, 3 and 4 axes"):
+            image_dims(tmp_path / "b.mha", "a")

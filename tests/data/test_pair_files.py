@@ -336,3 +336,31 @@ def test_binary_list(tmp_path):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00\x01\x89PNG" * 20)
         with pytest.raises(ValueError, match=f"{name} is not valid"):
             read_pair_list(tmp_path / name)
+
+
+@pytest.mark.parametrize("lines", [[",x.nii"], ["", ",x.nii"], [",x.nii", ",x.nii"]])
+def test_csv_with_more_cells_than_names(lines, tmp_path):
+    """pandas would take the first column for an index where all lines have one more, and shift the others."""
+    make(tmp_path / "f.nii", tmp_path / "m.nii", tmp_path / "x.nii", tmp_path / "0.nii", tmp_path / "1.nii")
+    rows = [f"f.nii,{i}.nii{more}" for i, more in enumerate(lines)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["fixed,moving", *rows]))
+    with pytest.raises(ValueError, match=r"pairs.csv is not valid CSV: pair \d has 3 cells, the first line has 2"):
+        read_pair_list(tmp_path / "pairs.csv")
+
+
+def test_a_column_twice_and_names_that_no_file_has(tmp_path):
+    make(tmp_path / "f.nii", tmp_path / "m.nii")
+    path = tmp_path / "pairs.csv"
+    path.write_text("fixed,moving,fixed\nf.nii,m.nii,m.nii\n")
+    with pytest.raises(ValueError, match=r"pairs.csv is not valid CSV: a column is there twice"):
+        read_pair_list(path)
+    for name in ("x" * 300, "x\0y"):
+        path.with_suffix(".json").write_text(json.dumps([{"fixed": "f.nii", "moving": name}]))
+        with pytest.raises(FileNotFoundError, match="pairs.json, pair 0: the file moving .* does not exist"):
+            read_pair_list(path.with_suffix(".json"))
+
+
+def test_json_nested_without_an_end(tmp_path):
+    (tmp_path / "pairs.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="pairs.json is not valid JSON"):
+        read_pair_list(tmp_path / "pairs.json")

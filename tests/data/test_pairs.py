@@ -193,7 +193,7 @@ def test_all_pairs_in_turn() -> None:
         (GivenPairSampler, (0, 4), "num_pairs=0"),
         (GivenPairSampler, (3, 0), "must be positive"),
         (ShardSampler, (-1,), "num_items must not be negative"),
-        (ShardSampler, (3, 0), "batch_size at least 1"),
+        (ShardSampler, (3, 0), "batch_size a whole number of at least 1, got 3 and 0"),
         (ShardSampler, (3, 1, 0), "rank must be in"),
         (ShardSampler, (3, 1, 2, 2), "rank must be in"),
     ],

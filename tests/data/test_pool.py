@@ -280,3 +280,9 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=rf"states of the pool need 4 MB in the folder {tmp_path}.*No space.*fewer slots"):
         StatePool(8, tmp_path).put([0], [0], torch.zeros(1, 2, 256, 256))
+
+
+@pytest.mark.parametrize("states", [torch.zeros(2, 2, 7, 6), torch.zeros(3, 2, 7), torch.zeros(3, 2, 7, 6) / 0])
+def test_states_that_do_not_fit_are_refused(states: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="the checkpoint has states .*(of 3 slots|not finite)"):
+        StatePool(3).load_state_dict({"tickets": torch.tensor([1, -1, 2]), "states": states})

@@ -169,3 +169,24 @@ def test_what_is_no_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ImportError, match=r'pip install "monai_deq\[figures\]"'):
         write_evaluation_report(tmp_path / "a.html", path, overwrite=True)
     assert (tmp_path / "a.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_pairs": "six"},
+        {"num_pairs": 5},
+        {"pairs": [{"fixed": "a", "moving": ["b"]}] * 6},
+        {"pairs": [{"fixed": "a", "moving": "b", "dice": "good"}] * 6},
+        {"pairs": [{"fixed": "a", "moving": "b"}, "banana"] * 3},
+        {"summary": {"dice": {"mean": {}}}},
+        {"summary": {"dice": 3}},
+        {"verdicts": {"converged": "all"}},
+        {"per_label": {"dice": "none"}},
+    ],
+)
+def test_a_summary_of_other_parts_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = write_summary(tmp_path, DICE, **changes)
+    with pytest.raises(ValueError, match=r"A_summary.json is no summary of an evaluation \(.*\). Evaluate again."):
+        write_evaluation_report(tmp_path / "a.html", path)
+    assert not (tmp_path / "a.html").exists()

@@ -600,6 +600,10 @@ def test_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
         torch.save({k: v for k, v in checkpoint.items() if k != absent}, last)
         with pytest.raises(ValueError, match=rf"last.pt cannot be resumed from: it has no \['{absent}'\]"):
             Training(tmp_path, 2, resume=True).run()
+    for name, content in (("training", None), ("optimizer", 3), ("lr_scheduler", "banana"), ("network", [])):
+        torch.save({**checkpoint, name: content}, last)
+        with pytest.raises(ValueError, match=r"last.pt (cannot be resumed from: a part|is of another arch)"):
+            Training(tmp_path, 2, resume=True).run()
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"last.pt is not a readable checkpoint"):
         Training(tmp_path, 2, resume=True).run()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -249,3 +250,19 @@ def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match=r"model.pt has weights that are not finite.*: weight\. Take an earlier"):
         load_weights(network, tmp_path / "model.pt")
     assert torch.equal(network.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (None, "a NoneType"),
+        ([[1.0]], "a list"),
+        ("banana", "a str"),
+        (torch.zeros(2, 1, 3, 3) * 1j, "complex (2, 1, 3, 3)"),
+    ],
+)
+def test_weights_that_are_no_real_numbers(tmp_path: Path, value: Any, got: str) -> None:
+    network = torch.nn.Conv2d(1, 2, 3)
+    torch.save({**network.state_dict(), "weight": value}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=rf"model.pt is of another .*weight: expected .*, got {re.escape(got)}"):
+        load_weights(network, tmp_path / "model.pt")

@@ -600,3 +600,44 @@ def test_old_record_with_the_unwarped_image(tmp_path: Path, given: Any) -> None:
         read_record(path)
     save(tiny_update(2), tmp_path, {**OLD, "unwarped_moving": "false"})
     assert read_record(path).method == "DEQReg"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": "banana"},
+        {"steps": 0},
+        {"steps": True},
+        {"spatial_size": 16},
+        {"spatial_size": [16, "16"]},
+        {"spatial_size": []},
+        {"method": None},
+        {"training": []},
+        {"preprocessing": []},
+        {"preprocessing": {"window": [400, -1200]}},
+        {"preprocessing": {"window": "wide"}},
+        {"preprocessing": {"orientation": "RAS"}},
+        {"preprocessing": {"orientation": "RL"}},
+    ],
+)
+def test_fields_that_no_record_has(changes: dict[str, Any], tmp_path: Path) -> None:
+    content = {"network": {"spatial_dims": 2}, **changes}
+    (tmp_path / "model.pt").touch()
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"model\.json: no record has the {next(iter(changes))} .*: restore it"):
+        read_record(tmp_path / "model.pt")
+
+
+def test_a_network_that_cannot_be_built_names_the_file(tmp_path: Path) -> None:
+    network = describe(DEQRegistrationNet(spatial_dims=2))
+    (tmp_path / "model.pt").touch()
+    for changes in (
+        {"solver": 3},
+        {"gradient": {**network["gradient"], "steps": []}},
+        {"update": "banana"},
+        {"rest": ""},
+    ):
+        NetworkRecord(network={**network, **changes}).write(tmp_path / "model.json")
+        with pytest.raises(ValueError, match=r"model\.json describes no network: "):
+            read_record(tmp_path / "model.pt").build()
+    assert read_record(tmp_path / "model.pt") == NetworkRecord(network={**network, "rest": ""})  # wherever it lies

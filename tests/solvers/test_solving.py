@@ -28,6 +28,8 @@ def test_defaults_are_the_papers() -> None:
         ({"name": "newton"}, "unknown solver 'newton', available: 'plain', 'anderson'"),
         ({"max_steps": 0}, "max_steps must be a whole number of at least 1, got 0"),
         ({"max_steps": 2.5}, "max_steps must be a whole number of at least 1, got 2.5"),
+        ({"max_steps": "banana"}, "max_steps must be a whole number of at least 1, got 'banana'"),
+        ({"tolerance": "nan"}, "tolerance must be a number, got 'nan'"),
         ({"tolerance": -1e-3}, "tolerance must not be negative, got -0.001"),
         ({"tolerance": float("nan")}, "tolerance must not be negative, got nan"),
         ({"relative_tolerance": -1.0}, "relative_tolerance must not be negative, got -1.0"),

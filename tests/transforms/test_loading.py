@@ -224,6 +224,8 @@ def test_bad_images(tmp_path: Path, ndim: int, image: np.ndarray, message: str) 
         (labels(3).astype(np.float32) + 0.5, "960 voxels"),
         (with_value(3, np.nan).round(), "nan"),
         (labels(3).astype(np.int16) - 50, "label numbers"),
+        (with_value(3, np.inf).round(), "e.g. inf"),
+        (with_value(3, 1e19).round(), "e.g. 1e\\+19"),
     ],
 )
 def test_bad_labels(tmp_path: Path, label: np.ndarray, message: str) -> None:

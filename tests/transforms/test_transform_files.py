@@ -349,3 +349,46 @@ def test_refuses(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(array, affine), tmp_path / "nan.nii.gz")
     with pytest.raises(ValueError, match="nan.nii.gz: the displacement field must be finite"):
         load_ddf(tmp_path / "nan.nii.gz", 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "changed", "reason"),
+    [
+        ("FixedParameters: 0 0 0", "", "needs a line 'FixedParameters:' of 3 numbers, got 'None'"),  # the identity
+        ("FixedParameters: 0 0 0", "FixedParameters: 0 0 1,5", "could not convert string to float: '1,5'"),
+        ("FixedParameters: 0 0 0", "FixedParameters: 0 7 0 0", "needs a line 'FixedParameters:' of 3 numbers"),
+        ("Parameters: ", "Parameters: 5 ", "needs a line 'Parameters:' of 12 numbers"),
+        ("double_3_3", "double_2_2", "needs a line 'Parameters:' of 6 numbers"),
+    ],
+)
+def test_texts_that_itk_takes_for_another_transform(line, changed, reason, tmp_path):
+    save_transform(tmp_path / "a.tfm", matrix())
+    text = (tmp_path / "a.tfm").read_text()
+    assert line in text
+    for name in ("b.tfm", "b.txt"):
+        (tmp_path / name).write_text(text.replace(line, changed, 1))
+        refused(tmp_path / name, reason)
+
+
+def test_matrices_and_grids_that_are_not_finite(tmp_path):
+    for ending in (".h5", ".mat"):
+        sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, float("nan"), 2.0)), str(tmp_path / f"a{ending}"))
+        refused(tmp_path / f"a{ending}", "must be finite")
+    for shape in ((*SHAPE, 3), (*SHAPE, 1, 3)):
+        image = nib.Nifti1Image(np.zeros(shape, np.float32), AFFINE)
+        image.set_sform(AFFINE * [0, 1, 1, 1], code=1)
+        nib.save(image, tmp_path / "flat.nii.gz")
+        refused(tmp_path / "flat.nii.gz", "does not say where its voxels lie")
+
+
+@pytest.mark.parametrize("lost", [1, 8, 30])
+def test_a_matrix_of_matlab_that_is_cut(lost, tmp_path):
+    """SimpleITK takes what is in its memory for the numbers that are lost."""
+    turned = sitk.AffineTransform(3)
+    turned.SetCenter((11.0, 12.0, 13.0))
+    turned.Rotate(0, 1, 0.3)
+    sitk.WriteTransform(turned, str(tmp_path / "a.mat"))
+    whole = (tmp_path / "a.mat").read_bytes()
+    load_transform(tmp_path / "a.mat")
+    (tmp_path / "b.mat").write_bytes(whole[:-lost])
+    refused(tmp_path / "b.mat", "cannot read the transform")

@@ -22,8 +22,10 @@ import torch
 
 from monai_deq.utils import (
     check_writable,
+    expand_user,
     json_ready,
     lock_folder,
+    read_json,
     refuse_existing,
     replace_file,
     unlock_folder,
@@ -234,3 +236,18 @@ def test_folders_without_locks(
     assert f"{tmp_path} has no locks" in caplog.text and "one training at a time" in caplog.text
     unlock_folder(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{]", b"[" * 100_000, b"\xff\xfe"])
+def test_json_that_is_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON: "):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1]")  # as Windows writes it
+    assert read_json(tmp_path / "a.json") == [1]
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expand_user("~/a") == Path("/somewhere/a") and expand_user("b") == Path("b")
+    assert expand_user("~there-is-no-such-user/a") == Path("~there-is-no-such-user/a")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from monai_deq.utils import (
+    check_device,
     end_processes,
     gather_items,
     gather_to_first,
@@ -44,3 +45,10 @@ def test_each_process_of_a_node_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this node has no GPU, there are 2"):
         local_device()
+
+
+@pytest.mark.parametrize("name", ["", "banana", "cuda:99", "-1"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(ValueError, match=f"device: expected cpu or a GPU that is there, got '{name}'"):
+        check_device(name)
+    assert check_device("cpu") == torch.device("cpu")

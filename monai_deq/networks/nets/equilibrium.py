@@ -169,15 +169,16 @@ class DEQRegistrationNet(IteratedNet):
         coarse: DEQRegistrationNet | None = None,
     ) -> None:
         super().__init__()
-        self.solver = solver or SolverSettings()
-        self.gradient = gradient or GradientSettings()
-        self.rest = rest or RestSettings(enabled=False)
+        self.solver = SolverSettings() if solver is None else solver
+        self.gradient = GradientSettings() if gradient is None else gradient
+        self.rest = RestSettings(enabled=False) if rest is None else rest
         if self.solver.max_steps < self.gradient.num_states + 1:
             raise ValueError(
                 "num_states must be between 0 and max_steps - 1, got "
                 f"num_states={self.gradient.num_states}, max_steps={self.solver.max_steps}."
             )
         self.update = UNetUpdate(spatial_dims) if update is None else update
+        _check(callable(self.update), "update must be a module", repr(self.update))
         self.hidden_channels = hidden_channels(self.update)
         self.proximal_weight = float(self.rest.proximal_weight)
         self.coarse = coarse
