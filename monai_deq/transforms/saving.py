@@ -196,8 +196,10 @@ class SaveRegistrationd(_PairSaver):
     def is_done(self, data: Mapping[Any, Any], settings: Mapping[str, Any]) -> bool:
         """Whether an item has all its files, the record last; ``ValueError`` where they were made with other settings
         than these, as JSON has them."""
-        file = self.paths(data)["record"]
-        if not file.is_file():
+        paths = self.paths(data)
+        file = paths["record"]
+        # a label map or an affine not every pair has
+        if not all(path.is_file() for what, path in paths.items() if what not in ("label", "affine")):
             return False
         try:
             said = json.loads(file.read_text(encoding="utf-8"))["settings"]
