@@ -257,7 +257,7 @@ def _check(archive: Path, expected: tuple[str, str] | None, skipped: bool) -> No
                     while unpacked.read(1 << 20):
                         pass
     except (*_DAMAGED, OSError) as e:
-        raise RuntimeError(f"{archive} is no zip or tar archive, or is damaged ({e}). {again}.") from e
+        raise RuntimeError(f"{archive} is no zip or tar archive, or is damaged ({str(e)[:200]}). {again}.") from e
 
 
 def _unpack(archive: Path, folder: Path, holds: str) -> None:
@@ -270,7 +270,7 @@ def _unpack(archive: Path, folder: Path, holds: str) -> None:
             extractall(archive, temporary / "new", has_base=False)
         except _DAMAGED as e:
             again = f"Delete {archive} and run the same again to download it anew."
-            raise RuntimeError(f"{archive} cannot be unpacked ({e}). {again}") from e
+            raise RuntimeError(f"{archive} cannot be unpacked ({str(e)[:200]}). {again}") from e
         except ValueError as e:
             raise ValueError(f"{archive} is not unpacked: {e}. It is not the archive of a data set.") from e
         (temporary / "new").mkdir(exist_ok=True)

@@ -247,7 +247,8 @@ class Learn2RegLists:
         """The entries of a list with their places, for messages."""
         for i, entry in enumerate(self.content.get(key, [])):
             where = f"{self.file}: {key}[{i}]"
-            if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+            files = entry.values() if isinstance(entry, dict) else [None]
+            if not all(isinstance(file, str) and PurePosixPath(file).name for file in files):
                 raise ValueError(f"{where} must be an object of file names, got {entry!r}.")
             yield where, entry
 

@@ -208,6 +208,7 @@ def put(**values: Any) -> Callable[[dict[str, Any]], None]:
             r"test\[0\] has the unknown key\(s\) \['landmark'\]; expected 'image' and perhaps \['mask', 'keypoint'",
         ),
         (put(training=["./imagesTr/NLST_0001_0000.nii.gz"]), r"training\[0\] must be an object of file names"),
+        (put(test=[{**scan(999, 0, "Ts"), "keypoint": ""}]), r"test\[0\] must be an object of file names"),
         (put(registration_val=[{"fixed": 4}]), r"registration_val\[0\] must be an object of file names"),
         (put(registration_val=[{"fixed": "x"}]), r"registration_val\[0\] must have the keys 'fixed' and 'moving'"),
         (put(registration_val=[{**pair(4), "mask": "x"}]), r"registration_val\[0\] must have the keys .* no other"),

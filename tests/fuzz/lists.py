@@ -300,7 +300,6 @@ def record(rng: Rng, folder: Path) -> Case:
         said = json.loads(content)
         if not isinstance(said.get("network"), dict):
             return False
-        # what is None has its default
         want = {k: v for k, v in said["network"].items() if v is not None}
         want["solver"] = {**want.get("solver", {}), "max_steps": said.get("steps", 48)}
         return _contains(got, want)
@@ -312,7 +311,7 @@ def _contains(got: Any, want: Any) -> bool:
     """Whether all that is wanted is there."""
     if isinstance(want, Mapping):
         return isinstance(got, Mapping) and all(k in got and _contains(got[k], v) for k, v in want.items())
-    return bool(got == want)
+    return bool(want is None or got == want)  # what is None has its default
 
 
 def used_record(rng: Rng, folder: Path) -> Case:
