@@ -52,17 +52,22 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
+def _clean(parent: Path, name: str) -> None:
+    """Remove what killed processes have left of files of a name."""
+    for left in parent.glob(f".{name}-????????.part"):
+        with suppress(OSError):
+            if (handle := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+
+
 @contextmanager
 def _folder_for(path: Path) -> Iterator[Path]:
     """
     A hidden folder beside a file, where it is written before it gets its name. What a killed process has left goes
     when the file is written again: the lock tells whether its owner lives.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}-*.part"):
-        with suppress(OSError):
-            if (handle := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(handle)
+    _clean(path.parent, glob.escape(path.name))
     handle = None
     while True:
         folder = Path(tempfile.mkdtemp(".part", f".{path.name}-", path.parent))
@@ -121,12 +126,14 @@ def expand_user(path: str | Path) -> Path:
 
 def check_writable(folder: str | Path) -> None:
     """Make a folder, where it is not there, and a file in it, and remove both again: before hours of work whose results
-    could not be written. What stands in the way is an ``OSError`` of its kind.
+    could not be written. What stands in the way is an ``OSError`` of its kind. What a killed process was writing there
+    goes.
     """
     folder = Path(folder)
     absent = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _clean(folder, "*")
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")  # a full disk may still take an empty file
             file.flush()

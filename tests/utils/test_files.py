@@ -109,6 +109,10 @@ def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path)
         write_json(path, "inner")  # what is being written stays
     assert path.read_text() == "outer"
     assert sorted(name.split("-")[0] for name in os.listdir(tmp_path)) == [".b.txt", "a [1].txt"]
+    with replace_file(path) as third:
+        third.write_text("third")
+        check_writable(tmp_path)  # the other file's too, but for what is being written
+    assert path.read_text() == "third" and os.listdir(tmp_path) == ["a [1].txt"]
 
 
 def test_two_processes_write_one_file(tmp_path: Path) -> None:
