@@ -150,7 +150,8 @@ def judge(kind: str, number: int, case: Case, folder: Path) -> Outcome:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, handler)
             np.seterr(**numerics)  # type: ignore[arg-type]
-    left = [f for f in _files(folder) - before if not any(Path(f).match(p) for p in case.made)]
+    new = _files(folder) - before
+    left = [f for f in new if _is_temporary(f) or not any(Path(f).match(p) for p in case.made)]
     if left:
         outcome, said = "other", f"left {left}; {said}"
     if len(lines) > _LINES:
@@ -169,6 +170,11 @@ def _of_error(case: Case, error: Exception) -> str:
     text = str(error)
     named = any(str(name) in text or Path(name).name in text for name in case.named)
     return "clear error" if named and len(text) < _CHARACTERS and not case.strict else "other"
+
+
+def _is_temporary(file: str) -> bool:
+    """Whether a file, or a folder it is in, has the name of a temporary one."""
+    return any(part.startswith(".") and part != ".lock" for part in Path(file).parts)
 
 
 def _files(folder: Path) -> set[str]:

@@ -44,5 +44,7 @@ def test_how_a_case_is_judged(case: Case, outcome: str, tmp_path) -> None:
 
 
 def test_what_is_left_behind(tmp_path) -> None:
-    case = Case("", lambda: (tmp_path / ".a-temporary").touch(), right=lambda got: True)
+    case = Case("", lambda: (tmp_path / "a").touch(), right=lambda got: True)
+    assert judge("", 0, case, tmp_path).outcome == "other"
+    case = Case("", lambda: (tmp_path / ".b-temporary").touch(), right=lambda got: True, made=["*"])
     assert judge("", 0, case, tmp_path).outcome == "other"
