@@ -145,7 +145,7 @@ def _report(
     """Report an error as the hook before does, and its reason on one line behind that."""
     failed: BaseException | None = error
     while failed is not None and not isinstance(failed, PairsFailedError):
-        failed = failed.__cause__ or failed.__context__
+        failed = failed.__cause__  # contexts may go round in a circle
     if failed is None:  # else all has been said, and nothing went wrong in the program
         before(kind, error, trace)
     if isinstance(error, Exception):

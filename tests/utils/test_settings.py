@@ -14,7 +14,7 @@ from fire import parser
 from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader
 
-from monai_deq.utils import as_flag, refuse_unknown_settings
+from monai_deq.utils import PairsFailedError, as_flag, refuse_other_settings, refuse_unknown_settings
 
 PROGRAM = "/somewhere/monai/bundle/__main__.py"
 
@@ -133,6 +133,15 @@ def while_another_one_was_handled() -> None:
         in_other_hands()
 
 
+def in_a_circle() -> None:
+    """As of a transform: the cause of what was caught is raised again."""
+    try:
+        in_other_hands()
+    except RuntimeError as e:
+        assert e.__cause__ is not None
+        raise e.__cause__ from e.__cause__.__cause__
+
+
 def of_a_configuration() -> None:
     content = {"flag": "$as_flag('perhaps', 'resume')", "imports": ["$from monai_deq.utils import as_flag"]}
     parser = ConfigParser({**content, "run": {"_target_": "torch.nn.ReLU", "inplace": "@flag"}})
@@ -148,6 +157,7 @@ def of_a_configuration() -> None:
         (lambda: list(DataLoader(Refused(), num_workers=1)), "resume must be true or false, got 'in a worker'."),
         (in_other_hands, "ValueError: invalid literal for int() with base 10: 'three'"),
         (while_another_one_was_handled, "ValueError: invalid literal for int() with base 10: 'three'"),
+        (in_a_circle, "ValueError: invalid literal for int() with base 10: 'three'"),
         (lambda: {}["key"], "KeyError: 'key'"),
         (lambda: compile("a =", "here", "exec"), "SyntaxError: invalid syntax"),
     ],
@@ -188,6 +198,31 @@ def test_what_other_programs_and_the_user_end_with(files: str, monkeypatch: pyte
     assert seen == [(KeyboardInterrupt, interruption, None)] and capsys.readouterr().err == ""
     sys.excepthook(ValueError, ValueError("first\nsecond"), None)
     assert len(seen) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_pairs_that_failed_are_no_traceback(files: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "argv", [PROGRAM, "run", "training", "--config_file", files])
+    refuse_unknown_settings()
+    try:
+        try:
+            raise PairsFailedError("2 of 3 pairs failed.")
+        except PairsFailedError as e:
+            raise RuntimeError("Failed to evaluate") from e
+    except RuntimeError:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    assert "Traceback" not in (said := capsys.readouterr().err) and said.startswith("Error: ") and said.count("\n") == 1
+
+
+def test_other_settings_are_named() -> None:
+    now = {"weights": "ab", "inferer": {"steps": 3, "finish": None}, "sizes": [1, 2]}
+    refuse_other_settings(Path("a.json"), json.loads(json.dumps(now)), now)
+    said = {"weights": "ab", "inferer": {"steps": 2, "finish": {"weight": 1.0}}, "sizes": [1, 2], "amp": True}
+    with pytest.raises(ValueError, match=r"^a.json was made with other settings, inferer.steps 2 \(now 3\), ") as e:
+        refuse_other_settings(Path("a.json"), said, now)
+    assert all(word in str(e.value) for word in ("inferer.finish.weight 1.0 (now None)", "amp True (now None)"))
+    with pytest.raises(ValueError, match="a.json does not say with what settings it was made: replace it"):
+        refuse_other_settings(Path("a.json"), None, now)
 
 
 @pytest.mark.parametrize(
