@@ -110,11 +110,13 @@ def replace_file(path: str | Path) -> Iterator[Path]:
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
     """Whether an error came of that; libraries raise errors of their own (PyTorch: ``unexpected pos``)."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
+    seen: list[BaseException] = [error]
+    chain = error.__cause__ or error.__context__
+    while chain is not None and chain not in seen:  # they may go round in a circle
+        seen.append(chain)
         chain = chain.__cause__ or chain.__context__
+    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in seen):
+        return True
     # what is written last may still have fitted
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 1 << 16
 

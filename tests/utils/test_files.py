@@ -229,6 +229,13 @@ def test_a_full_disk_is_said(tmp_path: Path, direct: bool) -> None:
     assert os.listdir(tmp_path) == ["a.txt"] and file.read_text() == "before"
 
 
+def test_errors_that_go_round_in_a_circle(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="second"), replace_file(tmp_path / "a.txt"):
+        first, second = ValueError("first"), ValueError("second")
+        first.__cause__, second.__cause__ = second, first
+        raise second
+
+
 def test_folders_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
