@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from .equilibrium import EquilibriumLoss
-from .keypoint import KeypointLoss, KeypointSupervisedLoss
 from .registration import MaskedSimilarityLoss, RegistrationLoss, StatesLoss
+from .supervision import KeypointLoss, KeypointSupervisedLoss, LabelLoss, LabelSupervisedLoss
 
 __all__ = [
     "EquilibriumLoss",
     "KeypointLoss",
     "KeypointSupervisedLoss",
+    "LabelLoss",
+    "LabelSupervisedLoss",
     "MaskedSimilarityLoss",
     "RegistrationLoss",
     "StatesLoss",

@@ -60,7 +60,7 @@ def test_method_trains_evaluates_and_registers(
     if method not in CLASSICAL:
         tiny = {"max_epochs": 1, "pairs_per_epoch": 2}
         # smaller than the scans along two axes
-        tiny.update({"spatial_size": [16, 16, 16], "batch_size": 2} if bundle == "nlst" else {})
+        tiny.update({"spatial_size": [16, 16, 16], "batch_size": 2} if bundle == "nlst" else {"label_weight": 1.0})
         tiny.update({"max_steps": STEPS[method]} if method != "voxelmorph" else {})
         output_of(run_bundle("training", configs(bundle, "train", *dims, *overlays), tmp_path, **common, **tiny))
         check_record(method, title, steps, tmp_path)
@@ -94,6 +94,7 @@ def test_method_trains_evaluates_and_registers(
 def check_record(method: str, title: str, steps: int, folder: Path) -> None:
     record = json.loads((folder / "models" / "model.json").read_text())
     assert (record["method"], record["steps"]) == (title, steps)
+    assert record["training"].get("label_weight", 1.0) == 1.0
     network = load_network(folder / "models" / "model.pt")
     if method.startswith("deqreg"):
         assert isinstance(network, DEQRegistrationNet) and network.solver.max_steps == steps
@@ -135,7 +136,12 @@ def test_recipe_is_the_default_of_real_data(bundle: str) -> None:
 
     values = {"relaxation": 0.25, "proximal_weight": 0.375, "contraction_weight": 0.0625}
     given = {f"rest#{name}": value for name, value in values.items()}
-    parser = parse(configs(bundle, "train"), found=SimpleNamespace(is_sample=False), spatial_dims=2, **given)
+    parser = parse(
+        configs(bundle, "train"),
+        found=SimpleNamespace(is_sample=False, label_set=lambda name: [1]),
+        spatial_dims=2,
+        **given,
+    )
     network, loss = parser.get_parsed_content("network_def"), parser.get_parsed_content("loss")
     assert (network.rest.relaxation, network.proximal_weight, loss.rest.contraction_weight) == (0.25, 0.375, 0.0625)
 
@@ -225,6 +231,6 @@ def test_evaluation_of_what_is_not_trained_refuses_its_settings(tmp_path: Path) 
 
 @pytest.mark.parametrize("bundle", ["oasis", "nlst"])
 def test_random_starts_are_those_of_the_seed(bundle: str, brain_cohort: Path) -> None:
-    parser = parse(configs(bundle, "train"), found=SimpleNamespace(is_sample=True), seed=5)
+    parser = parse(configs(bundle, "train"), found=SimpleNamespace(is_sample=True, label_set=lambda name: [1]), seed=5)
     assert parser.get_parsed_content("train#trainer#prepare_batch").seed == 5
     assert parser.get_parsed_content("loss").generator.initial_seed() == 5

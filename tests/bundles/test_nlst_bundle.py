@@ -211,7 +211,7 @@ def test_keypoints_outside_are_for_the_loss_too() -> None:
     for outside in ("refuse", "clamp"):
         settings = {"found": SimpleNamespace(is_sample=True), "keypoint_weight": 0.5, "keypoints_outside": outside}
         loss = parse(configs("nlst", "train"), **settings).get_parsed_content("loss")
-        assert loss.loss.keypoint_loss.outside == outside
+        assert loss.loss.term.outside == outside
 
 
 def remove(*names: str) -> Callable[[Path], None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distance of corresponding points: closed forms, SciPy's interpolation, gradients, and bad points refused."""
+"""Points and labels: closed forms, SciPy's interpolation, gradients, and what does not fit refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from monai_deq.losses import KeypointLoss, KeypointSupervisedLoss
+from monai_deq.losses import KeypointLoss, KeypointSupervisedLoss, LabelLoss, LabelSupervisedLoss
 from monai_deq.networks.blocks import warp_by_ddf
 
 SIZES = [(6, 9), (4, 7, 5)]
@@ -197,3 +197,71 @@ def test_points_outside_are_clamped_where_asked_for(caplog: pytest.LogCaptureFix
     assert supervised((torch.ones(1, 1), ddf, []), target).item() == pytest.approx(0.5)
     with pytest.raises(ValueError, match="outside: expected 'refuse' or 'clamp'"):
         KeypointLoss(outside="clip")  # type: ignore[arg-type]
+
+
+def label_maps(size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    maps = torch.randint(0, 12, (2, 2, 1, *size), generator=generator)
+    return 0.7 * torch.randn(2, len(size), *size, dtype=torch.float64, generator=generator), *maps
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_labels_against_scipy(size: tuple[int, ...]) -> None:
+    ddf, fixed, moving = label_maps(size)
+    fixed[fixed == 3] = 0  # on one side alone
+    moving[0][moving[0] == 5] = 0
+    places = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij")).astype(float)
+    values = []
+    for field, a, b in zip(ddf.numpy(), fixed.numpy(), moving.numpy(), strict=True):
+        dice = []
+        for label in range(1, 13):
+            t, m = (a[0] == label).astype(float), (b[0] == label).astype(float)
+            if t.any() and m.any():
+                warped = ndimage.map_coordinates(m, places + field, order=1, mode="nearest")
+                dice.append((2 * (warped * t).sum() + 1e-5) / (warped.sum() + t.sum() + 1e-5))
+        values.append(1 - np.mean(dice))
+    value = LabelLoss(range(1, 13))(ddf, fixed, moving.float())
+    assert value.item() == pytest.approx(np.mean(values), rel=1e-6) and value.dtype == torch.float64
+
+
+def test_gradient_of_labels() -> None:
+    ddf, fixed, moving = label_maps((5, 4))
+    loss = LabelLoss(range(1, 12))
+    assert torch.autograd.gradcheck(lambda field: loss(field, fixed, moving), ddf.requires_grad_())
+
+
+def test_labels_brought_over_each_other() -> None:
+    fixed, moving = torch.zeros(2, 1, 1, 9, 8)
+    fixed[..., 2:5, 2:6], moving[..., 4:7, 2:6] = 7, 7
+    ddf = torch.zeros(1, 2, 9, 8)
+    ddf[:, 0] = 2.0
+    assert LabelLoss([7, 9])(ddf, fixed, moving).item() == pytest.approx(0, abs=1e-6)
+    assert LabelLoss([7])(0 * ddf, fixed, moving).item() == pytest.approx(1 - 2 / 6, abs=1e-6)
+
+
+def test_labels_that_do_not_fit() -> None:
+    ddf, fixed, moving = label_maps((6, 5))
+    with pytest.raises(ValueError, match="at least one label"):
+        LabelLoss([])
+    with pytest.raises(ValueError, match=r"fixed_label must have shape \(2, 1, 6, 5\), got \(2, 1, 6, 4\)"):
+        LabelLoss([1])(ddf, fixed[..., :-1], moving)
+    moving[1] = 0
+    with pytest.raises(ValueError, match=r"batch item\(s\) \[1\] share none of the labels \[1, 2\]"):
+        LabelLoss([1, 2])(ddf, fixed, moving)
+
+
+def test_labels_beside_another_loss() -> None:
+    ddf, fixed, moving = label_maps((6, 5))
+    target = {"fixed_label": fixed, "moving_label": moving}
+
+    def other(prediction: Any, target: Any) -> torch.Tensor:
+        return prediction[1].square().mean()
+
+    loss = LabelSupervisedLoss(other, 2.0, range(1, 12))
+    expected = ddf.square().mean() + 2 * LabelLoss(range(1, 12))(ddf, fixed, moving)
+    assert torch.allclose(loss((None, ddf, []), target), expected)
+    assert loss.target_keys == ("fixed_label", "moving_label")
+    with pytest.raises(KeyError, match="LabelSupervisedLoss finds no .*moving_label"):
+        loss((None, ddf, []), {"fixed_label": fixed})
+    without = LabelSupervisedLoss(other, 0, [1])
+    assert without.target_keys == () and without((None, ddf, []), {}) == ddf.square().mean()
