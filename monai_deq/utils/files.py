@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import logging
 import math
@@ -52,9 +51,9 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _clean(parent: Path, name: str) -> None:
-    """Remove what killed processes have left of files of a name."""
-    for left in parent.glob(f".{name}-????????.part"):
+def _clean(folder: Path) -> None:
+    """Remove what killed processes have left in a folder; the lock tells whether the owner lives."""
+    for left in folder.glob(".*-????????.part"):
         with suppress(OSError):
             if (handle := _lock(left)) is not None:
                 shutil.rmtree(left, ignore_errors=True)
@@ -64,10 +63,9 @@ def _clean(parent: Path, name: str) -> None:
 @contextmanager
 def _folder_for(path: Path) -> Iterator[Path]:
     """
-    A hidden folder beside a file, where it is written before it gets its name. What a killed process has left goes
-    when the file is written again: the lock tells whether its owner lives.
+    A hidden folder beside a file, where it is written before it gets its name. What killed processes have left goes.
     """
-    _clean(path.parent, glob.escape(path.name))
+    _clean(path.parent)
     handle = None
     while True:
         folder = Path(tempfile.mkdtemp(".part", f".{path.name}-", path.parent))
@@ -135,7 +133,7 @@ def check_writable(folder: str | Path) -> None:
     absent = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _clean(folder, "*")
+        _clean(folder)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")  # a full disk may still take an empty file
             file.flush()

@@ -100,7 +100,7 @@ for n in range(300):
 """
 
 
-def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path) -> None:
+def test_what_killed_processes_have_left_goes_with_the_next_write(tmp_path: Path) -> None:
     path, other = tmp_path / "a [1].txt", tmp_path / "b.txt"
     process = subprocess.run([sys.executable, "-c", _KILLED, path, other])
     assert process.returncode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
@@ -108,10 +108,11 @@ def test_what_a_killed_process_has_left_goes_with_the_next_write(tmp_path: Path)
         outer.write_text("outer")
         write_json(path, "inner")  # what is being written stays
     assert path.read_text() == "outer"
-    assert sorted(name.split("-")[0] for name in os.listdir(tmp_path)) == [".b.txt", "a [1].txt"]
+    assert os.listdir(tmp_path) == ["a [1].txt"]
+    subprocess.run([sys.executable, "-c", _KILLED, path, other])
     with replace_file(path) as third:
         third.write_text("third")
-        check_writable(tmp_path)  # the other file's too, but for what is being written
+        check_writable(tmp_path)
     assert path.read_text() == "third" and os.listdir(tmp_path) == ["a [1].txt"]
 
 
