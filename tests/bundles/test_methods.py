@@ -138,7 +138,7 @@ def test_recipe_is_the_default_of_real_data(bundle: str) -> None:
     given = {f"rest#{name}": value for name, value in values.items()}
     parser = parse(
         configs(bundle, "train"),
-        found=SimpleNamespace(is_sample=False, label_set=lambda name: [1]),
+        found=SimpleNamespace(is_sample=False),
         spatial_dims=2,
         **given,
     )
@@ -231,6 +231,6 @@ def test_evaluation_of_what_is_not_trained_refuses_its_settings(tmp_path: Path) 
 
 @pytest.mark.parametrize("bundle", ["oasis", "nlst"])
 def test_random_starts_are_those_of_the_seed(bundle: str, brain_cohort: Path) -> None:
-    parser = parse(configs(bundle, "train"), found=SimpleNamespace(is_sample=True, label_set=lambda name: [1]), seed=5)
+    parser = parse(configs(bundle, "train"), found=SimpleNamespace(is_sample=True), seed=5)
     assert parser.get_parsed_content("train#trainer#prepare_batch").seed == 5
     assert parser.get_parsed_content("loss").generator.initial_seed() == 5

@@ -327,7 +327,10 @@ def test_what_the_bundles_share_is_the_same() -> None:
         "inference": {"task", "window"},
     }
     own["train"].add("target_keys")
-    gone = {"train": {"label_set", "subjects"}, "evaluate": {"label_set", "subjects", "label_metrics"}}
+    gone = {
+        "train": {"label_set", "label_weight", "label_key", "subjects"},
+        "evaluate": {"label_set", "subjects", "label_metrics"},
+    }
     for name in own:
         a, b = (ConfigParser.load_config_file(str(root / f"{name}.json")) for root in (ours, theirs))
         assert set(a) - set(b) == own[name] and set(b) - set(a) == gone.get(name, set())

@@ -84,6 +84,7 @@ def test_training_writes_checkpoints_and_logs(trained: tuple[int, Path]) -> None
     assert record["training"] == {
         "smoothness_weight": 1.0 if spatial_dims == 2 else 0.1,
         "learning_rate": 0.0005 if spatial_dims == 2 else 0.0015,
+        "label_weight": 0.0,
         "training_pairs": 2,
         "epoch": 1,
     }
