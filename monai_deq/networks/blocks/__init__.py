@@ -8,7 +8,7 @@ from .convolutions import ConvGRUCell, SmallVolumeConv3d, convolve, with_small_v
 from .energy import EnergyUpdate
 from .filters import box_sum, central_difference, gaussian_reach, gaussian_smooth, in_slabs
 from .jacobians import determinant, remove_folds, simplex_determinants
-from .similarities import LocalCorrelationLoss
+from .similarities import FeatureLoss, LocalCorrelationLoss, standardised
 from .updates import (
     GradientUpdate,
     RecurrentUpdate,
@@ -33,6 +33,7 @@ __all__ = [
     "ConvGRUCell",
     "DDFWarp",
     "EnergyUpdate",
+    "FeatureLoss",
     "GradientUpdate",
     "LocalCorrelationLoss",
     "OutsidePoints",
@@ -58,6 +59,7 @@ __all__ = [
     "sample_at",
     "similarity_gradient",
     "simplex_determinants",
+    "standardised",
     "warp_by_ddf",
     "warp_points_by_ddf",
     "with_small_volumes",

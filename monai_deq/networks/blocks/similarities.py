@@ -11,13 +11,13 @@ import torch.nn as nn
 
 from monai_deq.networks.blocks.filters import box_sum, in_slabs
 
-__all__ = ["LocalCorrelationLoss", "similarity_and_gradient"]
+__all__ = ["FeatureLoss", "LocalCorrelationLoss", "similarity_and_gradient", "standardised"]
 
 #: of the warped image: the value of each item, ``(B,)``, and the gradient times the number of voxels
 Similarity = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _standardised(image: torch.Tensor) -> torch.Tensor:
+def standardised(image: torch.Tensor) -> torch.Tensor:
     """Each item with mean 0 and standard deviation 1; an image without contrast becomes zero."""
     values = image.flatten(1)
     shape = (-1, *[1] * (image.ndim - 1))
@@ -52,7 +52,7 @@ class LocalCorrelationLoss(nn.Module):
 
     def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of two images ``(B, 1, *spatial)``, a scalar; outside a mask of the same shape it counts as zero."""
-        return self.bound(_standardised(fixed), mask)(_standardised(warped))[0].mean()
+        return self.bound(standardised(fixed), mask)(standardised(warped))[0].mean()
 
     def bound(self, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> Similarity:
         """The similarity to a fixed image, both standardised, what does not change with the warped one done once."""
@@ -91,6 +91,43 @@ class LocalCorrelationLoss(nn.Module):
             return -value.flatten(1).mean(dim=1), gradient
 
         return similarity
+
+
+class FeatureLoss(nn.Module):
+    """A similarity of images whose first channel is the intensities and whose others are features: the loss of the
+    former, and the squared differences of the latter, summed over the channels.
+
+    Args:
+        weight: of the features. Defaults to 1.
+        image: loss of the intensities. Defaults to :py:class:`LocalCorrelationLoss`.
+    """
+
+    def __init__(self, weight: float = 1.0, image: LocalCorrelationLoss | None = None) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"weight must not be negative, got {weight}.")
+        self.weight = float(weight)
+        self.image = LocalCorrelationLoss() if image is None else image
+
+    def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of two images ``(B, 1 + C, *spatial)``, a scalar; outside a mask of the fixed one it is zero."""
+        image, similarity = self.bound(warped, fixed, mask)
+        return similarity(image)[0].mean()
+
+    def bound(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Similarity]:
+        """See :py:func:`similarity_and_gradient`."""
+        of_image = self.image.bound(standardised(fixed[:, :1]), mask)
+        features, inside = fixed[:, 1:], 1.0 if mask is None else (mask > 0).to(fixed.dtype)
+
+        def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            value, gradient = of_image(warped[:, :1])
+            apart = (warped[:, 1:] - features) * inside
+            value = value + self.weight * apart.square().sum(dim=1).flatten(1).mean(dim=1)
+            return value, torch.cat([gradient, 2 * self.weight * apart], dim=1)
+
+        return torch.cat([standardised(moving[:, :1]), moving[:, 1:]], dim=1), similarity
 
 
 def compared(loss: nn.Module, *images: torch.Tensor) -> torch.Tensor:
@@ -132,8 +169,10 @@ def similarity_and_gradient(
         fixed: ``(B, 1, *spatial)``.
         mask: of the fixed image, ``(B, 1, *spatial)``. Defaults to ``None``: none.
     """
+    if isinstance(loss, FeatureLoss):
+        return loss.bound(moving, fixed, mask)
     if isinstance(loss, LocalCorrelationLoss):
-        return _standardised(moving), loss.bound(_standardised(fixed), mask)
+        return standardised(moving), loss.bound(standardised(fixed), mask)
 
     def values(warped: torch.Tensor) -> list[torch.Tensor]:
         # as what autograd keeps, a tensor of inference mode is refused

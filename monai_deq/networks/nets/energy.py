@@ -9,8 +9,9 @@ from operator import index
 from typing import Any
 
 import torch
+import torch.nn as nn
 
-from monai_deq.networks.blocks import EnergyUpdate, remove_folds
+from monai_deq.networks.blocks import EnergyUpdate, LocalCorrelationLoss, remove_folds
 from monai_deq.networks.nets.interface import IteratedNet, check_pair
 from monai_deq.networks.nets.iteration import downsample, initial_state, state_map, upsample_state
 from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
@@ -40,6 +41,9 @@ class EnergyRegistrationNet(IteratedNet):
         least_jacobian: share of its value at rest that each one-sided Jacobian determinant of the result keeps at
             least: there are no folds, neither of central nor of one-sided differences. Defaults to 0.01; ``None``
             leaves the result as it is.
+        features: network of an image ``(B, 1, *spatial)`` that gives further channels to compare, ``(B, C, *spatial)``,
+            e.g. :py:class:`FeatureUNet`; the same for both images, at full size. Needs an update whose similarity takes
+            them, :py:class:`monai_deq.networks.blocks.FeatureLoss`. Defaults to ``None``: images alone.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -59,10 +63,14 @@ class EnergyRegistrationNet(IteratedNet):
         steps: Sequence[int] | None = None,
         tolerance: float = 1e-3,
         least_jacobian: float | None = 0.01,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.features = features
         self.update = EnergyUpdate(spatial_dims) if update is None else update
         self.spatial_dims = self.update.spatial_dims
+        if features is not None and isinstance(self.update.similarity, LocalCorrelationLoss):
+            raise ValueError("features need an update whose similarity takes their channels, such as FeatureLoss().")
         if steps is None:
             steps = (60, 40, 6) if self.spatial_dims == 3 else (60, 60, 40)
         try:
@@ -90,7 +98,11 @@ class EnergyRegistrationNet(IteratedNet):
             mask: where the fixed images are compared, ``(B, 1, *spatial)``. Defaults to ``None``: everywhere.
         """
         self._check(moving, fixed, mask)
-        return state_map(self.update, moving, fixed, mask)
+        return state_map(self.update, self._channels(moving), self._channels(fixed), mask)
+
+    def _channels(self, image: torch.Tensor) -> torch.Tensor:
+        """What is compared: the image, and its features behind it."""
+        return image if self.features is None else torch.cat([image, self.features(image)], dim=1)
 
     def _check(self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Refuse images that the network is not for."""
@@ -112,8 +124,8 @@ class EnergyRegistrationNet(IteratedNet):
         the smaller sizes are left out. For ``mask`` see :py:meth:`fixed_point_map`.
         """
         self._check(moving, fixed, mask)
-        images = [(moving, fixed, mask)]
         with torch.no_grad():
+            images = [(self._channels(moving), self._channels(fixed), mask)]
             while initial_ddf is None and len(images) < len(self.steps):
                 smaller = tuple(None if t is None else downsample(t) for t in images[0])
                 if min(smaller[1].shape[2:]) < _LEAST_SIZE:  # type: ignore[union-attr]
@@ -140,7 +152,7 @@ class EnergyRegistrationNet(IteratedNet):
         settings: SolverSettings,
     ) -> tuple[torch.Tensor, SolverRecord]:
         """The solution on one size, without folds, and its record."""
-        g, ndim = self.fixed_point_map(moving, fixed, mask), self.spatial_dims
+        g, ndim = state_map(self.update, moving, fixed, mask), self.spatial_dims
         measured = list[tuple[torch.Tensor, torch.Tensor]]()
 
         def noted(state: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from monai.losses import GlobalMutualInformationLoss, LocalNormalizedCrossCorrelationLoss
 from nets import pair
 
-from monai_deq.networks.blocks import LocalCorrelationLoss
+from monai_deq.networks.blocks import FeatureLoss, LocalCorrelationLoss
 from monai_deq.networks.blocks.similarities import similarity_and_gradient
 
 SIZES = [(8, 11), (5, 7, 6)]
@@ -246,3 +246,31 @@ def test_losses_that_are_of_no_use() -> None:
     image, similarity = similarity_and_gradient(torch.nn.MSELoss(reduction="none"), moving, fixed)
     with pytest.raises(ValueError, match=r"MSELoss must give one number .*got shape \(1, 1, 5, 4\)\."):
         similarity(image)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_features_beside_the_image(size: tuple[int, ...], masked: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    moving, fixed = torch.rand(2, 2, 4, *size, dtype=torch.float64, generator=generator)
+    mask = (torch.rand(2, 1, *size, generator=generator) < 0.6) if masked else None
+    loss = FeatureLoss(0.7)
+    image, similarity = similarity_and_gradient(loss, moving, fixed, mask)
+    value, gradient = similarity(image)
+    inside = np.ones((2, 1, *size)) if mask is None else mask.numpy()
+    for i in range(2):
+        own = None if mask is None else mask[i : i + 1].double()
+        of_image = LocalCorrelationLoss()(moving[i : i + 1, :1], fixed[i : i + 1, :1], own).item()
+        apart = ((moving[i, 1:] - fixed[i, 1:]).numpy() ** 2 * inside[i]).sum() / np.prod(size)
+        assert value[i].item() == pytest.approx(of_image + 0.7 * apart, rel=1e-10)
+    assert loss(moving, fixed, mask).item() == pytest.approx(value.mean().item(), rel=1e-10)
+    # by finite differences, at one voxel of each channel
+    for channel in range(4):
+        at = (1, channel, *(n // 2 for n in size))
+        more, less = image.clone(), image.clone()
+        more[at] += 1e-5
+        less[at] -= 1e-5
+        slope = (similarity(more)[0] - similarity(less)[0])[1].item() / 2e-5 * np.prod(size)
+        assert gradient[at].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
+    with pytest.raises(ValueError, match="weight must not be negative"):
+        FeatureLoss(-1.0)

@@ -17,8 +17,8 @@ from nets import Pull, deq_net
 from monai_deq.certificates import certified_solve
 from monai_deq.metrics import compute_folded_voxels, compute_non_diffeomorphic_volume
 from monai_deq.networks import build_component, describe
-from monai_deq.networks.blocks import EnergyUpdate, LocalCorrelationLoss, gaussian_smooth, warp_by_ddf
-from monai_deq.networks.nets import EnergyRegistrationNet, energy_finish
+from monai_deq.networks.blocks import EnergyUpdate, FeatureLoss, LocalCorrelationLoss, gaussian_smooth, warp_by_ddf
+from monai_deq.networks.nets import EnergyRegistrationNet, FeatureUNet, energy_finish
 from monai_deq.solvers import MEASURES, SolverSettings, random_smooth_ddf
 
 SIZES = [(40, 33), (32, 30, 28)]
@@ -436,3 +436,53 @@ def test_wrong_images() -> None:
         net.solve(moving.byte(), fixed)
     with pytest.raises(TypeError, match="the solver has the settings .*, got max_step"):
         net.solve(moving, fixed, max_step=3)
+
+
+class Powers(torch.nn.Module):
+    """Two features with something to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor([0.8, 1.3]))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.scale[0] * image, (self.scale[1] * image).square()], dim=1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_features_bring_what_the_image_does_not_show(size: tuple[int, ...]) -> None:
+    """The images have no contrast; a feature, here another image, has."""
+    moving, fixed, truth = problem(size)
+    ndim = len(size)
+    still = torch.full_like(fixed, 0.5)
+
+    class Other(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return moving if torch.equal(given, still) else fixed
+
+    update = EnergyUpdate(ndim, FeatureLoss(20.0), weight=0.05)
+    net = EnergyRegistrationNet(update, features=Other()).eval()
+    other = still + 0.1
+    ddf, record = net.solve(still, other)
+    inside = (slice(None), slice(None), *(slice(5, -5) for _ in size))
+    assert length((ddf - truth)[inside]) < 0.3 * length(truth[inside])
+    assert length(EnergyRegistrationNet(spatial_dims=ndim).eval().solve(still, other)[0]) == 0
+    assert record.measures["energy"].shape[0] == 1
+
+
+def test_features_of_a_batch_are_recorded() -> None:
+    moving, fixed, _ = problem((33, 40), batch=2)
+    features = FeatureUNet(2, 3, (4, 4, 4, 8, 8, 4))
+    net = EnergyRegistrationNet(EnergyUpdate(2, FeatureLoss(2.0)), steps=(4, 3), features=features).eval()
+    rebuilt = build_component(describe(net)).eval()
+    rebuilt.load_state_dict(net.state_dict())
+    assert torch.equal(rebuilt.solve(moving, fixed)[0], net.solve(moving, fixed)[0])
+    # nothing depends on the other pairs of the batch
+    assert torch.allclose(net.solve(moving[1:], fixed[1:])[0], net.solve(moving, fixed)[0][1:], atol=1e-4)
+    (certified,) = certified_solve(net, moving[:1], fixed[:1], certificate={})[-1]
+    assert np.isfinite(certified.residual)
+
+
+def test_features_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="FeatureLoss"):
+        EnergyRegistrationNet(spatial_dims=2, features=Powers())
