@@ -188,10 +188,10 @@ def _robust_z(values: np.ndarray, least: float | np.ndarray) -> np.ndarray:
 
 def _astray(scans: Sequence[_Scan]) -> Iterator[Finding]:
     """Scans whose foreground lies elsewhere than that of the others, or that are unlike their mean."""
-    most, count, _ = _usual_grid(scans)
-    if count < _USUAL:
-        return
+    most, _, _ = _usual_grid(scans)
     group = [scan for scan in scans if scan.blocks is not None and scan.grid == most]
+    if most is None or len(group) < _USUAL:
+        return
     blocks = np.stack([scan.blocks for scan in group if scan.blocks is not None])
     axes = tuple(range(1, blocks.ndim))
     above = np.maximum(blocks, 0)
@@ -203,8 +203,8 @@ def _astray(scans: Sequence[_Scan]) -> Iterator[Finding]:
     for scan, z_apart, z_unlike, correlation in zip(group, apart, unlike, likeness, strict=True):
         if max(z_apart, z_unlike) > _ASTRAY:
             what = (
-                f"lies apart from the other {count - 1}: centre of its foreground {z_apart:.1f}, correlation with the "
-                f"mean ({correlation:.2f}) {z_unlike:.1f} robust standard deviations off; align it by an affine "
+                f"lies apart from the other {len(group) - 1}: centre of its foreground {z_apart:.1f}, correlation with "
+                f"the mean ({correlation:.2f}) {z_unlike:.1f} robust standard deviations off; align it by an affine "
                 "registration"
             )
             yield Finding(scan.image, "alignment", what, "warning")
@@ -267,6 +267,14 @@ def _look_at(
         return list(tqdm(pool.map(look, scans.values()), total=len(scans), unit="scan", disable=disable))
 
 
+def _findings(scans: Sequence[_Scan], items: Iterable[Mapping[str, Any]], any_grid: bool = False) -> list[Finding]:
+    """What is wrong with scans that were read, each alone and beside the others."""
+    findings = [finding for scan in scans for finding in scan.findings]
+    if not any_grid:
+        findings += [*_other_grids(scans), *_astray(scans)]
+    return [*findings, *_repeated(scans), *_unequal_points(items, scans)]
+
+
 def usable_parts(
     found: OasisDataset | Learn2RegDataset,
     parts: Mapping[str, list[dict[str, Any]]],
@@ -297,9 +305,7 @@ def usable_parts(
         items = [item for part in reversed(parts) for item in parts[part]]
         dims, names = (found.spatial_dims, found.label_names) if isinstance(found, OasisDataset) else (3, {})
         how = {"known_labels": frozenset(names), "warnings": False, "outside": keypoints_outside}
-        done = _look_at(_scans_of(items, parts), None, None, dims, **how)
-        findings = [finding for scan in done for finding in scan.findings]
-        findings += [*_other_grids(done), *_repeated(done), *_unequal_points(items, done)]
+        findings = _findings(_look_at(_scans_of(items, parts), None, None, dims, **how), items)
     reasons = {f.file: f"{f.kind}: {f.file}: {f.what}" for f in gather_items(findings) if f.severity == "error"}
     first = next(iter(reasons.values()), "")
     for reason in reasons.values():
@@ -368,8 +374,5 @@ def check_files(
             missing += [f"{image} (its segmentation)" for image in unlabelled]
     done = _look_at(_scans_of(items, parts), workers, progress, spatial_dims, known_labels=names, any_grid=is_list)
     findings = [Finding(file, "missing", "is named, or belongs to a scan, and is not there") for file in missing]
-    findings += [finding for scan in done for finding in scan.findings]
-    if not is_list:
-        findings += [*_other_grids(done), *_astray(done)]
-    findings += [*_repeated(done), *_unequal_points(items, done)]
+    findings += _findings(done, items, any_grid=is_list)
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.file), len(done)

@@ -139,7 +139,7 @@ def cached_subjects(
     num_workers: int = 0,
     on_error: str = "stop",
 ) -> Dataset:
-    """Loaded subjects that are not read again each epoch, by MONAI's ``CacheDataset`` or ``PersistentDataset``.
+    """Loaded subjects that are not read again each epoch, in memory by MONAI's ``CacheDataset``, or on disk.
 
     Args:
         subjects: ``{"subject": name, "image": file, "label": file or None}`` each, or pairs with their files.

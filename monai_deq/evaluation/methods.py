@@ -254,7 +254,7 @@ def evaluate_method(method: BundleMethod, ranked: bool = True) -> tuple[MethodRe
         method.check_trained()
         output_dir = method.root / "comparison" / method.fingerprint("evaluate")
         pairs_path, summary_path = (output_dir / f"evaluation_{n}" for n in ("pairs.csv", "summary.json"))
-        whole = summary_path.is_file() and not json.loads(summary_path.read_text()).get("failed")
+        whole = summary_path.is_file() and not read_json(summary_path).get("failed")
         if not (whole and already_there(title, pairs_path, summary_path)):
             logger.info(f"{title}: evaluation")
             # overwrite: a half of the two files, left by a run that was stopped between them

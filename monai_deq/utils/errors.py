@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 
-__all__ = ["PairsFailedError", "check_on_error", "failure_reason", "root_error"]
+__all__ = ["PairsFailedError", "check_on_error", "failure_reason", "is_disk_full", "root_error"]
 
 
 class PairsFailedError(RuntimeError):
@@ -25,10 +25,15 @@ def root_error(error: Exception) -> Exception:
     return error
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or somebody's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def failure_reason(error: Exception) -> str:
     """Why a pair failed, in one line. A full disk is raised again: the other pairs would meet it too."""
     error = root_error(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         raise error
     # str() of a KeyError is the repr of its text
     text = error.args[0] if isinstance(error, KeyError) and error.args else error

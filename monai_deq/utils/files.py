@@ -18,16 +18,10 @@ from typing import IO, Any
 
 from monai.utils import OptionalImportError, optional_import
 
-__all__ = [
-    "check_writable",
-    "expand_user",
-    "json_ready",
-    "lock_folder",
-    "refuse_existing",
-    "replace_file",
-    "unlock_folder",
-]
-__all__ += ["read_json", "write_json"]
+from .errors import is_disk_full
+
+__all__ = ["check_writable", "expand_user", "json_ready", "lock_folder", "read_json", "refuse_existing"]
+__all__ += ["replace_file", "unlock_folder", "write_json"]
 
 fcntl, _ = optional_import("fcntl")  # not on Windows
 
@@ -113,7 +107,7 @@ def _disk_is_full(error: Exception, folder: Path) -> bool:
     while chain is not None and chain not in seen:  # they may go round in a circle
         seen.append(chain)
         chain = chain.__cause__ or chain.__context__
-    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in seen):
+    if any(map(is_disk_full, seen)):
         return True
     # what is written last may still have fitted
     return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(folder).free < 1 << 16

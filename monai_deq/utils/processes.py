@@ -12,16 +12,8 @@ import torch
 import torch.distributed as dist
 
 __all__ = [
-    *(
-        "check_device",
-        "end_processes",
-        "gather_items",
-        "gather_to_first",
-        "init_processes",
-        "local_device",
-        "mean_over_processes",
-    ),
-    *("process_count", "process_rank", "wait_for_all"),
+    *("check_device", "end_processes", "gather_items", "gather_to_first", "init_processes", "local_device"),
+    *("mean_over_processes", "process_count", "process_rank", "wait_for_all"),
 ]
 
 Item = TypeVar("Item")

@@ -165,12 +165,6 @@ class EnergyUpdate(RegistrationUpdate):
         self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The step at a displacement, from the similarity and its gradient there."""
-        return self._move(ddf, hidden, *self._gradient(ddf, energy, pull, warped))
-
-    def _gradient(
-        self, ddf: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energy and its smoothed gradient at a displacement, from the similarity and its gradient there."""
         spacing = self.spacing or [1.0] * self.spatial_dims
         size = self._per_axis(ddf, spacing)
         given: list[torch.Tensor] = []
@@ -201,7 +195,7 @@ class EnergyUpdate(RegistrationUpdate):
 
         halo = gaussian_reach(self.sigma / spacing[0]) + 1
         value, gradient = in_slabs(force, [ddf, pull, warped, *given], halo)
-        return energy + self.weight * value.flatten(1).mean(dim=1), gradient
+        return self._move(ddf, hidden, energy + self.weight * value.flatten(1).mean(dim=1), gradient)
 
     @staticmethod
     def _per_axis(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
