@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
 from monai_deq.data.pairs import SEED_FACTOR, GivenPairDataset, PairDataset, PairSampler
@@ -107,10 +108,19 @@ class PooledSampler(Sampler[PooledIndex]):
 
 
 class PooledDataset(Dataset):
-    """A pair data set for the indices of a :py:class:`PooledSampler`; items have ``"slot"`` and ``"ticket"`` too."""
+    """A pair data set for the indices of a :py:class:`PooledSampler`; items have ``"slot"`` and ``"ticket"`` too.
 
-    def __init__(self, dataset: PairDataset | GivenPairDataset) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: the pairs.
+        transform: random transform of a pair, one of MONAI's, such as a ``Compose``. Its draws depend on seed and
+            ticket alone: a training that is resumed goes on as if it had not been stopped. Defaults to ``None``.
+        seed: of the draws. Defaults to 0.
+    """
+
+    def __init__(
+        self, dataset: PairDataset | GivenPairDataset, transform: Randomizable | None = None, seed: int = 0
+    ) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, int(seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -118,7 +128,11 @@ class PooledDataset(Dataset):
     def __getitem__(self, index: PooledIndex) -> dict[str, Any]:
         if not isinstance(index, PooledIndex):
             raise TypeError(f"PooledDataset takes the indices of a PooledSampler, got {index!r}.")
-        return {**self.dataset[index.pair], "slot": index.slot, "ticket": index.ticket}
+        pair = self.dataset[index.pair]
+        if self.transform is not None:
+            self.transform.set_random_state(seed=(self.seed * SEED_FACTOR + index.ticket) % 2**32)
+            pair = self.transform(pair)  # type: ignore[operator]
+        return {**pair, "slot": index.slot, "ticket": index.ticket}
 
 
 class StatePool:

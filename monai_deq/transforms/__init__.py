@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from . import (
     alignment,
+    contrasts,
     fields,
     fixed_point_solver,
     geometry,
@@ -18,6 +19,7 @@ from . import (
     warping,
 )
 from .alignment import *  # noqa: F403
+from .contrasts import *  # noqa: F403
 from .fields import *  # noqa: F403
 from .fixed_point_solver import *  # noqa: F403
 from .geometry import *  # noqa: F403
@@ -31,7 +33,7 @@ from .transform_files import *  # noqa: F403
 from .warping import *  # noqa: F403
 
 __all__ = [
-    *(alignment.__all__ + fields.__all__ + fixed_point_solver.__all__ + geometry.__all__ + intensities.__all__),
-    *(inversion.__all__ + loading.__all__ + points.__all__ + saving.__all__ + summaries.__all__),
-    *(transform_files.__all__ + warping.__all__),
+    *(alignment.__all__ + contrasts.__all__ + fields.__all__ + fixed_point_solver.__all__ + geometry.__all__),
+    *(intensities.__all__ + inversion.__all__ + loading.__all__ + points.__all__ + saving.__all__),
+    *(summaries.__all__ + transform_files.__all__ + warping.__all__),
 ]

@@ -12,8 +12,15 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import EnergyUpdate, LocalCorrelationLoss, remove_folds
+from monai_deq.networks.nets.equilibrium import GradientSettings
 from monai_deq.networks.nets.interface import IteratedNet, check_pair
-from monai_deq.networks.nets.iteration import downsample, initial_state, state_map, upsample_state
+from monai_deq.networks.nets.iteration import (
+    checkpointed_map,
+    downsample,
+    initial_state,
+    state_map,
+    upsample_state,
+)
 from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
 
 __all__ = ["EnergyRegistrationNet", "energy_finish"]
@@ -44,6 +51,10 @@ class EnergyRegistrationNet(IteratedNet):
         features: network of an image ``(B, 1, *spatial)`` that gives further channels to compare, ``(B, C, *spatial)``,
             e.g. :py:class:`FeatureUNet`; the same for both images, at full size. Needs an update whose similarity takes
             them, :py:class:`monai_deq.networks.blocks.FeatureLoss`. Defaults to ``None``: images alone.
+        gradient: how a training of the features goes through the solution, by plain descent from there: implicit, or by
+            phantom steps of it (learned features under a classical solver: Jena et al., Medical Image Analysis 2025).
+            Memory does not depend on the steps of the solver. Defaults to ``None``: implicit, 20 steps with Anderson's
+            acceleration in the backward pass.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -64,9 +75,13 @@ class EnergyRegistrationNet(IteratedNet):
         tolerance: float = 1e-3,
         least_jacobian: float | None = 0.01,
         features: nn.Module | None = None,
+        gradient: GradientSettings | None = None,
     ) -> None:
         super().__init__()
         self.features = features
+        self.gradient = gradient or GradientSettings("implicit", num_states=0, implicit_max_steps=20)
+        if self.gradient.num_states:
+            raise ValueError(f"gradient must have num_states 0 for the energy, got {self.gradient.num_states}.")
         self.update = EnergyUpdate(spatial_dims) if update is None else update
         self.spatial_dims = self.update.spatial_dims
         if features is not None and isinstance(self.update.similarity, LocalCorrelationLoss):
@@ -99,6 +114,26 @@ class EnergyRegistrationNet(IteratedNet):
         """
         self._check(moving, fixed, mask)
         return state_map(self.update, self._channels(moving), self._channels(fixed), mask)
+
+    def training_states(  # type: ignore[override]
+        self,
+        moving: torch.Tensor,
+        fixed: torch.Tensor,
+        initial_ddf: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """The solution, with its gradient with respect to the features; arguments as :py:meth:`solve_state`."""
+        if self.features is None:
+            return super().training_states(moving, fixed, initial_ddf)
+        with torch.no_grad():
+            state, _ = self.solve_state(moving, fixed, initial_ddf, mask)
+        ddf = state[:, : self.spatial_dims]
+        descend = self.update.descent_at(self._channels(moving), self._channels(fixed), ddf, mask)
+        if self.gradient.checkpointed:
+            descend = checkpointed_map(descend)
+        deq = self.gradient.build_deq(SolverSettings(max_steps=1, tolerance=0.0), "anderson").train(self.training)
+        states, _ = deq(descend, ddf)
+        return list(states)
 
     def _channels(self, image: torch.Tensor) -> torch.Tensor:
         """What is compared: the image, and its features behind it."""

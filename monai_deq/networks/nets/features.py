@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -33,6 +34,9 @@ class FeatureUNet(nn.Module):
         norm = ("group", {"num_groups": 4, "affine": True})
         self.unet = BasicUNet(spatial_dims, 1, channels, self.widths, norm=norm)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """``(B, 1, *spatial)`` to ``(B, channels, *spatial)``."""
-        return self.unet(standardised(image)).softmax(dim=1)  # type: ignore[no-any-return]
+    def forward(self, image: torch.Tensor, *others: torch.Tensor) -> Any:
+        """``(B, 1, *spatial)`` to ``(B, channels, *spatial)``; of several images of one shape a tuple."""
+        if others:
+            images = (image, *others)
+            return self(torch.cat(images)).chunk(len(images))
+        return self.unet(standardised(image)).softmax(dim=1)
