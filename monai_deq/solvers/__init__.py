@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .fixed_point import SOLVERS, anderson_solver, plain_solver, residual_norms, torchdeq_name
+from .linear import solve_linear
 from .random_fields import random_smooth_ddf
 from .records import MEASURES, SolverRecord, StopReason
 from .solving import SolverSettings, build_deq, solve_fixed_point
@@ -20,5 +21,6 @@ __all__ = [
     "random_smooth_ddf",
     "residual_norms",
     "solve_fixed_point",
+    "solve_linear",
     "torchdeq_name",
 ]

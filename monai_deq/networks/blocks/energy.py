@@ -27,8 +27,6 @@ _NOTHING = 1e-12
 _PATIENCE = 5
 #: unit of counters in the hidden state, which they then do not keep from being at rest
 _COUNT = 2.0**-14
-#: steps of the power method, and RMS length of its changes in voxels
-_POWER_STEPS, _POWER_CHANGE = 12, 1e-3
 
 
 def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,19 +43,6 @@ def _difference_energy(ddf: torch.Tensor, spacing: Sequence[float]) -> tuple[tor
             gradient.narrow(axis, 1, n - 1).add_(step)
             gradient.narrow(axis, 0, n - 1).sub_(step)
     return value, gradient
-
-
-def _largest_curvature(gradient: Callable[[torch.Tensor], torch.Tensor], ddf: torch.Tensor) -> torch.Tensor:
-    """The largest eigenvalue of the derivative of a gradient at ``ddf``, item by item, ``(B, 1, ...)``, by the power
-    method with finite differences."""
-    change = torch.randn(ddf.shape, generator=torch.Generator().manual_seed(0)).to(ddf)
-    here, largest = gradient(ddf), torch.zeros_like(change[:, :1])
-    for _ in range(_POWER_STEPS):
-        length = change.square().flatten(1).mean(dim=1).sqrt().view(-1, *[1] * (ddf.ndim - 1))
-        change = torch.where(length > 0, change / length, change) * _POWER_CHANGE
-        change = gradient(ddf + change) - here
-        largest = change.square().flatten(1).mean(dim=1).sqrt().view_as(length) / _POWER_CHANGE
-    return largest
 
 
 class EnergyUpdate(RegistrationUpdate):
@@ -145,12 +130,11 @@ class EnergyUpdate(RegistrationUpdate):
 
         return update
 
-    def descent_at(
-        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
+    def gradient_at(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The map of plain descent, ``phi - (I + grad phi) G / L``, as a function of the displacement, with ``L`` the largest
-        curvature at ``ddf``. It rests where the energy does, and has no moments: what a training goes through. For the
-        other arguments see :py:meth:`at`.
+        """The smoothed gradient ``G`` of each pair, ``(B, ndim, *spatial)``, as a function of the displacement,
+        differentiable; zero where the descent is at rest. For the arguments see :py:meth:`at`.
         """
         with torch.autocast(fixed.device.type, enabled=False):
             image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
@@ -160,17 +144,7 @@ class EnergyUpdate(RegistrationUpdate):
                 warped = self._warped(image, ddf)
                 return self._gradient(ddf, *similarity(warped), warped)[1]
 
-        with torch.no_grad():
-            curvature = _largest_curvature(gradient, ddf)
-        scale = torch.where(curvature > 0, 1 / curvature, torch.zeros_like(curvature))
-
-        def descend(ddf: torch.Tensor) -> torch.Tensor:
-            step = -scale * gradient(ddf)
-            # phi o (id + step) to first order: interpolated, it would have another derivative on each side of rest
-            turned = [central_difference(ddf, axis) * step[:, axis : axis + 1] for axis in range(self.spatial_dims)]
-            return ddf + step + torch.stack(turned).sum(dim=0)
-
-        return descend
+        return gradient
 
     def energy_at(
         self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None

@@ -12,16 +12,9 @@ import torch
 import torch.nn as nn
 
 from monai_deq.networks.blocks import EnergyUpdate, LocalCorrelationLoss, remove_folds
-from monai_deq.networks.nets.equilibrium import GradientSettings
 from monai_deq.networks.nets.interface import IteratedNet, check_pair
-from monai_deq.networks.nets.iteration import (
-    checkpointed_map,
-    downsample,
-    initial_state,
-    state_map,
-    upsample_state,
-)
-from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point
+from monai_deq.networks.nets.iteration import downsample, initial_state, state_map, upsample_state
+from monai_deq.solvers import SolverRecord, SolverSettings, solve_fixed_point, solve_linear
 
 __all__ = ["EnergyRegistrationNet", "energy_finish"]
 
@@ -51,10 +44,9 @@ class EnergyRegistrationNet(IteratedNet):
         features: network of an image ``(B, 1, *spatial)`` that gives further channels to compare, ``(B, C, *spatial)``,
             e.g. :py:class:`FeatureUNet`; the same for both images, at full size. Needs an update whose similarity takes
             them, :py:class:`monai_deq.networks.blocks.FeatureLoss`. Defaults to ``None``: images alone.
-        gradient: how a training of the features goes through the solution, by plain descent from there: implicit, or by
-            phantom steps of it (learned features under a classical solver: Jena et al., Medical Image Analysis 2025).
-            Memory does not depend on the steps of the solver. Defaults to ``None``: implicit, 20 steps with Anderson's
-            acceleration in the backward pass.
+        gradient_steps: steps of the linear solve in the backward pass, by which a training of the features goes through
+            the solution (implicit gradient: paper, Eq. 6; features learned so: Jena et al., Medical Image Analysis
+            2025). Memory does not depend on the steps of the solver. Defaults to 20.
 
     Raises:
         ValueError: When an argument is out of its range.
@@ -75,13 +67,13 @@ class EnergyRegistrationNet(IteratedNet):
         tolerance: float = 1e-3,
         least_jacobian: float | None = 0.01,
         features: nn.Module | None = None,
-        gradient: GradientSettings | None = None,
+        gradient_steps: int = 20,
     ) -> None:
         super().__init__()
         self.features = features
-        self.gradient = gradient or GradientSettings("implicit", num_states=0, implicit_max_steps=20)
-        if self.gradient.num_states:
-            raise ValueError(f"gradient must have num_states 0 for the energy, got {self.gradient.num_states}.")
+        if not gradient_steps >= 1:
+            raise ValueError(f"gradient_steps must be at least 1, got {gradient_steps}.")
+        self.gradient_steps = int(gradient_steps)
         self.update = EnergyUpdate(spatial_dims) if update is None else update
         self.spatial_dims = self.update.spatial_dims
         if features is not None and isinstance(self.update.similarity, LocalCorrelationLoss):
@@ -127,13 +119,25 @@ class EnergyRegistrationNet(IteratedNet):
             return super().training_states(moving, fixed, initial_ddf)
         with torch.no_grad():
             state, _ = self.solve_state(moving, fixed, initial_ddf, mask)
-        ddf = state[:, : self.spatial_dims]
-        descend = self.update.descent_at(self._channels(moving), self._channels(fixed), ddf, mask)
-        if self.gradient.checkpointed:
-            descend = checkpointed_map(descend)
-        deq = self.gradient.build_deq(SolverSettings(max_steps=1, tolerance=0.0), "anderson").train(self.training)
-        states, _ = deq(descend, ddf)
-        return list(states)
+        pair = [self._channels(moving), self._channels(fixed), state[:, : self.spatial_dims]]
+        items = zip(*(t.split(1) for t in (pair if mask is None else [*pair, mask])), strict=True)
+        return [torch.cat([self._implicit(*item) for item in items])]
+
+    def _implicit(
+        self, moving: torch.Tensor, fixed: torch.Tensor, ddf: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The solution of one pair, with its gradient with respect to the channels ``c``: where ``G(ddf, c) = 0``, that
+        of a loss is ``-v dG/dc`` with ``v dG/d ddf = d loss/d ddf``.
+        """
+        ddf = ddf.clone().requires_grad_()
+        gradient = self.update.gradient_at(moving, fixed, mask)(ddf)
+
+        def pulled_back(v: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(gradient, ddf, v, retain_graph=True)[0]
+
+        change = gradient - gradient.detach()
+        change.register_hook(lambda grad: solve_linear(pulled_back, grad, self.gradient_steps))
+        return ddf.detach() - change
 
     def _channels(self, image: torch.Tensor) -> torch.Tensor:
         """What is compared: the image, and its features behind it."""

@@ -72,22 +72,6 @@ class GradientSettings:
         _check(self.implicit_max_steps >= 1, "implicit_max_steps must be at least 1", self.implicit_max_steps)
         _check(self.implicit_tolerance >= 0, "implicit_tolerance must not be negative", self.implicit_tolerance)
 
-    def build_deq(self, solver: SolverSettings, backward: str = "plain") -> nn.Module:
-        """TorchDEQ's module that solves, and goes through the solution as the settings say; ``backward``: name of the
-        solver of ``"implicit"``. Defaults to ``"plain"``.
-        """
-        return build_deq(
-            solver,
-            n_states=self.num_states + 1,  # in TorchDEQ it counts the final state too
-            grad=self.steps,
-            tau=self.damping,
-            ift=self.kind == "implicit",
-            b_solver=torchdeq_name(backward),
-            b_max_iter=self.implicit_max_steps,
-            b_tol=self.implicit_tolerance,
-            b_stop_mode="rel",
-        )
-
 
 #: rest settings of the paper's own recipe
 _PAPERS = dict(relaxation=1.0, proximal_weight=0.0, contraction_weight=0.0, pool_renewal=1.0, random_start_share=0.0)
@@ -293,7 +277,17 @@ class DEQRegistrationNet(IteratedNet):
             **(self.solver.options or {}),
         }
         # made when it is needed: TorchDEQ's module keeps functions that cannot be pickled
-        deq = self.gradient.build_deq(self.solver).train(self.training)
+        deq = build_deq(
+            self.solver,
+            n_states=self.gradient.num_states + 1,  # in TorchDEQ it counts the final state too
+            grad=self.gradient.steps,
+            tau=self.gradient.damping,
+            ift=self.gradient.kind == "implicit",
+            b_solver=torchdeq_name("plain"),
+            b_max_iter=self.gradient.implicit_max_steps,
+            b_tol=self.gradient.implicit_tolerance,
+            b_stop_mode="rel",
+        ).train(self.training)
         # TorchDEQ solves without gradients, and makes the phantom steps with them
         states, _ = deq(lambda x: full(x) if torch.is_grad_enabled() else short(x), state, solver_kwargs=options)
         return [s[:, :ndim] for s in states]
