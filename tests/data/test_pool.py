@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from monai.data import DataLoader, Dataset
+from monai.transforms import Compose, RandGaussianNoised
 
 from monai_deq.data import (
     GivenPairDataset,
@@ -171,6 +172,19 @@ def test_items_carry_slot_and_ticket_through_a_loader(num_workers: int) -> None:
         assert i == 5
         with pytest.raises(TypeError, match="takes the indices of a PooledSampler, got 3"):
             pairs[3]  # type: ignore[index]
+
+
+def test_random_transforms_depend_on_seed_and_ticket_alone() -> None:
+    subjects = PairDataset(Dataset([{"subject": str(i), "image": torch.zeros(1, 4, 5)} for i in range(7)]))
+    noise = RandGaussianNoised("fixed", prob=1.0, std=1.0)
+    indices = list(pooled(pairs_per_epoch=12, slots=3, kind=RandomPairSampler))
+    for dataset in (PooledDataset(subjects, noise, seed=3), PooledDataset(subjects, Compose([noise]), seed=3)):
+        first = [dataset[i]["fixed"] for i in indices]
+        assert all(torch.equal(dataset[i]["fixed"], x) for i, x in zip(indices[::-1], first[::-1], strict=True))
+        tickets = {i.ticket: float(x.sum()) for i, x in zip(indices, first, strict=True)}
+        assert len(set(tickets.values())) == len(tickets) and {"slot", "ticket", "moving"} <= set(dataset[indices[0]])
+    other = PooledDataset(subjects, noise, seed=4)
+    assert not torch.equal(other[indices[0]]["fixed"], PooledDataset(subjects, noise, seed=3)[indices[0]]["fixed"])
 
 
 @pytest.mark.parametrize("kind", [RandomPairSampler, GivenPairSampler])

@@ -14,6 +14,9 @@ from monai_deq.networks.blocks import standardised
 
 __all__ = ["FeatureUNet"]
 
+#: voxels along each axis that are one on the smallest of the U-Net's five sizes
+_LEAST_SIZE = 16
+
 
 class FeatureUNet(nn.Module):
     """MONAI's :py:class:`monai.networks.nets.BasicUNet` of an image with mean 0 and standard deviation 1, and a softmax
@@ -35,7 +38,13 @@ class FeatureUNet(nn.Module):
         self.unet = BasicUNet(spatial_dims, 1, channels, self.widths, norm=norm)
 
     def forward(self, image: torch.Tensor, *others: torch.Tensor) -> Any:
-        """``(B, 1, *spatial)`` to ``(B, channels, *spatial)``; of several images of one shape a tuple."""
+        """``(B, 1, *spatial)`` to ``(B, channels, *spatial)``; of several images of one shape a tuple.
+
+        Raises:
+            ValueError: When an axis has fewer than 16 voxels.
+        """
+        if min(image.shape[2:]) < _LEAST_SIZE:
+            raise ValueError(f"features need {_LEAST_SIZE} voxels along each axis, got shape {tuple(image.shape)}.")
         if others:
             images = (image, *others)
             return self(torch.cat(images)).chunk(len(images))

@@ -483,6 +483,100 @@ def test_features_of_a_batch_are_recorded() -> None:
     assert np.isfinite(certified.residual)
 
 
+def supervised(ddf: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+    """A loss of labels, here of what is brighter than one half."""
+    warped, target = warp_by_ddf((moving > 0.5).to(ddf), ddf), (fixed > 0.5).to(ddf)
+    return 1 - 2 * (warped * target).sum() / (warped.sum() + target.sum())
+
+
+def test_gradient_of_features_is_that_of_the_unrolled_descent() -> None:
+    torch.manual_seed(0)
+    places = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+
+    def blob(y: float, x: float, r: float) -> torch.Tensor:
+        return torch.exp(-((places[0] - y) ** 2 + (places[1] - x) ** 2) / (2 * r * r))[None, None].double()
+
+    moving, fixed = blob(11, 9, 4) + 0.5 * blob(8, 16, 2), blob(12, 12, 4.5) + 0.5 * blob(11, 17, 2.5)
+    conv = torch.nn.Conv2d
+    features = torch.nn.Sequential(
+        conv(1, 4, 5, padding=2), torch.nn.Tanh(), conv(4, 3, 5, padding=2), torch.nn.Softmax(1)
+    ).double()
+    weights = list(features.parameters())
+    net = EnergyRegistrationNet(EnergyUpdate(2, FeatureLoss(3.0)), steps=(40, 300), tolerance=1e-9, features=features)
+    net.least_jacobian = None
+
+    def flat(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)])
+
+    # plain descent from the solution, which stays there, back-propagated through all steps
+    with torch.no_grad():
+        ddf, _ = net.solve(moving, fixed)
+    start, (a, b) = ddf.clone(), (torch.cat([t, features(t)], dim=1) for t in (moving, fixed))
+    gradient = net.update.gradient_at(a, b)
+    for _ in range(400):
+        ddf = ddf - 0.5 * gradient(ddf)
+    assert float((ddf - start).detach().abs().max()) < 0.02
+    unrolled = flat(supervised(ddf, moving, fixed))
+
+    found = {}
+    for steps in (1, 20):
+        net.gradient_steps = steps
+        _, ddf, states = net.train()(moving, fixed)
+        assert states == [] and torch.equal(ddf, start)
+        found[steps] = flat(supervised(ddf, moving, fixed))
+    cosines = {n: float(F.cosine_similarity(g, unrolled, dim=0)) for n, g in found.items()}
+    assert cosines[20] > 0.995 > cosines[1]
+    assert 0.85 < float(found[20].norm() / unrolled.norm()) < 1.15 and found[1].norm() < 0.5 * unrolled.norm()
+
+
+@pytest.mark.parametrize("size", [(33, 40), (16, 17, 18)])
+def test_features_are_trained_item_by_item(size: tuple[int, ...]) -> None:
+    moving, fixed, _ = problem(size, batch=2)
+    torch.manual_seed(0)
+    features = FeatureUNet(len(size), 3, (4, 4, 4, 8, 8, 4))
+    update = EnergyUpdate(len(size), FeatureLoss(2.0))
+    net = EnergyRegistrationNet(update, steps=(4, 3), features=features, gradient_steps=3).train()
+    mask = torch.ones_like(fixed)
+    mask[..., : size[-1] // 2] = 0
+
+    def gradients(*given: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        features.zero_grad()
+        warped, ddf, states = net(*given, **more)
+        assert ddf.shape == (len(given[0]), len(size), *size) and states == []
+        warped.square().flatten(1).mean(dim=1).sum().backward()
+        return torch.cat([p.grad.flatten() for p in features.parameters()])  # type: ignore[union-attr]
+
+    both = gradients(moving, fixed)
+    alone = [gradients(moving[i : i + 1], fixed[i : i + 1]) for i in range(2)]
+    assert torch.isfinite(both).all() and float((both - alone[0] - alone[1]).norm()) < 0.01 * float(both.norm())
+    masked = gradients(moving, fixed, mask=mask)
+    assert float((masked - both).norm()) > 0.1 * float(both.norm())
+
+
+def test_training_keeps_nothing_of_the_steps() -> None:
+    moving, fixed, _ = problem((24, 26))
+    features = FeatureUNet(2, 3, (4, 4, 4, 8, 8, 4))
+
+    def kept(steps: int) -> int:
+        size = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.numel() * tensor.element_size()
+            return tensor
+
+        net = EnergyRegistrationNet(EnergyUpdate(2, FeatureLoss(2.0)), steps=(steps,), features=features).train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(moving, fixed)
+        return size
+
+    assert 0 < kept(10) == kept(100)
+
+
 def test_features_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="FeatureLoss"):
         EnergyRegistrationNet(spatial_dims=2, features=Powers())
+    with pytest.raises(ValueError, match="gradient_steps must be at least 1, got 0"):
+        EnergyRegistrationNet(spatial_dims=2, gradient_steps=0)
+    with pytest.raises(NotImplementedError, match="nothing to train"):
+        EnergyRegistrationNet(spatial_dims=2).train()(image((12, 12)), image((12, 12), 1))

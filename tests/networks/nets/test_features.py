@@ -19,3 +19,13 @@ def test_shares_of_channels(size: tuple[int, ...]) -> None:
     assert torch.allclose(features.sum(dim=1), torch.ones(2, *size), atol=1e-6)
     assert torch.allclose(net(0.3 * image + 0.2), features, atol=1e-4)
     assert torch.isfinite(net(torch.zeros_like(image))).all()
+    other = torch.rand(2, 1, *size)
+    for both, alone in zip(net(image, other), (features, net(other)), strict=True):
+        torch.testing.assert_close(both, alone)
+
+
+def test_small_images() -> None:
+    net = FeatureUNet(2, 3, (4, 4, 4, 8, 8, 4))
+    assert net(torch.rand(1, 1, 16, 17)).shape == (1, 3, 16, 17)
+    with pytest.raises(ValueError, match=r"features need 16 voxels along each axis, got shape \(1, 1, 40, 15\)"):
+        net(torch.rand(1, 1, 40, 15))
