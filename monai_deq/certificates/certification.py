@@ -279,7 +279,8 @@ def certified_solve(
     Args:
         certificate: what to examine, see :py:func:`check_certificate`. Defaults to ``None``: nothing.
         finish: method that goes on from the solution, as :py:func:`monai_deq.networks.nets.energy_finish`. The
-            certificate is of the solution before it, the record has its own. Defaults to ``None``: none.
+            certificate is of the solution before it, the record has its own. One that descends on an energy itself is
+            not finished by another. Defaults to ``None``: none.
         mask: where the energy compares the fixed images, ``(B, 1, *spatial)``. Defaults to ``None``: everywhere.
 
     Raises:
@@ -294,7 +295,7 @@ def certified_solve(
         raise ValueError(f"mask: {type(network).__name__} takes none; leave it out, or register by the energy.")
     own, later = ({"mask": mask} if mask is not None and takes else {} for takes in by_energy)
     ddf, record, certificates = _certified(network, moving, fixed, initial_ddf, certificate, own, **changes)
-    if finish is not None:
+    if finish is not None and not by_energy[0]:
         with torch.no_grad():
             ddf, finished = finish.solve(moving, fixed, ddf, **later)
         record = replace(record, finish=finished)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,16 +14,18 @@ from typing import Any
 import nibabel as nib
 import pytest
 import torch
-from shell import BUNDLES, configs, error_of, output_of, parse, run_bundle
+from shell import BUNDLES, assert_equal, configs, error_of, output_of, parse, run_bundle
 
 from monai_deq.evaluation import METHODS
 from monai_deq.networks import NetworkRecord, describe, load_network
-from monai_deq.networks.nets import DEQRegistrationNet, RestSettings, UnrolledRegistrationNet
+from monai_deq.networks.nets import DEQRegistrationNet, EnergyRegistrationNet, RestSettings, UnrolledRegistrationNet
 
 CLASSICAL = ("affine", "elastix", "energy")
+ALL = (*METHODS, "energy", "energy_features")
 LEARNED = tuple(m for m in METHODS if m not in CLASSICAL)
 # so few steps that every schedule still has its shape
 STEPS = {"deqreg_pool": 2, "deqreg": 6, "deqreg12": 2, "voxelmorph": 1, "unrolling": 1, "gradirn": 1, "riir": 3}
+STEPS["energy_features"] = 2
 WORKFLOWS = ("train", "evaluate", "inference")
 
 
@@ -38,12 +42,12 @@ def cause(error: BaseException) -> str:
 
 
 def test_every_overlay_is_a_method_of_the_comparison() -> None:
-    assert {p.stem for p in (BUNDLES / "oasis" / "methods").glob("*.json")} == {*METHODS, "energy"}
+    assert {p.stem for p in (BUNDLES / "oasis" / "methods").glob("*.json")} == {*ALL}
 
 
 @pytest.mark.parametrize(
     "method, bundle",
-    [(m, b) for m in (*METHODS, "energy") for b in ("oasis", "nlst") if (m, b) != ("elastix", "oasis")],
+    [(m, b) for m in ALL for b in ("oasis", "nlst") if (m, b) != ("elastix", "oasis")],
 )
 def test_method_trains_evaluates_and_registers(
     method: str, bundle: str, brain_cohort: Path, lung_cohort: Path, tmp_path: Path
@@ -61,7 +65,10 @@ def test_method_trains_evaluates_and_registers(
         tiny = {"max_epochs": 1, "pairs_per_epoch": 2}
         # smaller than the scans along two axes
         tiny.update({"spatial_size": [16, 16, 16], "batch_size": 2} if bundle == "nlst" else {"label_weight": 1.0})
-        tiny.update({"max_steps": STEPS[method]} if method != "voxelmorph" else {})
+        if method == "energy_features":
+            tiny["steps"] = [3, STEPS[method]]
+        elif method != "voxelmorph":
+            tiny["max_steps"] = STEPS[method]
         output_of(run_bundle("training", configs(bundle, "train", *dims, *overlays), tmp_path, **common, **tiny))
         check_record(method, title, steps, tmp_path)
         overlays = ()
@@ -91,6 +98,40 @@ def test_method_trains_evaluates_and_registers(
     assert {p.name for p in tmp_path.iterdir()} - {"models"} == {"eval", "output"}
 
 
+def test_features_are_trained_on_labels_then_through_the_solution(brain_cohort: Path, tmp_path: Path) -> None:
+    given = {"dataset_dir": brain_cohort, "split_sizes": "[3,2,2]", "steps": [3, 2], "val_interval": 1}
+    config = configs("oasis", "train", "slices.json", "methods/energy_features.json", "features.json")
+    labels = {**given, "max_epochs": 2, "pairs_per_epoch": 6, "learning_rate": 0.01}
+    run_all = {"bundle_root": "whole", **labels}
+    out = output_of(run_bundle("training", config, tmp_path, **run_all))
+    losses = [float(loss) for loss in re.findall(r"train_loss: (\S+)", out)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    record = json.loads((tmp_path / "whole" / "models" / "model.json").read_text())
+    assert record["network"]["features"]["channels"] == 25 and record["training"]["label_weight"] == 1
+    # stopped and resumed the draws are the same
+    parts = {"bundle_root": "parts", **labels}
+    output_of(run_bundle("training", config, tmp_path, **parts, **{"train#trainer#max_epochs": 1}))
+    output_of(run_bundle("training", config, tmp_path, **parts, resume="true"))
+    states = [torch.load(tmp_path / n / "models" / "last.pt", weights_only=True) for n in ("whole", "parts")]
+    assert_equal(*(state["network"] for state in states))
+
+    del given["val_interval"]
+    weights = tmp_path / "whole" / "models" / "model.pt"
+    further = {**given, "max_epochs": 1, "pairs_per_epoch": 2, "label_weight": 1.0, "channels": 25, "weights": weights}
+    output_of(run_bundle("training", config[:-1], tmp_path, bundle_root="through", **further))
+    before, after = (load_network(tmp_path / n / "models" / "model.pt").state_dict() for n in ("whole", "through"))
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+    # what is trained on labels needs them
+    for scan in (tmp_path / "bare").mkdir() or brain_cohort.glob("*"):
+        (shutil.copytree if scan.is_dir() else shutil.copy)(scan, tmp_path / "bare" / scan.name)
+    for label in (tmp_path / "bare").glob("*/slice_seg24.nii.gz"):
+        label.unlink()
+    error = error_of(
+        run_bundle("training", config, tmp_path, **{**run_all, "dataset_dir": "bare", "bundle_root": "no"})
+    )
+    assert "segmentation" in error
+
+
 def check_record(method: str, title: str, steps: int, folder: Path) -> None:
     record = json.loads((folder / "models" / "model.json").read_text())
     assert (record["method"], record["steps"]) == (title, steps)
@@ -101,6 +142,9 @@ def check_record(method: str, title: str, steps: int, folder: Path) -> None:
         assert record["network"]["solver"]["max_steps"] == STEPS[method]
         assert network.rest.enabled == (method == "deqreg_pool")
         assert network.gradient.num_states == (3 if method == "deqreg" else 0)
+    elif method == "energy_features":
+        assert isinstance(network, EnergyRegistrationNet) and network.steps == (3, STEPS[method])
+        assert network.features is not None and network.features.channels == 16
     else:
         assert isinstance(network, UnrolledRegistrationNet)
         levels = 3 if method in ("unrolling", "gradirn") else 1

@@ -216,3 +216,17 @@ def test_pairs_that_fail_in_one_process(
     assert names == {p.name for p in (tmp_path / "two").iterdir()}
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_features_on_labels_and_through_the_solution(brain_cohort: Path, tmp_path: Path) -> None:
+    common = {"dataset_dir": brain_cohort, "split_sizes": "[3,2,2]", "max_epochs": 1, "steps": [3, 2], "channels": 25}
+    files = [*TRAIN, TRAIN[0].replace("train.json", "methods/energy_features.json")]
+    labels = [*files, TRAIN[0].replace("train.json", "features.json")]
+    # a Dice loss of a batch is not the mean of those of its halves: that it is trained, and by both, is looked at
+    two("training", labels, tmp_path, **common, bundle_root=tmp_path / "labels", pairs_per_epoch=4, batch_size=1)
+    weights = tmp_path / "labels" / "models" / "last.pt"
+    assert not [name for name in last(tmp_path / "labels")["network"] if name.startswith("module.")]
+    through = {**common, "weights": weights, "pairs_per_epoch": 4, "label_weight": 1.0}
+    two("training", files, tmp_path, **through, bundle_root=tmp_path / "two", batch_size=1)
+    output_of(run_bundle("training", files, tmp_path, **through, bundle_root=tmp_path / "one", batch_size=2))
+    assert_same_weights(last(tmp_path / "two")["network"], last(tmp_path / "one")["network"], 1e-4)

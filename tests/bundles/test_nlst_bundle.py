@@ -317,7 +317,7 @@ def test_what_the_bundles_share_is_the_same() -> None:
     shared = [f"methods/{p.name}" for p in (theirs / "methods").glob("*.json")]
     assert {p.name for p in (ours / "methods").glob("*.json")} == {Path(name).name for name in shared}
     # lungs want another weight
-    shared.remove("methods/energy.json")
+    shared = [name for name in shared if "energy" not in name]
     shared += [p.name for p in theirs.glob("multi_gpu_*.json")]
     for name in (*shared, "LICENSE", "logging.conf"):
         assert (ours / name).read_text() == (theirs / name).read_text(), name
