@@ -99,9 +99,9 @@ def test_method_trains_evaluates_and_registers(
 
 
 def test_features_are_trained_on_labels_then_through_the_solution(brain_cohort: Path, tmp_path: Path) -> None:
-    given = {"dataset_dir": brain_cohort, "split_sizes": "[3,2,2]", "steps": [3, 2], "val_interval": 1}
+    given = {"dataset_dir": brain_cohort, "split_sizes": "[3,2,2]", "steps": [3, 2]}
     config = configs("oasis", "train", "slices.json", "methods/energy_features.json", "features.json")
-    labels = {**given, "max_epochs": 2, "pairs_per_epoch": 6, "learning_rate": 0.01}
+    labels = {**given, "train#handlers#1#interval": 1, "max_epochs": 2, "pairs_per_epoch": 6, "learning_rate": 0.01}
     run_all = {"bundle_root": "whole", **labels}
     out = output_of(run_bundle("training", config, tmp_path, **run_all))
     losses = [float(loss) for loss in re.findall(r"train_loss: (\S+)", out)]
@@ -115,7 +115,6 @@ def test_features_are_trained_on_labels_then_through_the_solution(brain_cohort: 
     states = [torch.load(tmp_path / n / "models" / "last.pt", weights_only=True) for n in ("whole", "parts")]
     assert_equal(*(state["network"] for state in states))
 
-    del given["val_interval"]
     weights = tmp_path / "whole" / "models" / "model.pt"
     further = {**given, "max_epochs": 1, "pairs_per_epoch": 2, "label_weight": 1.0, "channels": 25, "weights": weights}
     output_of(run_bundle("training", config[:-1], tmp_path, bundle_root="through", **further))

@@ -193,6 +193,10 @@ def test_finish(certificate: Any) -> None:
     assert torch.equal(out["energy_before_finish"], record.measures["energy"][:, 0])
     assert torch.equal(out["energy"], record.measures["energy"][:, -1])
     assert bool((out["energy"] < out["energy_before_finish"]).all())
+    # one that descends itself is not led on by another energy
+    own = EnergyRegistrationNet(spatial_dims=2, steps=(4,)).eval()
+    out, alone = (FixedPointInferer(certificate, finish=f)(moving, own, fixed) for f in (finish, None))
+    assert torch.equal(out["ddf"], alone["ddf"]) and out.keys() == alone.keys() and "finish_steps" not in out
 
 
 def test_certificate_of_a_classical_method_and_of_unknown_words() -> None:
