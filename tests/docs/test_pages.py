@@ -163,7 +163,10 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
     overlay = Path(names[-1]).stem
     trained = overlay not in ("affine", "elastix", "energy")
     one_pair = "--fixed" in options or "--pairs" in options
-    steps = MOST_STEPS if run_id == "training" and overlay not in UNROLLED else {}
+    by_features = run_id == "training" and any(name.endswith("energy_features.json") for name in names)
+    if by_features:
+        options |= {"--steps": "[2,1]", "--train#handlers#1#interval": "1"}
+    steps = MOST_STEPS if run_id == "training" and overlay not in UNROLLED and not by_features else {}
     for key, most in {**MOST, **steps}.items():
         if key.split("#")[0] in config:
             options[f"--{key}"] = str(min(most, int(options.get(f"--{key}", most))))
