@@ -121,10 +121,7 @@ def test_features_are_trained_on_labels_then_through_the_solution(brain_cohort: 
     before, after = (load_network(tmp_path / n / "models" / "model.pt").state_dict() for n in ("whole", "through"))
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
     # what is trained on labels needs them
-    for scan in (tmp_path / "bare").mkdir() or brain_cohort.glob("*"):
-        (shutil.copytree if scan.is_dir() else shutil.copy)(scan, tmp_path / "bare" / scan.name)
-    for label in (tmp_path / "bare").glob("*/slice_seg24.nii.gz"):
-        label.unlink()
+    shutil.copytree(brain_cohort, tmp_path / "bare", ignore=shutil.ignore_patterns("slice_seg24.nii.gz"))
     error = error_of(
         run_bundle("training", config, tmp_path, **{**run_all, "dataset_dir": "bare", "bundle_root": "no"})
     )

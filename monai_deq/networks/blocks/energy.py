@@ -114,9 +114,7 @@ class EnergyUpdate(RegistrationUpdate):
         """The update of a batch of pairs, a function of ``(ddf, hidden)``; what the steps share is done once."""
         if fixed[0].numel() < 6:
             raise ValueError(f"an image must have at least 6 voxels, got shape {tuple(fixed.shape)}.")
-        moving, fixed = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (moving, fixed))
-        with torch.autocast(fixed.device.type, enabled=False):
-            image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
+        bound = self._bound(moving, fixed, mask)
 
         def update(ddf: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             check_ddf(fixed, ddf)
@@ -124,9 +122,7 @@ class EnergyUpdate(RegistrationUpdate):
             if tuple(hidden.shape) != expected:
                 raise ValueError(f"hidden must have shape {expected}, got {tuple(hidden.shape)}.")
             with torch.autocast(ddf.device.type, enabled=False):
-                warped = self._warped(image, ddf)
-                value, pull = similarity(warped)
-                return self._step(ddf, hidden, value, pull, warped)
+                return self._move(ddf, hidden, *bound(ddf))
 
         return update
 
@@ -136,15 +132,23 @@ class EnergyUpdate(RegistrationUpdate):
         """The smoothed gradient ``G`` of each pair, ``(B, ndim, *spatial)``, as a function of the displacement,
         differentiable; zero where the descent is at rest. For the arguments see :py:meth:`at`.
         """
+        bound = self._bound(moving, fixed, mask)
+        return lambda ddf: bound(ddf)[1]
+
+    def _bound(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The energy and its smoothed gradient as a function of the displacement, without autocast."""
+        moving, fixed = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (moving, fixed))
         with torch.autocast(fixed.device.type, enabled=False):
             image, similarity = similarity_and_gradient(self.similarity, moving, fixed, mask)
 
-        def gradient(ddf: torch.Tensor) -> torch.Tensor:
+        def energy_and_gradient(ddf: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with torch.autocast(ddf.device.type, enabled=False):
                 warped = self._warped(image, ddf)
-                return self._gradient(ddf, *similarity(warped), warped)[1]
+                return self._gradient(ddf, *similarity(warped), warped)
 
-        return gradient
+        return energy_and_gradient
 
     def energy_at(
         self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
@@ -176,12 +180,6 @@ class EnergyUpdate(RegistrationUpdate):
         warped = warp_by_ddf(image, ddf)
         still = (ddf == 0).all(dim=1, keepdim=True)
         return torch.where(still, warped + (image - warped).detach(), warped)
-
-    def _step(
-        self, ddf: torch.Tensor, hidden: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step at a displacement, from the similarity and its gradient there."""
-        return self._move(ddf, hidden, *self._gradient(ddf, energy, pull, warped))
 
     def _gradient(
         self, ddf: torch.Tensor, energy: torch.Tensor, pull: torch.Tensor, warped: torch.Tensor

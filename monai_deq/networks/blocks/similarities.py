@@ -52,10 +52,14 @@ class LocalCorrelationLoss(nn.Module):
 
     def forward(self, warped: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of two images ``(B, 1, *spatial)``, a scalar; outside a mask of the same shape it counts as zero."""
-        return self.bound(standardised(fixed), mask)(standardised(warped))[0].mean()
+        image, similarity = self.bound(warped, fixed, mask)
+        return similarity(image)[0].mean()
 
-    def bound(self, fixed: torch.Tensor, mask: torch.Tensor | None = None) -> Similarity:
-        """The similarity to a fixed image, both standardised, what does not change with the warped one done once."""
+    def bound(
+        self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Similarity]:
+        """See :py:func:`similarity_and_gradient`; what does not change with the warped image is done once."""
+        fixed = standardised(fixed)
         radius = self.kernel_size // 2
         share = 1 / box_sum(torch.ones_like(fixed[:1]), radius)
         t_sum = box_sum(fixed, radius)
@@ -90,7 +94,7 @@ class LocalCorrelationLoss(nn.Module):
             value, gradient = in_slabs(at, [warped, fixed, share, t_sum, t_var, least, *inside], 2 * radius)
             return -value.flatten(1).mean(dim=1), gradient
 
-        return similarity
+        return standardised(moving), similarity
 
 
 class FeatureLoss(nn.Module):
@@ -118,7 +122,7 @@ class FeatureLoss(nn.Module):
         self, moving: torch.Tensor, fixed: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Similarity]:
         """See :py:func:`similarity_and_gradient`."""
-        of_image = self.image.bound(standardised(fixed[:, :1]), mask)
+        image, of_image = self.image.bound(moving[:, :1], fixed[:, :1], mask)
         features, inside = fixed[:, 1:], 1.0 if mask is None else (mask > 0).to(fixed.dtype)
 
         def similarity(warped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +131,7 @@ class FeatureLoss(nn.Module):
             value = value + self.weight * apart.square().sum(dim=1).flatten(1).mean(dim=1)
             return value, torch.cat([gradient, 2 * self.weight * apart], dim=1)
 
-        return torch.cat([standardised(moving[:, :1]), moving[:, 1:]], dim=1), similarity
+        return torch.cat([image, moving[:, 1:]], dim=1), similarity
 
 
 def compared(loss: nn.Module, *images: torch.Tensor) -> torch.Tensor:
@@ -169,10 +173,8 @@ def similarity_and_gradient(
         fixed: ``(B, 1, *spatial)``.
         mask: of the fixed image, ``(B, 1, *spatial)``. Defaults to ``None``: none.
     """
-    if isinstance(loss, FeatureLoss):
+    if isinstance(loss, (FeatureLoss, LocalCorrelationLoss)):
         return loss.bound(moving, fixed, mask)
-    if isinstance(loss, LocalCorrelationLoss):
-        return standardised(moving), loss.bound(standardised(fixed), mask)
 
     def values(warped: torch.Tensor) -> list[torch.Tensor]:
         # as what autograd keeps, a tensor of inference mode is refused

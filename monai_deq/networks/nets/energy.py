@@ -119,6 +119,7 @@ class EnergyRegistrationNet(IteratedNet):
             return super().training_states(moving, fixed, initial_ddf)
         with torch.no_grad():
             state, _ = self.solve_state(moving, fixed, initial_ddf, mask)
+        # once more: what the features keep for the backward pass is not there beside the memory of the solve
         pair = [self._channels(moving), self._channels(fixed), state[:, : self.spatial_dims]]
         items = zip(*(t.split(1) for t in (pair if mask is None else [*pair, mask])), strict=True)
         return [torch.cat([self._implicit(*item) for item in items])]
