@@ -120,12 +120,19 @@ def test_features_are_trained_on_labels_then_through_the_solution(brain_cohort: 
     output_of(run_bundle("training", config[:-1], tmp_path, bundle_root="through", **further))
     before, after = (load_network(tmp_path / n / "models" / "model.pt").state_dict() for n in ("whole", "through"))
     assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
-    # what is trained on labels needs them
-    shutil.copytree(brain_cohort, tmp_path / "bare", ignore=shutil.ignore_patterns("slice_seg24.nii.gz"))
-    error = error_of(
-        run_bundle("training", config, tmp_path, **{**run_all, "dataset_dir": "bare", "bundle_root": "no"})
+    # what is trained on labels needs them, unless those of one image are carried to the others
+    bare = shutil.copytree(brain_cohort, tmp_path / "bare")
+    for n in (1, 2, 3):
+        (bare / f"OASIS_OAS1_900{n}_MR1" / "slice_seg24.nii.gz").unlink()
+    without = {**run_all, "dataset_dir": bare, "bundle_root": "without", "max_epochs": 1}
+    error = error_of(run_bundle("training", config, tmp_path, **without))
+    assert "The training part needs a label" in error
+    propagated = configs(
+        "oasis", "train", "slices.json", "methods/energy_features.json", "features.json", "propagated.json"
     )
-    assert "segmentation" in error
+    output_of(run_bundle("training", propagated, tmp_path, **without, parcels=5))
+    record = json.loads((tmp_path / "without" / "models" / "model.json").read_text())
+    assert record["network"]["features"]["channels"] == 6 and record["training"]["label_weight"] == 0
 
 
 def check_record(method: str, title: str, steps: int, folder: Path) -> None:
