@@ -7,7 +7,6 @@ the lists of scans and of pairs. Keypoints are ``.csv`` files, also where the JS
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from monai_deq.data.sample_cohorts import is_sample, sample_lung_dataset_dir, write_sample_lung_cohort
 from monai_deq.data.split import Items, Lists, Parts, dataset_folder, listing, refuse_lacking, shorten, split_items
+from monai_deq.utils import read_json
 
 __all__ = ["Learn2RegDataset", "Learn2RegLists", "find_json", "find_learn2reg", "keep_annotations", "scan_name"]
 
@@ -209,10 +209,7 @@ class Learn2RegLists:
         self.file = file
         self.root = file.parent
         self.missing: list[str] = []
-        try:
-            self.content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{file} is not valid JSON ({e}); download it again.") from e
+        self.content = read_json(file, "download it again")
         if not isinstance(self.content, dict):
             expected = f"an object with the lists {_PAIR_LISTS}"
             raise ValueError(f"{file} must hold {expected}, got {type(self.content).__name__}.")

@@ -27,6 +27,7 @@ from monai_deq.utils import (
     gather_items,
     json_ready,
     process_rank,
+    read_json,
     refuse_existing,
     refuse_other_settings,
     replace_file,
@@ -262,9 +263,9 @@ class PairResultsSaver(PairResults):
         """The summary of an evaluation that was not cut off, of just these pairs."""
         file = self.json_path
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             had = {(pair["fixed"], pair["moving"]) for pair in content["pairs"]}
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{file} is no summary to go on from ({e}): replace it with --overwrite.") from e
         used = self.used or {}
         said = content.get("settings")

@@ -31,7 +31,7 @@ from monai_deq.networks.nets import (
     voxelmorph_net,
 )
 from monai_deq.solvers import SolverSettings
-from monai_deq.utils import json_ready, replace_file
+from monai_deq.utils import json_ready, read_json, replace_file
 
 __all__ = ["NetworkRecord", "build_component", "describe", "load_network", "read_record"]
 
@@ -230,10 +230,7 @@ def read_record(path: str | Path | None, spatial_dims: int | None = None) -> Net
         raise FileNotFoundError(
             f"no record at {file} beside {path}: restore it, or build the network yourself (network_def)."
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file} is not readable JSON ({e}): restore it.") from e
+    content = read_json(file, "restore it")
     if isinstance(content, dict) and "network" not in content and "max_steps" in content:
         record = _from_settings(content)
     elif isinstance(content, dict) and isinstance(content.get("network"), (dict, type(None))):

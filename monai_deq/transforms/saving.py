@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Hashable, Mapping, Sequence
@@ -19,7 +18,7 @@ from monai.utils import convert_to_numpy, convert_to_tensor
 
 from monai_deq.certificates import OPTIONAL_RECORDS
 from monai_deq.data import affine_of, load_simpleitk, save_nifti
-from monai_deq.utils import expand_user, refuse_existing, refuse_other_settings, write_json
+from monai_deq.utils import expand_user, read_json, refuse_existing, refuse_other_settings, write_json
 
 from .geometry import chain_matrix, is_matrix
 from .items import require_keys
@@ -202,8 +201,8 @@ class SaveRegistrationd(_PairSaver):
         if not all(path.is_file() for what, path in paths.items() if what not in ("label", "affine")):
             return False
         try:
-            said = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            said = read_json(file)["settings"]
+        except (ValueError, KeyError, TypeError):
             said = None
         refuse_other_settings(file, said, settings)
         return True

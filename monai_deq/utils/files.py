@@ -214,12 +214,12 @@ def json_ready(value: Any) -> Any:
     raise TypeError(f"JSON knows no {type(value).__name__}, got {value!r}.")
 
 
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; ``ValueError``, which names it, where it is none."""
+def read_json(path: str | Path, advice: str = "correct it") -> Any:
+    """What a JSON file holds; ``ValueError``, which names it and ends with the advice, where it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {' '.join(str(e).split())}.") from e
+        raise ValueError(f"{path} is not valid JSON ({' '.join(str(e).split())}): {advice}.") from e
 
 
 def write_json(path: str | Path, content: Any, indent: int = 2) -> None:

@@ -400,8 +400,8 @@ def test_missing_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"network": 4', r"model\.json is not readable JSON \(.*\): restore it"),
-        ("", "is not readable JSON"),
+        ('{"network": 4', r"model\.json is not valid JSON \(.*\): restore it"),
+        ("", "is not valid JSON"),
         ("[1]", r"model\.json holds no record of a network"),
         ("3", "holds no record of a network"),
         ('{"network": [1]}', "holds no record of a network"),
