@@ -146,7 +146,8 @@ class NetworkRecord:
         method: name of the system. Defaults to ``"DEQReg"``.
         spatial_size: size in voxels that images are resampled to. Defaults to ``None``: as they are.
         steps: step limit of the solver in evaluation. Defaults to 48.
-        preprocessing: further settings of the preprocessing, such as ``"window"``. Defaults to none.
+        preprocessing: further settings of the preprocessing: ``"window"`` and ``"orientation"``, see
+            :py:func:`monai_deq.transforms.load_pair_transforms`. Defaults to none.
         training: what the training was, such as ``"training_pairs"``, ``"epoch"``. Defaults to nothing.
     """
 
@@ -265,7 +266,8 @@ def _check_fields(record: NetworkRecord, file: Path) -> None:
         of_window = are_numbers(window, int, float) and len(window) == 2 and window[0] < window[1]
         axes = {axis for axis in ("RL", "AP", "SI") for letter in str(letters) if letter in axis}
         of_axes = isinstance(letters, str) and len(letters) == len(axes) == (dims or len(letters))
-        right["preprocessing"] = (window is None or of_window) and (letters is None or of_axes)
+        known = set(record.preprocessing) <= {"window", "orientation"}
+        right["preprocessing"] = known and (window is None or of_window) and (letters is None or of_axes)
     if wrong := [name for name, is_right in right.items() if not is_right]:
         raise ValueError(f"{file}: no record has the {wrong[0]} {getattr(record, wrong[0])!r}: restore it.")
 
