@@ -94,7 +94,10 @@ def test_resumed_training_keeps_the_weights_of_the_lowest_error(
         "training_pairs": 4 * best,
         "epoch": best,
     }
-    assert record["spatial_size"] == [16, 16, 16] and record["preprocessing"] == {"window": [-1200.0, 400.0]}
+    assert record["spatial_size"] == [16, 16, 16]
+    scan = nib.load(next((lung_cohort / "imagesTr").iterdir()))
+    axes = "".join(nib.aff2axcodes(scan.affine))
+    assert record["preprocessing"] == {"window": [-1200.0, 400.0], "orientation": axes}
     assert record["network"]["rest"]["pool_slots"] == 2
 
     shutil.copytree(trained / "models", tmp_path / "parts" / "models")

@@ -81,6 +81,7 @@ def test_training_writes_checkpoints_and_logs(trained: tuple[int, Path]) -> None
     assert network["update"]["spatial_dims"] == spatial_dims
     assert network["solver"]["max_steps"] == 3 and network["gradient"]["num_states"] == 1
     assert (record["method"], record["steps"], record["spatial_size"]) == ("DEQReg", 3, None)
+    assert len(record["preprocessing"]["orientation"]) == spatial_dims
     assert record["training"] == {
         "smoothness_weight": 1.0 if spatial_dims == 2 else 0.1,
         "learning_rate": 0.0005 if spatial_dims == 2 else 0.0015,
@@ -178,6 +179,16 @@ def test_inference_of_two_scans(trained: tuple[int, Path], brain_cohort: Path, t
     assert np.abs(fields[0] - fields[2]).max() > 1e-3
     record = json.loads((tmp_path / "four" / f"{name}record.json").read_text())
     assert record["spectral_radius"] > 0 and record["start_distance"] > 0 and "finish_steps" not in record
+    # stored with other axes the network sees the scans as in its training
+    back = np.array([[1, -1], [0, -1], [2, 1]])
+    turned = {key: tmp_path / f"turned_{key}.nii.gz" for key in ("fixed", "moving")}
+    for key, file in turned.items():
+        nib.save(nib.load(arguments[key]).as_reoriented(back), file)
+    given = {**arguments, **turned, "output_dir": "turned"}
+    del given["moving_label"]
+    bundle("inference", "inference", spatial_dims, tmp_path, **given)
+    again = nib.load(tmp_path / "turned" / "turned_moving_to_turned_fixed_warped.nii.gz").as_reoriented(back)
+    np.testing.assert_allclose(again.get_fdata(), warped.get_fdata(), atol=1e-3)
     # by default the energy goes on from there, and the record has both
     del arguments["finish_steps"]
     bundle("inference", "inference", spatial_dims, tmp_path, **{**arguments, "output_dir": "finished"})

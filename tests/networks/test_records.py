@@ -618,6 +618,7 @@ def test_old_record_with_the_unwarped_image(tmp_path: Path, given: Any) -> None:
         {"preprocessing": {"window": "wide"}},
         {"preprocessing": {"orientation": "RAS"}},
         {"preprocessing": {"orientation": "RL"}},
+        {"preprocessing": {"windows": [-1200, 400]}},
     ],
 )
 def test_fields_that_no_record_has(changes: dict[str, Any], tmp_path: Path) -> None:
