@@ -7,7 +7,7 @@ from .backbones import RegistrationCNN, RegistrationUNet
 from .convolutions import ConvGRUCell, SmallVolumeConv3d, convolve, with_small_volumes
 from .energy import EnergyUpdate
 from .filters import box_sum, central_difference, gaussian_reach, gaussian_smooth, in_slabs
-from .jacobians import determinant, remove_folds, simplex_determinants
+from .jacobians import DiffusionFoldLoss, determinant, remove_folds, simplex_determinants
 from .similarities import FeatureLoss, LocalCorrelationLoss, standardised
 from .updates import (
     GradientUpdate,
@@ -32,6 +32,7 @@ from .warping import (
 __all__ = [
     "ConvGRUCell",
     "DDFWarp",
+    "DiffusionFoldLoss",
     "EnergyUpdate",
     "FeatureLoss",
     "GradientUpdate",

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 
 from monai_deq.metrics import compute_folded_voxels, compute_non_diffeomorphic_volume
-from monai_deq.networks.blocks import determinant, remove_folds, simplex_determinants
+from monai_deq.networks.blocks import DiffusionFoldLoss, determinant, remove_folds, simplex_determinants
 from monai_deq.solvers import random_smooth_ddf
 
 SIZES = [(14, 11), (7, 8, 6), (5, 9), (2, 3, 2), (1, 6), (4, 1, 5)]
@@ -52,6 +52,26 @@ def determinants_by_hand(ddf: np.ndarray) -> np.ndarray:
         assert rest > 0
         out.append(np.linalg.det(matrices) / rest)
     return np.stack(out)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_diffusion_and_folds(size: tuple[int, ...]) -> None:
+    ddf = noise(size, 0.4).requires_grad_()
+    plain = ddf.detach().numpy()
+    differences = sum((np.diff(plain, axis=axis) ** 2).sum() for axis in range(2, plain.ndim)) / len(size)
+    lacks = np.maximum(0.3 - determinants_by_hand(plain), 0)
+    expected = differences / (2 * np.prod(size)) + 7.0 * (lacks**2).mean()
+    loss = DiffusionFoldLoss(7.0, least=0.3)
+    assert lacks.any() or min(size) < 4
+    assert loss(ddf).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(loss, ddf)
+    assert loss(torch.zeros_like(ddf)) == 0
+
+
+@pytest.mark.parametrize("arguments, name", [({"weight": -1.0}, "weight"), ({"least": 0.0}, "least")])
+def test_bad_settings_of_the_loss(arguments: dict[str, float], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must"):
+        DiffusionFoldLoss(**arguments)
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -17,7 +17,14 @@ from nets import Pull, deq_net
 from monai_deq.certificates import certified_solve
 from monai_deq.metrics import compute_folded_voxels, compute_non_diffeomorphic_volume
 from monai_deq.networks import build_component, describe
-from monai_deq.networks.blocks import EnergyUpdate, FeatureLoss, LocalCorrelationLoss, gaussian_smooth, warp_by_ddf
+from monai_deq.networks.blocks import (
+    DiffusionFoldLoss,
+    EnergyUpdate,
+    FeatureLoss,
+    LocalCorrelationLoss,
+    gaussian_smooth,
+    warp_by_ddf,
+)
 from monai_deq.networks.nets import EnergyRegistrationNet, FeatureUNet, energy_finish
 from monai_deq.solvers import MEASURES, SolverSettings, random_smooth_ddf
 
@@ -280,6 +287,21 @@ def test_folds_are_removed(size: tuple[int, ...]) -> None:
     moving, fixed, _ = problem(size, 0.5)
     values = make_net(ndim).solve(moving, fixed)[1].measured()
     assert values["unfolded"] == 0 and values["energy_before_unfolding"].isnan() and values["energy_unfolded"].isnan()
+
+
+@pytest.mark.parametrize("size", [(40, 33), (16, 18, 15)])
+def test_an_equilibrium_without_folds(size: tuple[int, ...]) -> None:
+    moving, fixed = image(size, 1), image(size, 2)
+    folded = list[float]()
+    for smoothness in (None, DiffusionFoldLoss()):
+        update = EnergyUpdate(len(size), weight=0.02, smoothness=smoothness, sigma=1.0)
+        net = EnergyRegistrationNet(update, steps=(60, 400), tolerance=0.005, least_jacobian=None).eval()
+        again = build_component(describe(net))  # as a checkpoint's record has it
+        ddf, record, certificates = certified_solve(again, moving, fixed, certificate={"tolerance": 0.02})
+        assert bool(record.converged) and certificates is not None and certificates[0].verdict == "converged"
+        assert length(ddf) > 0.5
+        folded.append(float(compute_folded_voxels(ddf)))
+    assert folded[0] > 0.5 and folded[1] < 0.1 * folded[0]
 
 
 def test_mask_of_the_fixed_image() -> None:
