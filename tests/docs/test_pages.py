@@ -170,7 +170,7 @@ def shortened_bundle(words: Sequence[str]) -> list[str]:
     for key, most in {**MOST, **steps}.items():
         if key.split("#")[0] in config:
             options[f"--{key}"] = str(min(most, int(options.get(f"--{key}", most))))
-    if trained and "coarse_tolerance" in config:
+    if trained and overlay != "energy_features" and "coarse_tolerance" in config:
         options["--coarse_tolerance"] = "1.0"
     if "'spectral_iterations': 40" in options.get("--certificate", ""):
         options["--certificate"] = options["--certificate"].replace("40", "4")
